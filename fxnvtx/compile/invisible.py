@@ -1,0 +1,44 @@
+"""Python functions that Dynamo must neither trace nor compile: the eager path's own code.
+
+Speaks to Dynamo's C extension only, which torch loads anyway; `torch._dynamo` costs a second to import and is
+not needed for it. A torch without these entry points gets the answers of a torch without Dynamo.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+try:
+    from torch._C._dynamo import eval_frame as _eval_frame
+except ImportError:  # a torch built without Dynamo
+    _eval_frame = None  # type: ignore[assignment]
+
+__all__ = ["dynamo_active", "hide_from_dynamo"]
+
+_set_strategy = getattr(_eval_frame, "set_code_exec_strategy", None)
+_Strategy = getattr(_eval_frame, "_FrameExecStrategy", None)
+_Action = getattr(_eval_frame, "_FrameAction", None)
+
+
+def _nothing_active() -> Any:
+    return None
+
+
+_callback: Callable[[], Any] = getattr(_eval_frame, "get_eval_frame_callback", _nothing_active)
+
+
+def hide_from_dynamo(code: types.CodeType) -> None:
+    """Let frames of `code` run natively wherever Dynamo is active; the frames they call are compiled as ever.
+
+    Holds for frames that the interpreter enters. A function that Dynamo inlines into a frame it is tracing is
+    read, not entered; that is decided by Dynamo's own rules.
+    """
+    if _set_strategy is not None and _Strategy is not None and _Action is not None:
+        _set_strategy(code, _Strategy(_Action.SKIP, _Action.DEFAULT))
+
+
+def dynamo_active() -> bool:
+    """Whether Dynamo watches the frames that this thread enters now: inside a compiled call, or being compiled."""
+    return _callback() is not None
