@@ -1,7 +1,23 @@
 """The structure of a diffusion model as NVTX ranges: eager, inside torch.compile, and in a per-layer table."""
 
 from .errors import FxnvtxError
+from .graph import insert_ranges
+from .hooks import DiffusionNvtxHooks
+from .instrument import instrument, set_enabled, uninstrument
 from .ranges import maybe_nvtx_range, range, range_pop, range_push
 from .recording import Recording, record
 
-__all__ = ["FxnvtxError", "Recording", "maybe_nvtx_range", "range", "range_pop", "range_push", "record"]
+__all__ = [
+    "DiffusionNvtxHooks",
+    "FxnvtxError",
+    "Recording",
+    "insert_ranges",
+    "instrument",
+    "maybe_nvtx_range",
+    "range",
+    "range_pop",
+    "range_push",
+    "record",
+    "set_enabled",
+    "uninstrument",
+]

@@ -211,8 +211,8 @@ class _Thread(threading.local):
     def __init__(self) -> None:
         self.stack: list[Any] = []
         self.id: int = threading.get_native_id()
-        # fxnvtx's modules that are running although switched off: owner -> the decision of its outermost call
-        self.decisions: dict[Any, bool] = {}
+        # instrumented models whose outermost call on this thread began while they were switched off
+        self.silent: set[Any] = set()
 
 
 local = _Thread()
@@ -227,6 +227,7 @@ class Open:
         "leaked",
         "level",
         "on_nvtx",
+        "owner",
         "payload",
         "stack",
         "start_ns",
@@ -241,6 +242,7 @@ class Open:
         self.level = len(stack)
         self.thread_id = thread_id
         self.on_nvtx = False
+        self.owner: Any = None  # the instrumented model whose module this is
         self.end_ns: int | None = None
         self.leaked = False  # closed by an outer range's pop
         self.stopped = False  # popped from a thread that may not pop it

@@ -1,0 +1,66 @@
+"""DiffusionNvtxHooks: the eager path as an object one can register, switch and remove."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from . import control as _control
+from .control import Control, lock
+from .errors import InstrumentError
+from .names import DEFAULT_EXCLUDE, Pattern, Selection
+
+__all__ = ["DiffusionNvtxHooks"]
+
+
+class DiffusionNvtxHooks:
+    """Ranges around the modules of any number of models, switched on and off together. Starts switched off.
+
+    `skip_types`: module types that get no range (default: Identity and Dropout kinds).
+    """
+
+    def __init__(self, skip_types: Iterable[Pattern] = DEFAULT_EXCLUDE) -> None:
+        self._selection = Selection.of(None, tuple(skip_types), None)
+        self._enabled = False
+        self._models: list[Control] = []
+
+    @property
+    def enabled(self) -> bool:
+        return self._enabled
+
+    def register_hooks(self, model: nn.Module, prefix: str = "") -> int:
+        """Instrument `model` under `prefix`; returns how many of its modules were not instrumented before.
+
+        Registering a model again picks up replaced children and another prefix. Containers that are never called
+        do not count.
+        """
+        if not isinstance(model, nn.Module):
+            raise InstrumentError(f"register_hooks takes a torch.nn.Module, not {type(model).__name__}")
+        with lock:
+            known = {id(m) for c in _control.controls() for e in c.entries if (m := e.module()) is not None}
+            control = Control(model, prefix or None, self._selection, "hooks", False)
+            control.enabled = self._enabled
+            named = control.scan()
+            previous = _control.controls_of(model)
+            leaving = [m for e in previous.entries if (m := e.module()) is not None] if previous else []
+            _control.register(model, control)
+            _control.sync(leaving)
+            self._models = [c for c in self._models if c.model() not in (None, model)] + [control]
+            return sum(id(n.module) not in known for n in named)
+
+    def set_enabled(self, enabled: bool) -> None:
+        """Takes effect at the next outermost call; a forward under way goes on as it began."""
+        self._enabled = bool(enabled)
+        for control in self._models:
+            control.set_enabled(self._enabled)
+
+    def remove_hooks(self) -> None:
+        """Take everything out again. Safe to call twice, and in the middle of a forward."""
+        with lock:
+            for control in self._models:
+                model = control.model()
+                if model is not None and _control.controls_of(model) is control:
+                    _control.unregister(model)
+                    _control.sync([m for e in control.entries if (m := e.module()) is not None])
+            self._models = []

@@ -1,0 +1,229 @@
+"""instrument / uninstrument / set_enabled: choose a path for every module of a model, and take it back."""
+
+from __future__ import annotations
+
+import atexit
+import sys
+import types
+from collections.abc import Iterable
+from typing import TypeVar, cast
+
+from torch import fx, nn
+
+from . import control as _control
+from . import graph as _graph
+from . import hooks, levels, names, recording, slot, soundness
+from . import ranges as _ranges
+from .compile.invisible import hide_from_dynamo
+from .control import Control, Entry, controls, controls_of, entry_of, lock, register, sync, unregister
+from .errors import InstrumentError, TraceError
+from .levels import Refused, trace_level
+from .names import DEFAULT_EXCLUDE, Pattern, Selection
+
+__all__ = ["instrument", "is_enabled", "label_of", "module_by_id", "set_enabled", "uninstrument"]
+
+M = TypeVar("M", bound=nn.Module)
+PATHS = ("auto", "fx", "hooks")
+
+
+def instrument(
+    model: M,
+    name: str | None = None,
+    *,
+    path: str = "auto",
+    depth: int | None = None,
+    include: Pattern | Iterable[Pattern] | None = None,
+    exclude: Pattern | Iterable[Pattern] | None = DEFAULT_EXCLUDE,
+    shapes: bool = False,
+) -> M:
+    """Give every module of `model` a range around its calls; returns the model itself.
+
+    The root's range is called `name`, else by its class; a child's `<name>.<fqn>`, or the bare FQN without a name. `path`:
+    "auto" takes the generated forward of the fx path where it is provably the same function and the hooks path
+    elsewhere, "hooks" takes only hooks, "fx" raises TraceError for a level it cannot take. `include` and `exclude`: FQN
+    globs or module types (`exclude` replaces the default, Identity and Dropout kinds). `depth`: levels of ranges
+    below the root. `shapes`: add a marker with the input shapes to every call.
+
+    Nothing is in the way of a call until somebody listens. Calling it again brings it up to date with the model
+    (replaced children, another name or options) and is otherwise a no-op. A torch.fx.GraphModule is not changed: a copy
+    with range nodes comes back.
+
+    Errors: InstrumentError (not a module, unknown path), SelectionError (a glob matches nothing), TraceError.
+    """
+    if path not in PATHS:
+        raise InstrumentError(f"path must be one of {', '.join(map(repr, PATHS))}, not {path!r}")
+    if name is not None and not isinstance(name, str):
+        raise InstrumentError(f"name must be a str or None, not {type(name).__name__}")
+    if not isinstance(model, nn.Module):
+        raise InstrumentError(f"instrument takes a torch.nn.Module, not {type(model).__name__}")
+    selection = Selection.of(include, exclude, depth)
+    if isinstance(model, fx.GraphModule):
+        copy = _graph.insert_ranges(model, name, depth=depth, include=selection.include, exclude=selection.exclude)
+        return cast(M, copy)
+    model = _unwrapped(model)
+    control = Control(model, name, selection, path, bool(shapes))
+    control.scan()
+    choose_paths(control)
+    previous = controls_of(model)
+    if previous is not None:
+        control.enabled = previous.enabled
+    _keep_out_of_dynamos_sight()
+    attach(model, control)
+    return model
+
+
+def attach(model: nn.Module, control: Control) -> None:
+    """Register and bring the slots in line; those of modules that left the model are taken out."""
+    with lock:
+        previous = controls_of(model)
+        leaving = [m for e in previous.entries if (m := e.module()) is not None] if previous is not None else []
+        if previous is not None and same(previous, control):
+            previous.entries = control.entries
+            sync(leaving)
+            return
+        register(model, control)
+        sync(leaving)
+
+
+def same(a: Control, b: Control) -> bool:
+    return (a.name, a.selection, a.path, a.shapes, a.enabled) == (b.name, b.selection, b.path, b.shapes, b.enabled)
+
+
+def uninstrument(model: M) -> M:
+    """Take everything out again; returns the model. A model that is not instrumented is left as it is."""
+    if not isinstance(model, nn.Module):
+        raise InstrumentError(f"uninstrument takes a torch.nn.Module, not {type(model).__name__}")
+    if isinstance(model, fx.GraphModule):
+        return _graph.remove_ranges(model)  # type: ignore[return-value]
+    inner = _unwrapped(model)
+    with lock:
+        control = unregister(inner)
+        if control is not None:
+            sync([m for e in control.entries if (m := e.module()) is not None])
+    return model
+
+
+def set_enabled(model: nn.Module, enabled: bool) -> None:
+    """Switch the ranges of an instrumented model. Takes effect at the next outermost call of each thread; one that is
+    under way goes on as it began."""
+    control = controls_of(_unwrapped(model)) if isinstance(model, nn.Module) else None
+    if control is None:
+        raise InstrumentError(f"this {type(model).__name__} is not instrumented: call fxnvtx.instrument(model) first")
+    control.set_enabled(bool(enabled))
+
+
+def label_of(module: nn.Module) -> str | None:
+    """What instrument() calls this module, None where it has no range (excluded, skipped, too deep, unknown)."""
+    found = entry_of(module)
+    return found[0].text(found[1].fqn) if found is not None else None
+
+
+def is_enabled(module: nn.Module) -> bool:
+    """Whether set_enabled left the model that this module belongs to switched on; True for unknown modules."""
+    found = entry_of(module)
+    return found is None or found[0].enabled
+
+
+def module_by_id(key: int) -> nn.Module | None:
+    """The instrumented module (or a child of one, ranged or not) whose id() is `key`."""
+    found = _control.current(key)
+    if found is not None:
+        return found
+    for control in controls():
+        model = control.model()
+        for module in model.modules() if model is not None else ():
+            if id(module) == key:
+                return module
+    return None
+
+
+def _unwrapped(model: M) -> M:
+    """The module itself where torch.compile has wrapped it: a range around the wrapper would only double it."""
+    inner = model.__dict__.get("_modules", {}).get("_orig_mod")
+    return cast(M, inner) if isinstance(inner, nn.Module) and type(model).__name__ == "OptimizedModule" else model
+
+
+# ------------------------------------------------------------------------------------------------ choosing
+
+
+def choose_paths(control: Control) -> None:
+    """Decide for every level whether its forward may be replaced; raises TraceError under path="fx"."""
+    below: dict[str, list[str]] = {}
+    for entry in control.entries:
+        for parent, fqn in entry.by_parent.items():
+            below.setdefault(parent, []).append(fqn[len(parent) + 1 :] if parent else fqn)
+    by_fqn = {entry.fqn: entry for entry in control.entries}
+    for entry in control.entries:
+        children = below.get(entry.fqn, [])
+        module = entry.module()
+        if not children or module is None:
+            continue
+        if control.path == "hooks":
+            entry.reason = 'path="hooks"'
+            continue
+        try:
+            entry.level = trace_level(module, children)
+        except Refused as refused:
+            entry.reason = str(refused)
+            if control.path == "fx":
+                raise TraceError(
+                    f"the level {control.text(entry.fqn)} ({entry.kind.__name__}) cannot be traced soundly: {refused}; "
+                    'use path="auto" to let the hooks path take it'
+                ) from None
+    for entry in control.entries:
+        entry.path = _path_of(entry, by_fqn)
+
+
+def _path_of(entry: Entry, by_fqn: dict[str, Entry]) -> str:
+    """Who emits a module's own range: the generated forward of the level above, or its slot."""
+    if entry.parent is None:
+        return "fx" if entry.level is not None else "hooks"
+    above = by_fqn.get(entry.parent)
+    relative = entry.fqn[len(entry.parent) + 1 :] if entry.parent else entry.fqn
+    inline = above is not None and above.level is not None and relative in above.level.children
+    return "fx" if inline else "hooks"
+
+
+# ------------------------------------------------------------------------------------------------ the rim
+
+_hidden = False
+
+
+def _keep_out_of_dynamos_sight() -> None:
+    """Where a compiled model's root has a slot, our functions run with Dynamo watching; it must not compile them."""
+    global _hidden
+    if _hidden:
+        return
+    _hidden = True
+    for module in (_control, _graph, hooks, levels, names, _ranges, recording, slot, soundness, sys.modules[__name__]):
+        for found in list(vars(module).values()):
+            if isinstance(found, types.FunctionType) and found.__module__ == module.__name__:
+                hide_from_dynamo(found.__code__)
+            elif isinstance(found, type) and found.__module__ == module.__name__:
+                for member in vars(found).values():
+                    function = getattr(member, "__func__", getattr(member, "fget", member))
+                    if isinstance(function, types.FunctionType):
+                        hide_from_dynamo(function.__code__)
+
+
+def _silence() -> str | None:
+    """Why nothing was emitted although a model is instrumented; None where there is nothing to explain."""
+    known = controls()
+    if not known:
+        return None
+    if not any(c.enabled for c in known):
+        return "every instrumented model is switched off (fxnvtx.set_enabled)"
+    if _ranges.mode == "off":
+        return "FXNVTX=off"
+    return "no instrumented model was called while it ran"
+
+
+def _at_exit() -> None:
+    known = controls()
+    if known and not _ranges.emitted:
+        modules = sum(len(c.entries) for c in known)
+        _ranges.log.warning("%d modules were instrumented but no range was emitted: %s", modules, _ranges.why_silent())
+
+
+recording.explain_silence = _silence
+atexit.register(_at_exit)
