@@ -1,7 +1,8 @@
 """The two layers that every transformer here is made of.
 
 All forwards in this package are straight lines: no branches, no helper calls, only children, parameters, torch
-functions and tensor methods. So torch.fx can trace each of them, alone with its children opaque or through the whole model.
+functions and tensor methods. So torch.fx can trace each of them, alone with its children opaque or through the
+whole model.
 """
 
 # mypy: disable-error-code="no-any-return"
