@@ -103,9 +103,9 @@ def _trace(module: nn.Module, function: types.FunctionType, facts: Facts, ranged
         tuple(children),
         graph,
         code.src,
-        _guard(facts, function),
-        _build(definition, _FAST, code.globals, function, f"{name[:-1]}, {len(_cache)}>"),
-        _build(definition, _GENERAL, code.globals, function, f"{name[:-1]}, general {len(_cache)}>"),
+        _guard(module, facts, function, children),
+        _build(definition, _FAST, children, code.globals, function, f"{name[:-1]}, {len(_cache)}>"),
+        _build(definition, _GENERAL, children, code.globals, function, f"{name[:-1]}, general {len(_cache)}>"),
     )
 
 
@@ -212,13 +212,20 @@ def _check_graph(graph: fx.Graph, function: types.FunctionType, facts: Facts) ->
 # ------------------------------------------------------------------------------------------------ guard
 
 
-def _guard(facts: Facts, function: types.FunctionType) -> Callable[[nn.Module], bool]:
+def _guard(
+    module: nn.Module, facts: Facts, function: types.FunctionType, children: Sequence[str]
+) -> Callable[[nn.Module], bool]:
     """`holds(module)`: nobody hooks the module, nobody replaced its forward, and no fact changed."""
-    scope: dict[str, Any] = {"_g": function.__globals__, "_forward": function}
-    lines = ["def holds(module):", "    d = module.__dict__"]
+    direct = sorted({child.split(".")[0] for child in children})
+    # a plain attribute of the same name would win over a child or a tensor, which the generated code reads directly
+    shadowing = frozenset({*direct, *facts.tensors, *(n for n in facts.loops if n)})
+    scope: dict[str, Any] = {"_g": function.__globals__, "_forward": function, "_shadowing": shadowing}
+    lines = ["def holds(module):", "    d = module.__dict__", "    m = d['_modules']"]
+    lines += [f"    m[{name!r}]" for name in direct]
     tests = [
         "d['_forward_hooks'] or d['_forward_pre_hooks'] or d['_backward_hooks'] or d['_backward_pre_hooks']",
         "'forward' in d or type(module).forward is not _forward",
+        "not _shadowing.isdisjoint(d)",
     ]
     for kind in ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks"):
         scope[f"_{kind}"] = getattr(_nn_module, f"_global_{kind}")
@@ -230,7 +237,9 @@ def _guard(facts: Facts, function: types.FunctionType) -> Callable[[nn.Module], 
     scope["_same"] = _same
     for index, (name, keys) in enumerate(facts.loops.items()):
         scope[f"_k{index}"] = keys
-        tests.append(f"tuple(module{'.' + name if name else ''}._modules) != _k{index}")
+        scope[f"_t{index}"] = type(module._modules[name] if name else module)
+        looped = f"m[{name!r}]" if name else "module"
+        tests.append(f"type({looped}) is not _t{index} or tuple({looped}._modules) != _k{index}")
     for index, (dotted, value) in enumerate(facts.functions.items()):
         scope[f"_f{index}"] = value
         if len(dotted) <= 4 and all(part.isidentifier() for part in dotted):
@@ -276,15 +285,17 @@ TARGET = __in_range(CHILD, __labels[ENTRY][0], ARGUMENTS)
 
 
 class _Fill(ast.NodeTransformer):
-    def __init__(self, index: int, target: ast.expr, call: ast.Call) -> None:
+    def __init__(self, index: int, child: str, target: ast.expr, call: ast.Call) -> None:
         self.index = index
+        self.child = child
         self.target = target
         self.call_ = call
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
         match node.id:
-            case "CHILD":
-                return self.call_.func
+            case "CHILD":  # nn.Module.__getattr__ is a Python function; this is where it looks in the end
+                container, _, last = self.child.rpartition(".")
+                return ast.parse(f"{_holder(container)}[{last!r}]", mode="eval").body
             case "TARGET":
                 return self.target
             case "ENTRY":
@@ -301,11 +312,25 @@ class _Fill(ast.NodeTransformer):
         return node
 
 
+def _holder(container: str) -> str:
+    """The local variable for the dict of children of `container` ("" is the level's module itself)."""
+    return f"__children_{container}"
+
+
 def _build(
-    definition: ast.FunctionDef, template: str, names: dict[str, Any], function: types.FunctionType, filename: str
+    definition: ast.FunctionDef,
+    template: str,
+    children: Sequence[str],
+    names: dict[str, Any],
+    function: types.FunctionType,
+    filename: str,
 ) -> Callable[..., Any]:
     """The printed forward with every (push, call, pop) replaced by the template's statements."""
-    body: list[ast.stmt] = list(ast.parse("__depth = len(__stack) + 1").body)
+    head = ["__depth = len(__stack) + 1"]
+    for container in sorted({child.rpartition(".")[0] for child in children}):
+        way = "".join(f"[{step!r}]._modules" for step in container.split(".")) if container else ""
+        head.append(f"{_holder(container)} = __self._modules{way}")
+    body: list[ast.stmt] = list(ast.parse("\n".join(head)).body)
     index = 0
     pending = False
     for statement in definition.body:
@@ -314,7 +339,8 @@ def _build(
         if names.get(called) in _graph.RANGE_NODES:
             pending = names[called] is _graph.range_push
         elif pending and call is not None and isinstance(statement, ast.Assign):
-            filled = [_Fill(index, statement.targets[0], call).visit(s) for s in ast.parse(template).body]
+            fill = _Fill(index, children[index], statement.targets[0], call)
+            filled = [fill.visit(s) for s in ast.parse(template).body]
             body.extend(filled)
             index += 1
             pending = False

@@ -166,7 +166,7 @@ class Recording:
         return recording
 
     def _snapshot(self) -> list[Range]:
-        entries = sorted(list(self._opened), key=lambda e: e.start_ns)  # stable: a thread's own order survives ties
+        entries = sorted(self._opened, key=lambda e: e.start_ns)  # stable: a thread's own order survives ties
         enclosing: dict[int, list[int]] = {}
         found = []
         for entry in entries:
@@ -190,7 +190,7 @@ class Recording:
         return found
 
     def _snapshot_marks(self) -> list[RangeMark]:
-        marks = sorted(list(self._marked), key=lambda m: m.time_ns)
+        marks = sorted(self._marked, key=lambda m: m.time_ns)
         return [RangeMark(m.label.text, m.label.category, m.payload, m.thread_id, m.time_ns) for m in marks]
 
 

@@ -92,7 +92,9 @@ class Slot:
         try:
             stack.append(entry)
             nvtx_push(self.attributes, HANDLE)
-            return self.body(*args, **kwargs)
+            if kwargs:
+                return self.body(*args, **kwargs)
+            return self.body(*args)  # saves copying an empty dict
         finally:
             if stack and stack[-1] is entry:
                 del stack[-1]
