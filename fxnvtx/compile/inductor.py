@@ -1,0 +1,365 @@
+"""Ranges in the Python code that Inductor generates around its kernels. All that depends on torch's version is here.
+
+How: Inductor's wrapper writes lines, one list per generated function. Where a line launches something, a line that
+moves this call's cursor to the launch's owner is put before it. The function's body goes into one `try`, whose `finally`
+closes what is open. The kernels are not touched; where nobody listens, the lines cost an `is None` test each.
+
+Which owner: with provenance tracking on, Inductor announces each kernel (`write_provenance_debug_handle`) with the
+names of the post-grad nodes it was made of. Launches without announcement say by themselves (`line.node`), or are
+being written for the scheduler's current node.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch.fx import Node
+
+from .owners import Owners, Row, owners_of
+
+__all__ = ["Compilation", "compile_graph", "missing"]
+
+_BASE = Row(((),), False)
+# What a plain text line does, by how it starts or what it calls. Everything else with a call in it may launch.
+_QUIET_STARTS = ("#", "del ", "assert", "raise ", "import ", "from ", "if not ", "while ", "else", "return", "global ")
+_QUIET_CALLS = (
+    "get_raw_stream(",
+    "reinterpret_tensor(",
+    "alloc_from_pool(",
+    "empty_strided",
+    "assert_size_stride(",
+    "assert_alignment(",
+    "get_external_object_by_index(",
+    "run_intermediate_hooks(",
+)
+_LAUNCHING = (
+    "KernelCallLine",
+    "ExternKernelOutLine",
+    "ExternKernelAllocLine",
+    "ExternKernelMultiOutLine",
+    "ScatterFallbackLine",
+    "IndexPutFallbackLine",
+    "DynamicScalarLine",
+)
+
+
+class Compilation:
+    """One region being compiled: its key and its owners."""
+
+    def __init__(self, key: str, owners: Owners) -> None:
+        self.key = key
+        self.owners = owners
+        self.launches: list[tuple[str, Row]] = []
+        self.backward = False
+
+
+class _Active(threading.local):
+    compilation: Compilation | None = None
+
+
+_active = _Active()
+
+
+@functools.cache
+def missing() -> str | None:
+    """What this torch lacks for ranges around kernels; None where everything fits."""
+    try:
+        from torch._inductor import config, debug
+        from torch._inductor.codegen import wrapper
+        from torch._inductor.custom_graph_pass import CustomGraphPass
+        from torch._inductor.graph import GraphLowering
+        from torch._inductor.virtualized import V
+    except ImportError as error:
+        return str(error)
+    needed: list[tuple[Any, str]] = [
+        (config.trace, "provenance_tracking_level"),
+        (config, "post_grad_custom_post_pass"),
+        (debug, "_inductor_triton_kernel_to_post_grad_node_info"),
+        (debug, "set_kernel_post_grad_provenance_tracing"),
+        (CustomGraphPass, "uuid"),
+        (GraphLowering, "init_wrapper_code"),
+        (V, "graph"),
+        (wrapper, "WrapperLine"),
+        *((wrapper, name) for name in _LAUNCHING if name in ("KernelCallLine", "ExternKernelAllocLine")),
+        *(
+            (wrapper.PythonWrapperCodegen, name)
+            for name in (
+                "writeline",
+                "write_provenance_debug_handle",
+                "run_wrapper_ir_passes",
+                "generate_return",
+                "get_graph_input_names",
+            )
+        ),
+    ]
+    for owner, name in needed:
+        if name != "graph" and not hasattr(owner, name):
+            return f"{getattr(owner, '__name__', owner)}.{name}"
+    return None
+
+
+@functools.cache
+def _patch_graph_lowering() -> None:
+    """Let every wrapper that Inductor makes for one of our compilations write ranges. Others pass through untouched:
+    the decision is made per thread, and other threads may be compiling without us."""
+    from torch._inductor.graph import GraphLowering
+
+    original = GraphLowering.init_wrapper_code
+
+    @functools.wraps(original)
+    def init_wrapper_code(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        compilation = _active.compilation
+        if compilation is not None and not getattr(self, "cpp_wrapper", False) and not getattr(self, "fx_wrapper", False):
+            wrapper = self.wrapper_code
+            wrapper.__class__ = _with_ranges(type(wrapper))
+            wrapper.fxnvtx_start(compilation)
+        return result
+
+    GraphLowering.init_wrapper_code = init_wrapper_code  # type: ignore[method-assign]
+
+
+@contextmanager
+def _compiling(compilation: Compilation, backward: bool) -> Iterator[None]:
+    before = _active.compilation
+    compilation.backward = backward
+    _active.compilation = compilation
+    try:
+        yield
+    finally:
+        _active.compilation = before
+
+
+@functools.cache
+def _cache_pass() -> Any:
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    class CacheKey(CustomGraphPass):
+        """Changes nothing. Its uuid keeps cache entries with ranges apart from those without, and from those whose
+        kernels are the same but whose owners are called differently."""
+
+        def __init__(self, key: str, inner: Any) -> None:
+            self.key = key
+            self.inner = inner
+
+        def __call__(self, graph: Any) -> None:
+            for custom in _as_tuple(self.inner):
+                custom(graph)
+
+        def uuid(self) -> Any:
+            inner = []
+            for custom in _as_tuple(self.inner):
+                theirs = custom.uuid() if hasattr(custom, "uuid") else None
+                if theirs is None:
+                    return None
+                inner.append(theirs)
+            return ("fxnvtx", self.key, *inner)
+
+    return CacheKey
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+
+def compile_graph(
+    graph_module: Any, example_inputs: Any, config_patches: dict[str, Any], compilation: Compilation
+) -> Callable[..., Any]:
+    """Inductor's own compile_fx, with ranges in what it generates."""
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    _patch_graph_lowering()
+
+    def inner_compile(graph: Any, inputs: Any, **kwargs: Any) -> Any:
+        with _compiling(compilation, bool(kwargs.get("is_backward"))):
+            return compile_fx_inner(graph, inputs, **kwargs)
+
+    theirs = config_patches.get("post_grad_custom_post_pass", config.post_grad_custom_post_pass)
+    patches = {
+        **config_patches,
+        "trace.provenance_tracking_level": max(1, config.trace.provenance_tracking_level),
+        "post_grad_custom_post_pass": _cache_pass()(compilation.key, theirs),
+    }
+    return compile_fx(graph_module, example_inputs, inner_compile=inner_compile, config_patches=patches)  # type: ignore[return-value]
+
+
+@functools.cache
+def _lines() -> tuple[type, type, type]:
+    """The three lines we add. Made late: their base class lives in torch."""
+    from torch._inductor.codegen.wrapper import WrapperLine
+
+    class BeginLine(WrapperLine):
+        def __init__(self, name: str, tensors: list[str]) -> None:
+            self.name = name
+            self.tensors = tensors
+
+        def codegen(self, code: Any) -> None:
+            tensors = ", ".join(self.tensors)
+            code.writeline(f"_fxnvtx_at = {self.name}.enter({tensors}) if _fxnvtx_ranges.active else None")
+            code.writeline("try:")
+            code.do_indent()
+            code.writeline("pass")
+
+        def codegen_fx(self, converter: Any) -> Any:
+            return lambda line: None
+
+    class OwnerLine(WrapperLine):
+        def __init__(self, row: int) -> None:
+            self.row = row
+
+        def codegen(self, code: Any) -> None:
+            code.writeline(f"if _fxnvtx_at is not None: _fxnvtx_at({self.row})")
+
+        def codegen_fx(self, converter: Any) -> Any:
+            return lambda line: None
+
+    return BeginLine, OwnerLine, WrapperLine
+
+
+@functools.cache
+def _with_ranges(base: type) -> type:
+    """The wrapper class `base`, writing ranges."""
+    begin_line, owner_line, wrapper_line = _lines()
+
+    def fxnvtx_start(self: Any, compilation: Compilation) -> None:
+        self.fxnvtx = compilation
+        self.fxnvtx_backward = compilation.backward
+        self.fxnvtx_rows = {}
+        self.fxnvtx_here = None
+        self.fxnvtx_handle = None
+        self.fxnvtx_nodes = {}
+        self.fxnvtx_ready = True
+
+    def write_provenance_debug_handle(self: Any, kernel_name: str, debug_handle: int | None = None) -> None:
+        self.fxnvtx_handle = (kernel_name, _announced(self, kernel_name, debug_handle))
+
+    def writeline(self: Any, line: Any) -> None:
+        if _active.compilation is not None:
+            row = _row_of(self, line, wrapper_line)
+            if row is not None and row != self.fxnvtx_here:
+                self.fxnvtx_here = row
+                number = self.fxnvtx_rows.setdefault(row, len(self.fxnvtx_rows) + 1)
+                base.writeline(self, owner_line(number))
+        base.writeline(self, line)
+
+    def codegen_partition_call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _to_base(self, owner_line, base)
+        return base.codegen_partition_call(self, *args, **kwargs)
+
+    def run_wrapper_ir_passes(self: Any, is_inference: bool) -> None:
+        base.run_wrapper_ir_passes(self, is_inference)
+        name = f"_fxnvtx_{self.launcher_fn_name}"
+        rows = [owners_of(row) for row in self.fxnvtx_rows]
+        self.header.writeline("import fxnvtx.ranges as _fxnvtx_ranges")
+        self.header.writeline("from fxnvtx.compile.runtime import Table as _fxnvtx_Table")
+        self.header.writeline(f"{name} = _fxnvtx_Table({self.fxnvtx.key!r}, {self.fxnvtx_backward}, {rows!r})")
+        tensors = [n for n in self.get_graph_input_names() if n.startswith("primals_")] if self.fxnvtx_backward else []
+        self.lines.insert(0, begin_line(name, tensors))
+
+    def generate_return(self: Any, output_refs: list[str]) -> None:
+        base.generate_return(self, output_refs)
+        self.wrapper_call.do_unindent()
+        self.wrapper_call.writeline("finally:")
+        self.wrapper_call.do_indent()
+        self.wrapper_call.writeline("if _fxnvtx_at is not None: _fxnvtx_at.close()")
+
+    methods = {
+        f.__name__: f
+        for f in (fxnvtx_start, write_provenance_debug_handle, writeline, run_wrapper_ir_passes, generate_return)
+    }
+    if hasattr(base, "codegen_partition_call"):
+        methods["codegen_partition_call"] = codegen_partition_call
+    for name in ("codegen_subgraph_call", "codegen_subgraph_call_with_flattened_outputs"):
+        if hasattr(base, name):
+            methods[name] = _calling_below(base, name, owner_line)
+    return type(f"{base.__name__}WithRanges", (base,), methods)
+
+
+def _calling_below(base: Any, name: str, owner_line: Any) -> Any:
+    """A subgraph's function opens its own ranges, from the region's range on."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _to_base(self, owner_line, base)
+        return getattr(base, name)(self, *args, **kwargs)
+
+    return call
+
+
+def _to_base(wrapper: Any, owner_line: Any, base: Any) -> None:
+    if wrapper.fxnvtx_here is not None:
+        wrapper.fxnvtx_here = None
+        base.writeline(wrapper, owner_line(0))
+
+
+def _row_of(wrapper: Any, line: Any, wrapper_line: type) -> Row | None:
+    """The owner of what this line launches; None where it launches nothing."""
+    if isinstance(line, wrapper_line):
+        kind = type(line).__name__
+        if kind not in _LAUNCHING:
+            return None
+        handle = wrapper.fxnvtx_handle
+        if kind == "KernelCallLine" and handle is not None:
+            return handle[1]
+        node = getattr(line, "node", None)
+        row = _row_of_ir(wrapper, node)
+        if row is not None:
+            return row
+        return _row_of_current(wrapper)
+    text = line if isinstance(line, str) else getattr(line, "line", None)
+    if not isinstance(text, str) or "(" not in text:
+        return None
+    text = text.strip()
+    if text.startswith(_QUIET_STARTS) or any(call in text for call in _QUIET_CALLS):
+        return None
+    return _row_of_current(wrapper)
+
+
+def _row_of_ir(wrapper: Any, node: Any) -> Row | None:
+    """An extern kernel's own origin is exact; the others are a set."""
+    origin = getattr(node, "origin_node", None)
+    if isinstance(origin, Node):
+        return wrapper.fxnvtx.owners.row([origin])
+    origins = getattr(node, "origins", None)
+    return _row(wrapper, origins) if origins else None
+
+
+def _row_of_current(wrapper: Any) -> Row:
+    from torch._inductor.virtualized import V
+
+    scheduled = getattr(getattr(V.graph, "scheduler", None), "current_node", None)
+    nodes: dict[Node, None] = {}
+    for part in scheduled.get_nodes() if scheduled is not None else ():
+        inner = getattr(part, "node", None)
+        origin = getattr(inner, "origin_node", None)
+        found = [origin] if isinstance(origin, Node) and len(scheduled.get_nodes()) == 1 else getattr(inner, "origins", ())
+        nodes.update(dict.fromkeys(found))
+    return _row(wrapper, nodes)
+
+
+def _announced(wrapper: Any, kernel_name: str, handle: int | None) -> Row:
+    from torch._inductor import debug
+    from torch._inductor.virtualized import V
+
+    names = debug._inductor_triton_kernel_to_post_grad_node_info.get(f"{kernel_name}:{handle}", ())
+    graph = V.graph.graph
+    known = wrapper.fxnvtx_nodes.get(id(graph))
+    if known is None:
+        known = wrapper.fxnvtx_nodes[id(graph)] = {n.name: n for n in graph.nodes}
+    nodes = [known[n] for n in names if n in known]
+    return _row(wrapper, nodes) if nodes else _row_of_current(wrapper)
+
+
+def _row(wrapper: Any, nodes: Iterable[Node]) -> Row:
+    """Sets of nodes have no order that repeats; the graph's order does, and generated code must repeat."""
+    nodes = list(nodes)
+    order: dict[Node, int] = {}
+    for graph in {n.graph for n in nodes}:
+        order.update({n: i for i, n in enumerate(graph.nodes)})
+    return wrapper.fxnvtx.owners.row(sorted(nodes, key=lambda n: (order.get(n, -1), n.name)))

@@ -1,0 +1,165 @@
+"""From a path below a compiled module to the label that the eager path would have used, at run time.
+
+The label comes from the live module, never from the graph: one graph serves many blocks, and a module may have been
+excluded, renamed or replaced since it was traced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from ..control import Control, Entry, controls, entry_of
+from ..names import Selection, is_callable_module
+from ..ranges import Label, label
+
+__all__ = ["Binding", "Names", "family"]
+
+SHOWN_OWNERS = 4
+UNKNOWN = "?"
+_default = Selection()
+Chain = tuple[tuple[int, str, str, str], ...]
+Levels = tuple[tuple[Any, Label], ...]
+
+
+def family(module: nn.Module) -> Control | None:
+    """The instrumented model that contains this module, named or not."""
+    found = entry_of(module)
+    if found is not None:
+        return found[0]
+    for control in reversed(controls()):
+        model = control.model()
+        if model is not None and any(m is module for m in model.modules()):
+            return control
+    return None
+
+
+def entries_of(control: Control) -> dict[int, Entry]:
+    """By id(module): what an instrumented model calls its modules."""
+    return {id(module): e for e in control.entries if (module := e.module()) is not None}
+
+
+class Binding:
+    """One anchor of a region in one call: which module it is now. `module` None: not known which."""
+
+    __slots__ = ("control", "entries", "fqn", "kind", "module", "text")
+
+    def __init__(self, kind: type, module: nn.Module | None, fqn: str | None = None) -> None:
+        self.kind = kind
+        self.module = module
+        self.control = family(module) if module is not None else None
+        self.entries = {} if self.control is None else entries_of(self.control)
+        self.fqn = fqn
+        self.text = self._own_text()
+
+    def _own_text(self) -> str | None:
+        """Label of the anchor itself; None where it was left out by instrument()'s options."""
+        if self.module is None:
+            return f"{self.kind.__name__}({UNKNOWN})"
+        if self.control is None:
+            return self.kind.__name__
+        if self.fqn is not None and id(self.module) in self.entries:
+            return self.control.text(self.fqn)
+        found = self.entries.get(id(self.module))
+        return self.control.text(found.fqn) if found is not None else None
+
+    def below(self, path: str, hint: str, above: list[str]) -> str | None:
+        """Label of the module at `path` below the anchor; None where it has none. `above`: labels around it."""
+        if not path:
+            return self.text
+        if self.module is None:
+            return f"{self.text}.{path}"
+        module = _at(self.module, path)
+        if self.control is None:
+            if module is not None and not (is_callable_module(module) and _default.takes(path, type(module))):
+                return None
+            return path
+        found = self.entries.get(id(module))
+        if found is None:
+            return None
+        return self._reached(found, hint, above)
+
+    def _reached(self, entry: Entry, hint: str, above: list[str]) -> str:
+        """A tied module is named by the path it was reached through."""
+        assert self.control is not None
+        if not entry.also and len(entry.by_parent) < 2:
+            return self.control.text(entry.fqn)
+        candidates = [entry.fqn, *entry.also, *entry.by_parent.values()]
+        for outer in reversed(above):
+            inside = [c for c in candidates if self.control.text(c).startswith(f"{outer}.")]
+            if inside:
+                candidates = inside
+                break
+        by_name = [c for c in candidates if c.rpartition(".")[2] == hint]
+        return self.control.text((by_name or candidates)[0])
+
+
+def _at(module: nn.Module, path: str) -> nn.Module | None:
+    here: Any = module
+    for name in path.split("."):
+        here = getattr(here, "_modules", {}).get(name)
+        if here is None:
+            return None
+    return here if isinstance(here, nn.Module) else None
+
+
+class Names:
+    """The labels of one table's rows for one binding of its anchors."""
+
+    def __init__(self, bindings: list[Binding], base: str | None) -> None:
+        self.bindings = bindings
+        self.base = base
+
+    def levels(self, row: tuple[tuple[Chain, ...], bool]) -> Levels:
+        """The ranges around a kernel, outermost first, the region's own range left out."""
+        chains, unknown = row
+        named: dict[Levels, None] = {}
+        for chain in chains:
+            named[tuple(self._steps(chain))] = None
+        found = list(named)
+        if len(found) == 1 and not unknown:
+            return found[0]
+        shared = _shared(found)
+        if not found:
+            return (*shared, ("unknown", label(f"owner unknown ({UNKNOWN})", "op")))
+        text = fused_text([self._relative(levels, shared) for levels in found], unknown)
+        return (*shared, (("fused", text), label(text, "op")))
+
+    def _steps(self, chain: Chain) -> Iterator[tuple[Any, Label]]:
+        above = [self.base] if self.base is not None else []
+        for step in chain:
+            anchor, path, hint, _ = step
+            text = self.bindings[anchor].below(path, hint, above)
+            if text is not None and not (anchor == 0 and not path and text == self.base):
+                above.append(text)
+                yield (step, label(text))
+
+    def _relative(self, levels: Levels, shared: Levels) -> str:
+        if len(levels) == len(shared):
+            return "self"
+        outer = shared[-1][1].text if shared else self.base
+        text = levels[-1][1].text
+        return text[len(outer) + 1 :] if outer is not None and text.startswith(f"{outer}.") else text
+
+
+def _shared(found: list[Levels]) -> Levels:
+    if not found:
+        return ()
+    first = min(found, key=len)
+    for index, level in enumerate(first):
+        if any(f[index] != level for f in found):
+            return first[:index]
+    return first
+
+
+def fused_text(names: list[str], unknown: bool) -> str:
+    """`fused(a, b)`: the owners of one kernel, relative to what encloses it; a long list is cut and says by how much."""
+    distinct = list(dict.fromkeys(names))
+    shown = distinct[:SHOWN_OWNERS]
+    if len(distinct) > len(shown):
+        shown.append(f"{len(distinct) - len(shown)} more")
+    if unknown:
+        shown.append(UNKNOWN)
+    return f"fused({', '.join(shown)})"

@@ -1,0 +1,239 @@
+"""One compiled region: which modules it runs this time, and the range around it."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ..control import Control, controls
+from ..ranges import label, local, push
+from .naming import Binding, Names
+
+__all__ = ["Anchor", "Call", "Region", "families"]
+
+
+@dataclass
+class Anchor:
+    """A module below which the region's paths start. Anchor 0 of a method's region is the module whose frame it is."""
+
+    kind: type
+    module: weakref.ref[nn.Module] | None
+    parameters: dict[int, str] = field(default_factory=dict)  # position among the arguments -> name below the module
+
+
+@dataclass
+class Region:
+    """What is known about a compiled region when it is compiled."""
+
+    key: str
+    anchors: list[Anchor]
+    framed: bool  # anchor 0 is the module whose method was compiled
+    function: str | None  # name of the compiled function, where it is no method of a module
+    bound: dict[Any, Call] = field(default_factory=dict)
+
+    def call(self, args: Sequence[Any]) -> Call:
+        """Whose call this is."""
+        signature = tuple(id(args[k]) for a in self.anchors for k in a.parameters)
+        known = self.bound.get(signature)
+        if known is not None and known.holds():
+            return known
+        pairs = [[(args[k], (name,)) for k, name in a.parameters.items()] for a in self.anchors]
+        return self._remember(signature, pairs)
+
+    def call_of(self, tensors: Sequence[Any]) -> Call:
+        """The same, from tensors that are parameters of the region in unknown order (a backward graph has those)."""
+        signature = ("tensors", *map(id, tensors))
+        known = self.bound.get(signature)
+        if known is not None and known.holds():
+            return known
+        pairs = [[(t, tuple(a.parameters.values())) for t in tensors] for a in self.anchors]
+        return self._remember(signature, pairs)
+
+    def _remember(self, signature: Any, pairs: list[list[tuple[Any, tuple[str, ...]]]]) -> Call:
+        bindings, certain = [], True
+        for anchor, tensors in zip(self.anchors, pairs, strict=True):
+            binding, sure = bind(anchor, tensors)
+            bindings.append(binding)
+            certain = certain and sure
+        call = Call(self, bindings)
+        if certain:
+            if len(self.bound) > 4096:
+                self.bound.clear()
+            self.bound[signature] = call
+        return call
+
+
+families: dict[str, list[weakref.ref[Region]]] = {}
+_lock = threading.Lock()
+
+
+def remember(region: Region) -> None:
+    """Let cached code find the region it was compiled for."""
+    with _lock:
+        alive = [r for r in families.get(region.key, ()) if r() is not None]
+        families[region.key] = [*alive, weakref.ref(region)]
+
+
+def bind(anchor: Anchor, tensors: list[tuple[Any, tuple[str, ...]]]) -> tuple[Binding, bool]:
+    """Which module the anchor is now, and whether that follows from the tensors alone."""
+    traced = anchor.module() if anchor.module is not None else None
+    found = _by_parameters(anchor, tensors)
+    if len(found) == 1:
+        control, fqn = found.pop()
+        return _binding(anchor, control, fqn), True
+    running = _running(anchor)
+    if found:
+        if running in found:
+            assert running is not None
+            return _binding(anchor, *running), False
+        return Binding(anchor.kind, None), False
+    if traced is not None and any(traced is m for c in controls() for m in _modules(c)):
+        if running is not None:
+            return _binding(anchor, *running), False
+        twins = {id(m): m for c in controls() for m in _modules(c) if type(m) is anchor.kind}
+        return Binding(anchor.kind, traced if len(twins) == 1 else None), False
+    return Binding(anchor.kind, traced), False
+
+
+def _binding(anchor: Anchor, control: Control, fqn: str) -> Binding:
+    model = control.model()
+    return Binding(anchor.kind, None if model is None else model.get_submodule(fqn), fqn)
+
+
+def _modules(control: Control) -> Any:
+    model = control.model()
+    return () if model is None else model.modules()
+
+
+def _running(anchor: Anchor) -> tuple[Control, str] | None:
+    """The innermost module of the anchor's class whose range is open on this thread."""
+    for entry in reversed(local.stack):
+        text = entry[0].text if type(entry) is tuple else entry.label.text
+        for control in reversed(controls()):
+            for known in control.entries:
+                if known.kind is anchor.kind:
+                    for fqn in (known.fqn, *known.also, *known.by_parent.values()):
+                        if control.text(fqn) == text:
+                            return control, fqn
+    return None
+
+
+def _by_parameters(anchor: Anchor, tensors: list[tuple[Any, tuple[str, ...]]]) -> set[tuple[Control, str]]:
+    """The modules of instrumented models that hold every one of these tensors under the expected name."""
+    left: set[tuple[Control, str]] | None = None
+    for tensor, names in tensors:
+        here = set()
+        for control, path in index.paths(tensor):
+            for name in names:
+                if path == name or path.endswith(f".{name}"):
+                    here.add((control, path[: -len(name)].rstrip(".")))
+        here = {(c, f) for c, f in here if _kind(c, f) is anchor.kind}
+        if here:
+            left = here if left is None else (left & here or left)
+    return left or set()
+
+
+def _kind(control: Control, fqn: str) -> type | None:
+    model = control.model()
+    try:
+        return None if model is None else type(model.get_submodule(fqn))
+    except AttributeError:
+        return None
+
+
+class Index:
+    """Which parameters and buffers the instrumented models hold, by identity."""
+
+    def __init__(self) -> None:
+        self._paths: dict[int, list[tuple[Control, str]]] = {}
+        self._models: list[tuple[Control, nn.Module]] = []
+
+    def paths(self, tensor: Any) -> list[tuple[Control, str]]:
+        found = self._paths.get(id(tensor))
+        if found is None or not all(_holds(c, p, tensor) for c, p in found):
+            self._build()
+            found = self._paths.get(id(tensor), [])
+        return found
+
+    def _build(self) -> None:
+        paths: dict[int, list[tuple[Control, str]]] = {}
+        for control in controls():
+            model = control.model()
+            if model is not None:
+                for walk in (model.named_parameters, model.named_buffers):
+                    for name, tensor in walk(remove_duplicate=False):
+                        paths.setdefault(id(tensor), []).append((control, name))
+        self._paths = paths
+
+
+index = Index()
+
+
+def _holds(control: Control, path: str, tensor: Any) -> bool:
+    model = control.model()
+    owner, _, name = path.rpartition(".")
+    try:
+        module = None if model is None else model.get_submodule(owner)
+    except AttributeError:
+        return False
+    return module is not None and (module._parameters.get(name) is tensor or module._buffers.get(name) is tensor)
+
+
+class Call:
+    """A region bound to the modules of one call: what the generated code needs to name its ranges."""
+
+    def __init__(self, region: Region, bindings: list[Binding]) -> None:
+        self.region = region
+        self.key = region.key
+        self.bindings = bindings
+        self.base = bindings[0].text if region.framed and bindings else region.function
+        self.control = next((b.control for b in bindings if b.control is not None), None)
+        self._entries = [None if b.control is None else b.control.entries for b in bindings]
+        # All that labels depend on. The ids stay unique while this object lives.
+        self.signature = (
+            self.base,
+            *((id(b.module), b.text, id(e)) for b, e in zip(bindings, self._entries, strict=True)),
+        )
+
+    def holds(self) -> bool:
+        """Whether the models are still instrumented as they were."""
+        alive = controls()
+        return all(
+            b.control is None or (b.control in alive and b.control.entries is e)
+            for b, e in zip(self.bindings, self._entries, strict=True)
+        )
+
+    def names(self) -> Names:
+        return Names(self.bindings, self.base)
+
+    @property
+    def silent(self) -> bool:
+        """Whether the model was switched off before its outermost call that is under way."""
+        control = self.control
+        if control is None:
+            return False
+        return control in local.silent or (not control.enabled and not control.runs_on(local.stack))
+
+    def is_open(self) -> bool:
+        """Whether the range of the region's module is open on this thread already (the eager path opened it)."""
+        for entry in local.stack:
+            text = entry[0].text if type(entry) is tuple else entry.label.text
+            if text == self.base:
+                return True
+        return False
+
+    def open(self) -> list[Any]:
+        """Open the region's own range, unless it is open."""
+        if self.base is None or (self.is_open()):
+            return []
+        made = label(self.base, "module" if self.region.framed else "op")
+        entry = push(made)
+        if entry is not None:
+            entry.owner = self.control
+        return [entry]
+

@@ -1,0 +1,211 @@
+"""While Dynamo hands over a graph: which live modules is it made of?
+
+Dynamo writes down module ids and the source text of how each was reached. The text is unreliable (relative after a graph
+break, `__dict__['_modules']` spelled out), so modules are found by identity: below the module whose method is being
+compiled, below the instrumented models, below the modules that the frame's variables and globals name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import types
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from ..control import controls
+from ..names import walk_paths
+from .owners import Owners, Step, stack_of
+from .region import Anchor, Region
+
+__all__ = ["Book", "read_graph"]
+
+FORMAT = 1  # of the tables in generated code; part of every cache key
+_RESUMED = re.compile(r"(?:torch_dynamo_resume_in_)+(.*?)(?:_at_\d+)+$")
+_LAST_NAME = re.compile(r"([^.\[\]'\"]+)['\"]?\]*$")
+
+
+class Frame:
+    """What Dynamo says about the frame it compiles. All fields may be empty: then only paths remain."""
+
+    def __init__(self, code: types.CodeType | None, variables: Mapping[str, Any], namespace: Mapping[str, Any]) -> None:
+        self.code = code
+        self.variables = variables
+        self.namespace = namespace
+
+    @property
+    def name(self) -> str | None:
+        if self.code is None:
+            return None
+        resumed = _RESUMED.match(self.code.co_name)
+        return resumed.group(1) if resumed else self.code.co_name
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The module whose method this is, if it is one."""
+        code, name = self.code, self.name
+        if code is None or name is None or not code.co_varnames:
+            return None
+        for variable in ("self", code.co_varnames[0]):
+            found = self.variables.get(variable)
+            if isinstance(found, nn.Module) and (
+                variable == "self" or "forward" in (name, *found.__dict__) or hasattr(type(found), name)
+            ):
+                return found
+        return None
+
+    @property
+    def own_code(self) -> bool:
+        """Whether the code is the user's, not torch's."""
+        return self.code is not None and "/torch/" not in self.code.co_filename.replace("\\", "/")
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Modules that the frame's code can name."""
+        names = self.code.co_names if self.code is not None else ()
+        for value in (*self.variables.values(), *(self.namespace.get(n) for n in names)):
+            if isinstance(value, types.FunctionType):
+                cells = [c.cell_contents for c in value.__closure__ or () if _filled(c)]
+                reachable = [*cells, *(value.__globals__.get(n) for n in value.__code__.co_names)]
+            else:
+                reachable = [value, *(value if isinstance(value, (list, tuple)) else ())]
+                reachable += [getattr(value, "__self__", None)]
+            yield from (v for v in reachable if isinstance(v, nn.Module))
+
+
+def _filled(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
+
+
+class Book:
+    """Module stack entries -> steps. Anchors are found as they are met."""
+
+    def __init__(self, frame: Frame) -> None:
+        self.frame = frame
+        self.anchors: list[Anchor] = []
+        self._below: list[dict[int, list[str]]] = []  # per anchor: id(module) -> its paths below the anchor
+        self._steps: dict[tuple[str, str], Step | None] = {}
+        self._sources: list[str] = []  # per anchor: the source text it was first reached by
+        module = frame.module
+        self.framed = module is not None
+        if module is not None:
+            self._add(type(module), module, "")
+
+    def _add(self, kind: type, module: nn.Module | None, source: str) -> int:
+        below: dict[int, list[str]] = {}
+        if module is not None:
+            for path, found, _ in walk_paths(module):
+                below.setdefault(id(found), []).append(".".join(path))
+        self.anchors.append(Anchor(kind, None if module is None else weakref.ref(module)))
+        self._below.append(below)
+        self._sources.append(source)
+        return len(self.anchors) - 1
+
+    def read(self, node: Node) -> None:
+        """Make the steps of one node's stack."""
+        above: Step | None = None
+        for key, (source, kind) in (stack_of(node) or {}).items():
+            step = self._steps.get((key, source))
+            if step is None:
+                step = self._steps[key, source] = self._make(key, source, kind, above)
+            above = step
+
+    def step(self, key: str, source: str) -> Step | None:
+        return self._steps.get((key, source))
+
+    def _make(self, key: str, source: str, kind: type, above: Step | None) -> Step:
+        number, _, call = key.partition("@")
+        hint = _last_name(source)
+        if number.isdigit():
+            identity = int(number)
+            for index, below in enumerate(self._below):
+                if identity in below:
+                    return Step(index, _pick(below[identity], hint, above, index), hint, call)
+            module = self._find(identity)
+            if module is not None or above is None:
+                return Step(self._add(kind, module, source), "", hint, call)
+        if above is None:
+            return Step(self._add(kind, None, source), "", hint, call)
+        # Not a module of anything we hold: only the text tells. Children of an unknown module get here.
+        outer = above.path
+        return Step(above.anchor, f"{outer}.{hint}" if outer else hint, hint, call)
+
+    def _find(self, identity: int) -> nn.Module | None:
+        for model in (*(c.model() for c in reversed(controls())), *self.frame.modules()):
+            if model is not None:
+                for module in model.modules():
+                    if id(module) == identity:
+                        return module
+        return None
+
+    def parameter(self, identity: int) -> tuple[int, str] | None:
+        """(anchor, name below it) of a parameter or buffer."""
+        for index, anchor in enumerate(self.anchors):
+            module = anchor.module() if anchor.module is not None else None
+            if module is not None:
+                for path, found, _ in walk_paths(module):
+                    for name, tensor in (*found._parameters.items(), *found._buffers.items()):
+                        if tensor is not None and id(tensor) == identity:
+                            return index, ".".join((*path, name))
+        return None
+
+
+def _last_name(source: str) -> str:
+    found = _LAST_NAME.search(source)
+    return found.group(1) if found else source
+
+
+def _pick(paths: list[str], hint: str, above: Step | None, anchor: int) -> str:
+    """Of a tied module's paths, the one that continues the path above and ends in the name it was reached by."""
+    if above is not None and above.anchor == anchor and above.path:
+        inside = [p for p in paths if p.startswith(f"{above.path}.")]
+        paths = inside or paths
+    named = [p for p in paths if p.rpartition(".")[2] == hint]
+    return (named or paths)[0]
+
+
+def _all_nodes(graph_module: GraphModule) -> Iterator[Node]:
+    for module in graph_module.modules():
+        if isinstance(module, GraphModule):
+            yield from module.graph.nodes
+
+
+def read_graph(graph_module: GraphModule, frame: Frame, tensors: list[Any]) -> tuple[Region, Owners]:
+    """What a Dynamo graph is made of. `tensors`: its arguments, parameters and buffers as the real objects."""
+    book = Book(frame)
+    owners = Owners(book.step)
+    digest = hashlib.sha256(f"fxnvtx tables {FORMAT}".encode())
+    for node in _all_nodes(graph_module):
+        if node.op in ("placeholder", "output", "get_attr"):
+            continue
+        book.read(node)
+        digest.update(repr((node.op, str(node.target), owners.chain(node))).encode())
+    names = _parameter_names(book)
+    for position, tensor in enumerate(tensors):
+        for index, found in enumerate(names):
+            if id(tensor) in found:
+                book.anchors[index].parameters[position] = found[id(tensor)]
+                break
+    function = None
+    if not book.framed and frame.own_code and frame.name:
+        function = f"{frame.name}()"
+    return Region(digest.hexdigest()[:32], book.anchors, book.framed, function), owners
+
+
+def _parameter_names(book: Book) -> list[dict[int, str]]:
+    found: list[dict[int, str]] = []
+    for anchor in book.anchors:
+        names: dict[int, str] = {}
+        module = anchor.module() if anchor.module is not None else None
+        if module is not None:
+            for walk in (module.named_parameters, module.named_buffers):
+                for name, tensor in walk(remove_duplicate=False):
+                    names.setdefault(id(tensor), name)
+        found.append(names)
+    return found

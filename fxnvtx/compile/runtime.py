@@ -1,0 +1,143 @@
+"""What the generated code calls: from the number of an owner to open ranges, on the thread that launches.
+
+A table is a literal in the generated source and knows modules only by paths relative to the compiled region, so that
+cached code is valid in every process and for every block it serves. Which block it is serving comes with the call.
+Imports neither Dynamo nor Inductor: cached code runs without them.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from .. import ranges as _ranges
+from ..ranges import HANDLE, Label, close_tuple, label, local, nvtx_pop, nvtx_push, pop, push
+from .region import Call, families
+
+__all__ = ["Cursor", "Table", "current"]
+
+
+class _Current(threading.local):
+    """The call of a compiled region that this thread is executing."""
+
+    call: Call | None = None
+    silent: bool = False
+
+
+current = _Current()
+BACKWARD = label("backward")
+Levels = tuple[tuple[Any, Label], ...]
+
+
+class Resolved:
+    """A table's rows as labels, for one block. `moves[a, b]`: how many ranges to close and which to open from a to b."""
+
+    __slots__ = ("levels", "moves")
+
+    def __init__(self, levels: list[Levels]) -> None:
+        self.levels = [(), *levels]  # 0 is the region itself
+        self.moves: dict[tuple[int, int], tuple[int, tuple[Label, ...]]] = {}
+
+    def move(self, here: int, there: int) -> tuple[int, tuple[Label, ...]]:
+        found = self.moves.get((here, there))
+        if found is None:
+            old, new = self.levels[here], self.levels[there]
+            same = 0
+            while same < min(len(old), len(new)) and old[same] == new[same]:
+                same += 1
+            found = self.moves[here, there] = (len(old) - same, tuple(label for _, label in new[same:]))
+        return found
+
+
+class Table:
+    """The owners of one generated function. Rows as `owners.owners_of` writes them."""
+
+    def __init__(self, key: str, backward: bool, rows: list[Any]) -> None:
+        self.key = key
+        self.backward = backward
+        self.rows = rows
+        self._resolved: dict[Any, tuple[Resolved, Any]] = {}
+
+    def enter(self, *tensors: Any) -> Cursor | None:
+        """Called at the start of the generated function, while somebody listens. `tensors`: those of its arguments
+        that may be parameters, for a backward graph that starts without its forward call having been seen."""
+        call = current.call
+        if call is not None and call.key == self.key:
+            return None if current.silent else Cursor(self.resolve(call), call, [])
+        found = self._find(tensors)
+        if found is None or found.silent:
+            return None
+        base = [open_range(BACKWARD, found.control)] if self.backward else []
+        return Cursor(self.resolve(found), found, base + found.open())
+
+    def _find(self, tensors: tuple[Any, ...]) -> Call | None:
+        for reference in reversed(families.get(self.key, ())):
+            region = reference()
+            if region is not None:
+                return region.call_of(tensors)
+        return None
+
+    def resolve(self, call: Call) -> Resolved:
+        found = self._resolved.get(call.signature)
+        if found is None:
+            names = call.names()
+            found = (Resolved([names.levels(row) for row in self.rows]), call)
+            self._resolved[call.signature] = found
+        return found[0]
+
+
+class Cursor:
+    """Where one call of a generated function is. Calling it with a row's number moves there."""
+
+    __slots__ = ("_base", "_fast", "_here", "_open", "_owner", "_resolved")
+
+    def __init__(self, resolved: Resolved, call: Call, base: list[Any]) -> None:
+        self._resolved = resolved
+        self._base = base
+        self._here = 0
+        self._open: list[Any] = []
+        self._owner = call.control
+        self._fast = _ranges.nvtx_on and not _ranges.sinks
+
+    def __call__(self, there: int) -> None:
+        closing, opening = self._resolved.move(self._here, there)
+        self._here = there
+        mine = self._open
+        while closing:
+            closing -= 1
+            close(mine.pop())
+        for label in opening:
+            if self._fast:
+                entry: Any = (label, self._owner)
+                mine.append(entry)
+                local.stack.append(entry)
+                nvtx_push(label.attributes, HANDLE)
+            else:
+                mine.append(open_range(label, self._owner))
+
+    def close(self) -> None:
+        """End of the generated function, by return or exception."""
+        mine = self._open
+        while mine:
+            close(mine.pop())
+        for entry in reversed(self._base):
+            close(entry)
+
+
+def open_range(label: Label, owner: Any) -> Any:
+    entry = push(label)
+    if entry is not None and owner is not None:
+        entry.owner = owner
+    return entry
+
+
+def close(entry: Any) -> None:
+    if type(entry) is tuple:
+        stack = local.stack
+        if stack and stack[-1] is entry:
+            del stack[-1]
+            nvtx_pop(HANDLE)
+        else:
+            close_tuple(stack, entry)
+    else:
+        pop(entry)
