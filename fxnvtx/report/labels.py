@@ -1,0 +1,81 @@
+"""What a range's text says about it: category, component, fused list; and texts folded together (pure)."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+__all__ = ["UNKNOWN", "Name", "clean", "fold", "fused_owners", "infer_category", "numbered"]
+
+UNKNOWN = "cannot attribute: "
+
+# torch.autograd.profiler.emit_nvtx numbers every op, so that no two ranges would ever share a row
+_NUMBERS = re.compile(r", (?:op_id|seq|seqid) = \d+")
+_REQUEST = re.compile(r"^request[#_: ]?\d*$")
+_STAGE = re.compile(r"^stage[_:]")
+_LOOP = re.compile(r"^\w*denoising_loop$")
+_STEP = re.compile(r"^(?:\w*denoising_)?step(?:[_# \[]?\d.*)?$")
+_RESIDENCY = re.compile(r"^residency[.:]")
+_OP = re.compile(r"^(?:\w+::\w+|autograd::|\w+Backward\d*$)")
+_MODULE = re.compile(r"^[A-Za-z_]\w*(?:\.\w+)*(?: in=\[.*\])?$")
+_FUSED = re.compile(r"^fused\((.*)\)$")
+_DIGITS = re.compile(r"\d+")
+
+
+class Name(NamedTuple):
+    """What tells sibling ranges apart. `domain` is empty for fxnvtx's own domain and for NVTX's default one."""
+
+    text: str
+    category: str
+    domain: str = ""
+
+
+def clean(text: str) -> str:
+    """The text without the running numbers that torch's emit_nvtx adds."""
+    return _NUMBERS.sub("", text) if " = " in text else text
+
+
+@lru_cache(maxsize=100_000)
+def infer_category(text: str) -> str:
+    """The category of a range that was emitted without one, from the spelling of its text."""
+    for pattern, category in (
+        (_REQUEST, "request"),
+        (_STAGE, "stage"),
+        (_LOOP, "loop"),
+        (_STEP, "step"),
+        (_RESIDENCY, "residency"),
+        (_OP, "op"),
+        (_MODULE, "module"),
+        (_FUSED, "module"),
+    ):
+        if pattern.match(text):
+            return category
+    return "range"
+
+
+def numbered(text: str, category: str, payload: Any) -> str:
+    """Steps and requests that differ only in their integer payload get it into their name."""
+    if category in {"step", "request"} and type(payload) is int and not _DIGITS.search(text):
+        return f"{text}[{payload}]"
+    return text
+
+
+def fused_owners(text: str) -> tuple[str, ...]:
+    """The modules that a fused kernel's range lists; () for any other range."""
+    match = _FUSED.match(text)
+    if not match:
+        return ()
+    return tuple(part for part in (owner.strip() for owner in match[1].split(", ")) if part)
+
+
+@lru_cache(maxsize=200_000)
+def fold(text: str, category: str) -> str:
+    """The text with what varies between repetitions replaced by `*`.
+
+    Modules: dotted parts that are numbers ("blocks.7.attn" -> "blocks.*.attn"). Steps and requests: every number.
+    """
+    if category in {"step", "request"}:
+        return re.sub(r"(?:\[?\*\]?_t)\*", r"*", _DIGITS.sub("*", text)) if "_t" in text else _DIGITS.sub("*", text)
+    head, mark, tail = text.partition(" in=")
+    return re.sub(r"(?<=\.)\d+(?=[.,)]|$)", "*", head) + mark + tail

@@ -1,0 +1,318 @@
+"""Reader of Nsight Systems exports: rows in, one tree per process out."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Iterator
+from heapq import merge
+from pathlib import Path
+from typing import Any
+
+from .graphs import BEFORE, LEVEL, NO_TABLE, GraphNodes, place
+from .labels import UNKNOWN, Name, clean, infer_category, numbered
+from .ops import COPY, GRAPH, KERNEL, PROCESS, Op, launches, stage, strays
+from .overlap import Compute, Shared
+from .part import Part
+from .schema import Schema, damaged, detect, open_capture
+from .sweep import OUTSIDE, Span, Sweep
+from .tree import Node, Tree
+
+__all__ = ["read_sqlite"]
+
+PUSH_POP, START_END = (59, 70), (60, 71)
+NO_LAUNCH = Name(UNKNOWN + "no launching call in this recording", "unknown")
+CROSS_THREAD = "ranges that end on another thread than they began on were left out"
+
+
+def read_sqlite(
+    path: Path, exact: bool = False, tick: Callable[[int], None] | None = None, rank: int | None = None
+) -> list[Part]:
+    """One `Part` per process that emitted ranges or did device work.
+
+    exact: keep the running numbers of torch's emit_nvtx in the names. tick: called now and then with the number of
+    rows read since the last call. Raises CaptureError.
+    """
+    connection = open_capture(path)
+    try:
+        with damaged(path):
+            schema = detect(connection, path)
+            return _Reader(connection, schema, path, exact, tick).read(rank)
+    finally:
+        connection.close()
+
+
+class _Reader:
+    def __init__(
+        self,
+        connection: sqlite3.Connection,
+        schema: Schema,
+        path: Path,
+        exact: bool,
+        tick: Callable[[int], None] | None,
+    ) -> None:
+        self.connection = connection
+        self.schema = schema
+        self.path = path
+        self.exact = exact
+        self.tick = tick
+        self.notes: list[str] = []
+        self.texts: dict[int, str] = {}
+        assert schema.nvtx is not None
+        self.nvtx = schema.nvtx
+        self.has_strings = schema.strings is not None
+        self.copy_names = self._enum("ENUM_CUDA_MEMCPY_OPER")
+        self.domains, self.categories = self._registered()
+        self.last = 0
+
+    def read(self, rank: int | None) -> list[Part]:
+        pids = self._processes()
+        count = stage(self.connection, self.schema)
+        seen = bytearray(count + 1)
+        if self.schema.has_device_work and count and self.schema.runtime is None:
+            self.notes.append("the export has no CUDA API calls: device work cannot be put under ranges")
+        parts = [self._process(pid, seen) for pid in pids]
+        parts = [part for part in parts if part.tree.root.kids or part.side.root.kids]
+        if not parts:
+            self.notes.append("the capture holds no push/pop range")
+            parts = [Part(str(self.path), 0)]
+        for index, part in enumerate(parts):
+            part.notes = [*self.notes, *part.notes]
+            part.rank = rank if rank is not None and len(parts) == 1 else None
+            part.index = index
+        return parts
+
+    # ------------------------------------------------------------------------------------------ small tables
+
+    def _enum(self, table: str) -> dict[int, str]:
+        try:
+            return {key: label for key, label in self.connection.execute(f"SELECT id, label FROM {table}")}
+        except sqlite3.OperationalError:
+            return {}
+
+    def _text(self, key: int) -> str:
+        text = self.texts.get(key)
+        if text is None:
+            row = None
+            if self.has_strings:
+                row = self.connection.execute("SELECT value FROM StringIds WHERE id = ?", (key,)).fetchone()
+            text = self.texts[key] = str(row[0]) if row else f"(text {key} is missing)"
+        return text
+
+    def _registered(self) -> tuple[dict[tuple[int, int], str], dict[tuple[int, int, int], str]]:
+        """Names of domains by (process, domain), and of categories by (process, domain, category)."""
+        nvtx = self.nvtx
+        domains: dict[tuple[int, int], str] = {}
+        categories: dict[tuple[int, int, int], str] = {}
+        for kind, tid, domain, category, text, key in self.connection.execute(
+            f"SELECT eventType, globalTid, {nvtx.pick('domainId', default='0')}, {nvtx.pick('category')}, text,"
+            f" {nvtx.pick('textId')} FROM {nvtx.sql} WHERE eventType IN (33, 75) ORDER BY start DESC"
+        ):
+            if tid is None:
+                continue
+            name = text if text is not None else self._text(key) if key is not None else ""
+            pid = tid & ~0xFFFFFF
+            if kind == 75:
+                domains[pid, domain or 0] = name
+            elif category is not None:
+                categories[pid, domain or 0, category] = name
+        return domains, categories
+
+    def _processes(self) -> list[int]:
+        """Every process with a range or an operation, and what is wrong with their rows."""
+        kinds = ", ".join(map(str, PUSH_POP + START_END))
+        found: set[int] = set()
+        for pid, last, bad in self.connection.execute(
+            f"SELECT globalTid & {PROCESS}, max(max(start), max(coalesce(end, start))), sum(end < start)"
+            f" FROM {self.nvtx.sql} GROUP BY 1"
+        ):
+            self.last = max(self.last, last or 0)
+            if bad:
+                self.notes.append(f"{bad:,} ranges end before they begin and were left out")
+            if pid is not None:
+                found.add(pid)
+        for table in (self.schema.kernel, self.schema.memcpy, self.schema.memset, self.schema.graph_trace):
+            if table is not None:
+                found.update(
+                    row[0]
+                    for row in self.connection.execute(f"SELECT DISTINCT globalPid FROM {table.sql}")
+                    if row[0] is not None
+                )
+        (lost,) = self.connection.execute(
+            f"SELECT count(*) FROM {self.nvtx.sql} WHERE eventType IN ({kinds})"
+            f" AND {self.nvtx.pick('endGlobalTid')} IS NOT NULL AND {self.nvtx.pick('endGlobalTid')} != globalTid"
+        ).fetchone()
+        if lost:
+            self.notes.append(f"{lost:,} {CROSS_THREAD}")
+        return sorted(found)
+
+    # ------------------------------------------------------------------------------------------ one process
+
+    def _spans(self, pid: int, kinds: tuple[int, ...]) -> Iterator[Span]:
+        nvtx, exact, last = self.nvtx, self.exact, self.last
+        payload = nvtx.pick("int64Value", "uint64Value", "int32Value", "uint32Value")
+        rows = self.connection.execute(
+            f"SELECT globalTid, start, end, {nvtx.pick('textId')}, text, {nvtx.pick('domainId', default='0')},"
+            f" {nvtx.pick('category')}, {payload} FROM {nvtx.sql}"
+            f" WHERE eventType IN ({', '.join(map(str, kinds))}) AND globalTid BETWEEN ? AND ?"
+            f" AND (end IS NULL OR end >= start)"
+            f" AND ({nvtx.pick('endGlobalTid')} IS NULL OR {nvtx.pick('endGlobalTid')} = globalTid)"
+            " ORDER BY globalTid, start, coalesce(end, 9223372036854775807) DESC, rowid",
+            (pid, pid | 0xFFFFFF),
+        )
+        names: dict[Any, Name] = {}
+        tick = self.tick
+        done = 0
+        for tid, start, end, key, text, domain, category, value in rows:
+            where = (key if key is not None else text, domain, category)
+            name = names.get(where)
+            if name is None:
+                if text is None:
+                    text = self._text(key) if key is not None else ""
+                name = self._name(pid, text if exact else clean(text), domain or 0, category)
+                if len(names) > 200_000:
+                    names.clear()  # texts that never repeat
+                names[where] = name
+            if value is not None and name[1] in ("step", "request"):
+                name = Name(numbered(name[0], name[1], value), name[1], name[2])
+            done += 1
+            if tick is not None and not done & 0x3FFF:
+                tick(0x4000)
+            if end is None:
+                yield tid, start, max(last, start), name, value, True
+            else:
+                yield tid, start, end, name, value, False
+
+    def _name(self, pid: int, text: str, domain: int, category: int | None) -> Name:
+        spelled = self.domains.get((pid, domain), "")
+        named = self.categories.get((pid, domain, category)) if category is not None else None
+        return Name(text, named or infer_category(text), "" if spelled == "fxnvtx" else spelled)
+
+    def _process(self, pid: int, seen: bytearray) -> Part:
+        part = Part(str(self.path), (pid >> 24) & 0xFFFFFF)
+        part.domains = sorted({name for (owner, _), name in self.domains.items() if owner == pid})
+        graph = GraphNodes(self.connection, self.schema, pid)
+        shared = Shared(self.connection)
+        compute = Compute(self.connection)
+        filler = _Filler(self, part.tree, graph, shared, compute)
+        sweep = Sweep(part.tree, filler.launch, compute.watch)
+        calls = launches(self.connection, self.schema, pid, seen)
+        points = merge(calls, graph.points(), key=lambda p: p[:3]) if graph.captured else calls
+        sweep.run(self._spans(pid, PUSH_POP), points)
+        for op in strays(self.connection, pid, seen):
+            filler.add(part.tree.child(part.tree.root, NO_LAUNCH), op)
+        filler.replay()
+        shared.settle()
+        compute.settle(pid if self.schema.kernel else None)
+        part.tree.total()
+        part.has_gpu = filler.count > 0
+        part.operations = filler.count
+        if sweep.crossing:
+            part.notes.append(f"{sweep.crossing:,} ranges cross another one instead of lying inside it")
+        self._side(part, pid)
+        return part
+
+    def _side(self, part: Part, pid: int) -> None:
+        """Start/end ranges: they nest in nothing, so they get a tree of their own that no total counts."""
+        kinds = ", ".join(map(str, START_END))
+        (count,) = self.connection.execute(
+            f"SELECT count(*) FROM {self.nvtx.sql} WHERE eventType IN ({kinds}) AND globalTid BETWEEN ? AND ?",
+            (pid, pid | 0xFFFFFF),
+        ).fetchone()
+        if not count:
+            return
+        again = bytearray(int(self.connection.execute("SELECT count(*) FROM temp.fx_op").fetchone()[0]) + 1)
+        filler = _Filler(self, part.side, None, None, None)
+        Sweep(part.side, filler.launch).run(
+            self._spans(pid, START_END), launches(self.connection, self.schema, pid, again)
+        )
+        part.side.root.kids.pop(OUTSIDE, None)
+        part.side.total()
+
+
+class _Filler:
+    """Puts operations on tree nodes."""
+
+    def __init__(
+        self,
+        reader: _Reader,
+        tree: Tree,
+        graph: GraphNodes | None,
+        shared: Shared | None,
+        compute: Compute | None,
+    ) -> None:
+        self.reader = reader
+        self.tree = tree
+        self.graph = graph
+        self.shared = shared
+        self.compute = compute
+        self.count = 0
+        self.where: dict[int, Node] = {}  # captured graph node -> the range it was captured in
+        self.held: list[tuple[Node, int, Op]] = []
+        self.names: dict[tuple[int, int], str] = {}
+
+    def launch(self, node: Node, both: Node | None, what: list[Op] | int) -> tuple[int, int] | None:
+        if type(what) is int:
+            self.where[what] = node
+            return None
+        first = last = None
+        for op in what:  # type: ignore[union-attr]
+            if op[6] is not None and self.graph is not None:
+                self._replayed(node, op)
+            elif op[3] == GRAPH and self.graph is not None:
+                self.add(self.tree.child(node, LEVEL), op)
+            else:
+                self.add(node, op)
+            if both is not None:
+                both.gap_self += op[9]
+                both = node  # within one launch, the launch's own range holds them all
+            if first is None or op[1] < first:
+                first = op[1]
+            if last is None or op[2] > last:
+                last = op[2]
+        return (first, last)  # type: ignore[return-value]
+
+    def add(self, node: Node, op: Op) -> None:
+        """Count one operation for one node."""
+        self.count += 1
+        _row, start, end, kind, key, device, _node, size, credit, _idle, overlapping = op
+        node.gpu_sum += end - start
+        node.gpu_self += credit
+        if kind == KERNEL or kind == GRAPH:
+            node.kernels += 1
+        else:
+            node.copies += 1
+            node.copied_bytes += size
+        name = self.names.get((kind, key))
+        if name is None:
+            name = self.names[kind, key] = self._op_name(kind, key)
+        node.add_op(name, 1, end - start, credit)
+        if overlapping and self.shared is not None:
+            self.shared.add(device, start, end, credit, node)
+        if kind == COPY and self.compute is not None:
+            self.compute.copy(node, start, end)
+
+    def _replayed(self, node: Node, op: Op) -> None:
+        assert self.graph is not None and op[6] is not None
+        origin = self.graph.origin.get(op[6])
+        if origin is None:
+            self.add(self.tree.child(node, BEFORE if self.graph.known else NO_TABLE), op)
+            return
+        captured = self.where.get(origin)
+        if captured is not None:
+            self.add(place(self.tree, node, captured, BEFORE), op)
+        else:
+            # the thread that captured comes later in the sweep
+            self.held.append((node, origin, op))
+
+    def replay(self) -> None:
+        """Place what waited for the thread on which its graph was captured."""
+        for node, origin, op in self.held:
+            self.add(place(self.tree, node, self.where.get(origin), BEFORE), op)
+        self.held.clear()
+
+    def _op_name(self, kind: int, key: int) -> str:
+        if kind == KERNEL:
+            return self.reader._text(key)
+        if kind == COPY:
+            return f"[memcpy {self.reader.copy_names.get(key, key)}]"
+        return "[memset]" if kind != GRAPH else f"[CUDA graph {key}]"

@@ -1,0 +1,30 @@
+"""What one process contributed to a report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .tree import Tree
+
+__all__ = ["Part"]
+
+
+@dataclass
+class Part:
+    """One process of one capture. `side` holds start/end ranges, which no total counts."""
+
+    source: str
+    pid: int
+    rank: int | None = None
+    index: int = 0
+    tree: Tree = field(default_factory=Tree)
+    side: Tree = field(default_factory=Tree)
+    notes: list[str] = field(default_factory=list)
+    domains: list[str] = field(default_factory=list)
+    classes: dict[str, str] = field(default_factory=dict)  # label -> class of the module
+    has_gpu: bool = False
+    operations: int = 0
+
+    @property
+    def title(self) -> str:
+        return f"rank {self.rank}" if self.rank is not None else f"process {self.pid}"

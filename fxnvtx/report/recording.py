@@ -1,0 +1,66 @@
+"""Reader of fxnvtx recordings: the ranges collected inside the process."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..errors import CaptureError
+from ..recording import Range, Recording
+from .labels import Name, clean, infer_category, numbered
+from .overlap import Compute
+from .part import Part
+from .sweep import Span, Sweep
+
+__all__ = ["read_recording", "spans_of"]
+
+
+def read_recording(recording: Recording, source: str = "recording", exact: bool = False) -> Part:
+    """The tree of a recording. Launches are not in it: recordings know CPU time only."""
+    meta = recording.meta
+    part = Part(source, _number(meta.get("pid")) or 0, rank=_number(meta.get("rank")))
+    classes = meta.get("classes")
+    if isinstance(classes, dict):
+        part.classes = {str(label): str(name) for label, name in classes.items()}
+    ranges = recording.ranges
+    connection = sqlite3.connect("")
+    try:
+        compute = Compute(connection)
+        try:
+            Sweep(part.tree, lambda node, both, what: None, compute.watch).run(spans_of(ranges, exact), ())
+        except (TypeError, AttributeError) as error:
+            raise CaptureError(f"{source} is a damaged fxnvtx recording: {error}") from error
+        compute.settle(None)
+    finally:
+        connection.close()
+    part.tree.total()
+    leaked = sum(1 for item in ranges if item.leaked)
+    if leaked:
+        part.notes.append(f"{leaked:,} ranges were closed by the range around them (leaked)")
+    return part
+
+
+def spans_of(ranges: list[Range], exact: bool = False) -> Iterator[Span]:
+    """The ranges in the order a sweep wants, by thread and then start; open ones end where the recording does."""
+    last = max((item.end_ns or item.start_ns for item in ranges), default=0)
+    names: dict[tuple[str, str], Name] = {}
+    # stable: of two ranges that start together the outer one was recorded first
+    for item in sorted(ranges, key=lambda r: (r.thread_id, r.start_ns, r.depth)):
+        key = (item.label, item.category)
+        name = names.get(key)
+        if name is None:
+            text = item.label if exact else clean(item.label)
+            name = names[key] = Name(text, item.category or infer_category(text))
+        if item.payload is not None and name.category in ("step", "request"):
+            name = name._replace(text=numbered(name.text, name.category, item.payload))
+        end = last if item.end_ns is None else item.end_ns
+        yield item.thread_id, item.start_ns, end, name, item.payload, item.end_ns is None
+
+
+def load_recording(path: Path, exact: bool = False) -> Part:
+    return read_recording(Recording.load(path), str(path), exact)
+
+
+def _number(value: object) -> int | None:
+    return value if type(value) is int else None

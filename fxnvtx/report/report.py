@@ -1,0 +1,68 @@
+"""A report: what one or more captures said, as one tree, and the rows of its views."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .labels import Name
+from .part import Part
+from .tree import Node, merge_into, total
+from .views import Row, Selection, rows_of
+
+__all__ = ["Report"]
+
+
+class Report:
+    """One tree over all processes, and each process's own.
+
+    notes: what a reader should know before believing the numbers (open ranges, damaged rows, what is missing).
+    """
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.parts = list(parts)
+        self.has_gpu = any(part.has_gpu for part in self.parts)
+        self.classes: dict[str, str] = {}
+        for part in self.parts:
+            self.classes.update(part.classes)
+        if len(self.parts) == 1:
+            self.root = self.parts[0].tree.root
+            self.side = self.parts[0].side.root
+        else:
+            self.root, self.side = Node(Name("", ""), None), Node(Name("", ""), None)
+            for part in self.parts:
+                merge_into(self.root, part.tree.root)
+                merge_into(self.side, part.side.root)
+            total(self.root)
+            total(self.side)
+        self.notes = _notes(self.parts, self.root)
+
+    @property
+    def sources(self) -> list[str]:
+        return list(dict.fromkeys(part.source for part in self.parts))
+
+    def rows(
+        self,
+        by: str = "tree",
+        depth: int | None = None,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        fold: bool = False,
+        kernels: bool = False,
+        split_fused: bool = False,
+    ) -> list[Row]:
+        """The rows of one view. Raises ConfigError for a view or a pattern that has no meaning.
+
+        by: tree, request, stage, step, component, module, class, kernel or range. depth: levels of the tree, or
+        dotted parts of a module's name. include, exclude: globs on names or on paths joined by "/". fold: identical
+        blocks, steps and requests become one row. kernels: device operations as rows under their range.
+        """
+        chosen = Selection(by, depth, tuple(include), tuple(exclude), fold, kernels, split_fused)
+        return rows_of(self.root, self.side, self.parts, self.classes, chosen)
+
+
+def _notes(parts: list[Part], root: Node) -> list[str]:
+    notes = list(dict.fromkeys(note for part in parts for note in part.notes))
+    still_open = sum(node.open for node in root.walk())
+    if still_open:
+        notes.append(f"{still_open:,} ranges were still open when the capture ended; their time ends there")
+    return notes

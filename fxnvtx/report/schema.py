@@ -1,0 +1,181 @@
+"""What an Nsight Systems SQLite export holds, found by column and not by table name (2022.4 to 2026.2 differ)."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..errors import CaptureError
+
+__all__ = ["Schema", "Table", "damaged", "detect", "open_capture"]
+
+_MAGIC = b"SQLite format 3\0"
+_SMALL = 64 << 20  # bytes; files up to this size are checked page by page before they are trusted
+
+
+@dataclass(frozen=True)
+class Table:
+    name: str
+    columns: frozenset[str]
+
+    @property
+    def sql(self) -> str:
+        return '"' + self.name.replace('"', '""') + '"'
+
+    def pick(self, *names: str, default: str = "NULL") -> str:
+        """SQL for the first of these columns that has a value; `default` where the table has none of them."""
+        present = [name for name in names if name in self.columns]
+        if not present:
+            return default
+        return present[0] if len(present) == 1 else f"coalesce({', '.join(present)})"
+
+
+@dataclass
+class Schema:
+    """The tables that matter; None where the export has none."""
+
+    nvtx: Table | None = None
+    strings: Table | None = None
+    runtime: Table | None = None
+    kernel: Table | None = None
+    memcpy: Table | None = None
+    memset: Table | None = None
+    graph_nodes: Table | None = None
+    graph_trace: Table | None = None
+    tables: dict[str, Table] = field(default_factory=dict)
+
+    @property
+    def has_device_work(self) -> bool:
+        return any((self.kernel, self.memcpy, self.memset, self.graph_trace))
+
+
+# kind -> (usual name, columns that make a table one of this kind, columns that it must not have)
+_KINDS: dict[str, tuple[str, set[str], set[str]]] = {
+    "nvtx": ("NVTX_EVENTS", {"start", "end", "eventType", "globalTid", "text"}, set()),
+    "strings": ("StringIds", {"id", "value"}, set()),
+    "runtime": (
+        "CUPTI_ACTIVITY_KIND_RUNTIME",
+        {"start", "end", "globalTid", "correlationId", "nameId", "returnValue"},
+        {"nestingLevel"},
+    ),
+    "kernel": (
+        "CUPTI_ACTIVITY_KIND_KERNEL",
+        {"start", "end", "deviceId", "correlationId", "globalPid", "gridX"},
+        set(),
+    ),
+    "memcpy": ("CUPTI_ACTIVITY_KIND_MEMCPY", {"start", "end", "deviceId", "correlationId", "globalPid", "copyKind"}, set()),
+    "memset": ("CUPTI_ACTIVITY_KIND_MEMSET", {"start", "end", "deviceId", "correlationId", "globalPid", "value"}, set()),
+    "graph_nodes": ("CUDA_GRAPH_NODE_EVENTS", {"start", "globalTid", "graphNodeId", "originalGraphNodeId"}, set()),
+    "graph_trace": (
+        "CUPTI_ACTIVITY_KIND_GRAPH_TRACE",
+        {"start", "end", "deviceId", "correlationId", "globalPid", "graphId"},
+        {"gridX", "copyKind", "value"},
+    ),
+}  # fmt: skip
+
+
+@contextmanager
+def damaged(path: Path) -> Iterator[None]:
+    """Turn whatever a broken file causes while it is read into one CaptureError."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        if "locked" in str(error) or "busy" in str(error):
+            raise CaptureError(
+                f"{path} is locked: another program is writing it; wait for it, or read a copy"
+            ) from error
+        if "disk is full" in str(error) or "disk I/O" in str(error):
+            raise CaptureError(f"{path}: {error}; point SQLITE_TMPDIR to a disk with room for a copy of it") from error
+        raise CaptureError(f"{path} is damaged ({error}): export it again with `nsys export`") from error
+    except (TypeError, OverflowError, UnicodeError, ValueError) as error:
+        if isinstance(error, CaptureError):
+            raise
+        raise CaptureError(
+            f"{path} is damaged (a column holds what cannot be there: {error}): export it again with `nsys export`"
+        ) from error
+
+
+def open_capture(path: Path) -> sqlite3.Connection:
+    """Open for reading only; temporary tables go to files of their own, never into the capture."""
+    _check_header(path)
+    wal = _is_wal(path)
+    has_log = Path(f"{path}-wal").exists()
+    # a reader of a WAL database would write -shm and -wal files beside it
+    mode = "immutable=1" if wal and not has_log else "mode=ro"
+    with damaged(path):
+        connection = sqlite3.connect(f"{path.absolute().as_uri()}?{mode}", uri=True, timeout=2.0, isolation_level=None)
+        try:
+            connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
+            connection.execute("PRAGMA temp_store = FILE")
+            connection.execute("PRAGMA cache_size = -65536")
+            connection.execute("PRAGMA query_only = OFF")
+            connection.execute("PRAGMA threads = 2")
+            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            if path.stat().st_size <= _SMALL:
+                verdict = connection.execute("PRAGMA quick_check(1)").fetchone()
+                # a NULL where the schema says NOT NULL is what hand-slimmed captures have; it breaks nothing here
+                if verdict and verdict[0] != "ok" and not verdict[0].startswith(("NULL value", "non-unique", "row ")):
+                    raise sqlite3.DatabaseError(verdict[0].splitlines()[0])
+        except BaseException:
+            connection.close()
+            raise
+    return connection
+
+
+def detect(connection: sqlite3.Connection, path: Path) -> Schema:
+    """Which table is which. Raises CaptureError where nothing of Nsight Systems is there."""
+    tables: dict[str, Table] = {}
+    for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
+        if name.startswith(("ENUM_", "sqlite_")):
+            continue
+        quoted = name.replace('"', '""')
+        columns = frozenset(row[1] for row in connection.execute(f'PRAGMA table_info("{quoted}")'))
+        tables[name] = Table(name, columns)
+    schema = Schema(tables=tables)
+    for kind, (usual, needed, forbidden) in _KINDS.items():
+        fitting = [t for t in tables.values() if needed <= t.columns and not forbidden & t.columns]
+        fitting.sort(key=lambda t: (t.name != usual, t.name))
+        if kind == "strings":
+            fitting = [t for t in fitting if t.name == usual]
+        setattr(schema, kind, fitting[0] if fitting else None)
+    if schema.nvtx is None:
+        if "META_DATA_EXPORT" in tables or schema.has_device_work or "StringIds" in tables:
+            raise CaptureError(
+                f"{path} holds no NVTX ranges: record with `nsys profile --trace=nvtx,cuda ...` and check `fxnvtx doctor`"
+            )
+        raise CaptureError(f"{path} is an SQLite file, but no export of Nsight Systems")
+    return schema
+
+
+def _check_header(path: Path) -> None:
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            head = file.read(100)
+    except OSError as error:
+        raise CaptureError(f"cannot read {path}: {error.strerror or error}") from error
+    if not size:
+        raise CaptureError(f"{path} is empty: the export did not finish; run `nsys export --type sqlite` again")
+    if head[:16] != _MAGIC:
+        raise CaptureError(f"{path} is neither an SQLite export of Nsight Systems, nor a .nsys-rep, nor a recording")
+    page = int.from_bytes(head[16:18], "big")
+    page = 65536 if page == 1 else page
+    pages = int.from_bytes(head[28:32], "big") if head[24:28] == head[92:96] else 0
+    if len(head) < 100 or (page and pages * page > size):
+        raise CaptureError(
+            f"{path} is cut off: it has {size:,} bytes and says it has {pages * page:,}; copy or export it again"
+        )
+
+
+def _is_wal(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(20)[18:20] == b"\x02\x02"
+
+
+def temp_folder() -> str:
+    """Where SQLite puts temporary tables."""
+    return os.environ.get("SQLITE_TMPDIR") or os.environ.get("TMPDIR") or "/var/tmp"

@@ -1,0 +1,246 @@
+"""The one tree that every reader fills and every view reads: ranges aggregated by path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from .labels import UNKNOWN, Name
+
+__all__ = ["MAX_NODES", "Node", "Tree", "merge_into"]
+
+MAX_NODES = 500_000  # distinct paths kept per process; a capture with more says so in a row of its own
+_OVERFLOW = Name(UNKNOWN + f"more than {MAX_NODES:,} distinct ranges", "unknown")
+
+# counters that add up when two nodes become one
+SUMS = (
+    "calls",
+    "cpu",
+    "cpu_self",
+    "open",
+    "launches",
+    "kernels",
+    "copies",
+    "copied_bytes",
+    "gpu_sum",
+    "gpu_self",
+    "gpu_shared",
+    "gap_self",
+    "proj",
+    "proj_calls",
+    "overlap",
+    "resident",
+    "payload",
+)
+
+# self counters whose sums over a node and all below it are wanted, in the order of Node.below
+BELOW = ("gpu_sum", "kernels", "copies", "copied_bytes", "resident", "overlap")
+
+
+class Node:
+    """All ranges with one path. Times are nanoseconds.
+
+    calls, cpu, cpu_self: ranges, their time, their time outside their children. open: how many had no end.
+    gpu_self: device time of the operations launched right here, each instant counted once per device (for the one
+    that started first). gpu_shared: what this node's own union of operations has on top, because parts of it ran under
+    other nodes' operations. gpu_sum: plain sum of durations. gap_self: device idle time right before an operation,
+    charged to the innermost range holding this launch and the thread's launch before it. proj, proj_calls: first
+    operation's start to last one's end, summed over the ranges that launched any. resident, overlap: time of
+    residency work, and how much of it passed while kernels (or other threads' modules) ran. payload: sum of integers.
+    """
+
+    __slots__ = (
+        *SUMS,
+        "below",
+        "cpu_max",
+        "cpu_min",
+        "first",
+        "flags",
+        "gap",
+        "gpu",
+        "kids",
+        "name",
+        "ops",
+        "parent",
+    )
+
+    calls: int
+    cpu: int
+    cpu_self: int
+    open: int
+    launches: int
+    kernels: int
+    copies: int
+    copied_bytes: int
+    gpu_sum: int
+    gpu_self: int
+    gpu_shared: int
+    gap_self: int
+    proj: int
+    proj_calls: int
+    overlap: int
+    resident: int
+    payload: int
+
+    def __init__(self, name: Name, parent: Node | None) -> None:
+        self.name = name
+        self.parent = parent
+        self.kids: dict[Name, Node] = {}
+        for field in SUMS:
+            setattr(self, field, 0)
+        self.cpu_min: int | None = None
+        self.cpu_max: int | None = None
+        self.first: int | None = None
+        self.ops: dict[str, list[int]] | None = None  # operation name -> [count, sum, gpu_self]
+        self.flags: frozenset[str] = frozenset()
+        # set by total(): the sums over this node and all below it
+        self.gpu = 0
+        self.gap = 0
+        self.below: tuple[int, ...] = (0,) * len(BELOW)
+
+    def path(self) -> tuple[Name, ...]:
+        """From the outermost range to this one."""
+        found: list[Name] = []
+        node: Node | None = self
+        while node is not None and node.parent is not None:
+            found.append(node.name)
+            node = node.parent
+        return tuple(reversed(found))
+
+    def walk(self) -> Iterator[Node]:
+        """This node and all below it, parents first, siblings by their first start."""
+        todo = [self]
+        while todo:
+            node = todo.pop()
+            yield node
+            todo.extend(reversed(node.ordered()))
+
+    def ordered(self) -> list[Node]:
+        """The children by first start; rows that hold what could not be attributed last."""
+        return sorted(self.kids.values(), key=_order)
+
+    def add_op(self, name: str, count: int, duration: int, credit: int) -> None:
+        if self.ops is None:
+            self.ops = {}
+        entry = self.ops.get(name)
+        if entry is None:
+            self.ops[name] = [count, duration, credit]
+        else:
+            entry[0] += count
+            entry[1] += duration
+            entry[2] += credit
+
+    def is_unknown(self) -> bool:
+        return self.name.category == "unknown"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # a deep tree pickled by recursion would meet Python's limit
+        return _unpack, (_pack(self),)
+
+
+def _order(node: Node) -> tuple[bool, bool, int, str]:
+    return node.name.category == "unknown", node.first is None, node.first or 0, node.name.text
+
+
+class Tree:
+    """A root without a name, and how many nodes hang below it."""
+
+    def __init__(self, limit: int = MAX_NODES) -> None:
+        self.root = Node(Name("", ""), None)
+        self.size = 0
+        self.limit = limit
+
+    def child(self, parent: Node, name: Name) -> Node:
+        """The child of this name, made where there is none yet."""
+        node = parent.kids.get(name)
+        if node is None:
+            if self.size >= self.limit:
+                name = _OVERFLOW
+                if parent.name == _OVERFLOW:
+                    return parent
+                node = parent.kids.get(name)
+                if node is not None:
+                    return node
+            node = Node(name, parent)
+            parent.kids[name] = node
+            self.size += 1
+        return node
+
+    def total(self) -> None:
+        """Fill `gpu` and `gap` of every node from the self times below it, and the root's sums."""
+        total(self.root)
+
+
+def total(root: Node) -> None:
+    """Fill `gpu`, `gap` and `below` of every node below and including `root`."""
+    order = list(root.walk())
+    for node in reversed(order):
+        gpu, gap = node.gpu_self, node.gap_self
+        below = [getattr(node, field) for field in BELOW]
+        for kid in node.kids.values():
+            gpu += kid.gpu
+            gap += kid.gap
+            for index, value in enumerate(kid.below):
+                below[index] += value
+        node.gpu, node.gap, node.below = gpu, gap, tuple(below)
+    for node in order:
+        node.gpu += node.gpu_shared
+    root.cpu = sum(kid.cpu for kid in root.kids.values())
+
+
+def merge_into(target: Node, source: Node, rename: Callable[[Node], Name] | None = None) -> None:
+    """Add `source` with all below it to `target`, node by node; `rename` may make several one."""
+    todo = [(target, source)]
+    while todo:
+        into, node = todo.pop()
+        absorb(into, node)
+        for kid in node.ordered():
+            name = rename(kid) if rename else kid.name
+            mate = into.kids.get(name)
+            if mate is None:
+                mate = into.kids[name] = Node(name, into)
+            todo.append((mate, kid))
+
+
+def absorb(into: Node, node: Node) -> None:
+    """Add the counters of one node to another."""
+    for field in SUMS:
+        value = getattr(node, field)
+        if value:
+            setattr(into, field, getattr(into, field) + value)
+    if node.cpu_min is not None and (into.cpu_min is None or node.cpu_min < into.cpu_min):
+        into.cpu_min = node.cpu_min
+    if node.cpu_max is not None and (into.cpu_max is None or node.cpu_max > into.cpu_max):
+        into.cpu_max = node.cpu_max
+    if node.first is not None and (into.first is None or node.first < into.first):
+        into.first = node.first
+    if node.flags:
+        into.flags = into.flags | node.flags
+    for name, (count, duration, credit) in (node.ops or {}).items():
+        into.add_op(name, count, duration, credit)
+
+
+_STATE = (*SUMS, "below", "cpu_max", "cpu_min", "first", "flags", "gap", "gpu", "ops")
+
+
+def _pack(root: Node) -> list[tuple[Any, ...]]:
+    place = {id(root): 0}
+    packed: list[tuple[Any, ...]] = []
+    for index, node in enumerate(root.walk()):
+        place[id(node)] = index
+        above = place[id(node.parent)] if index and node.parent is not None else -1
+        packed.append((above, tuple(node.name), tuple(getattr(node, field) for field in _STATE)))
+    return packed
+
+
+def _unpack(packed: list[tuple[Any, ...]]) -> Node:
+    nodes: list[Node] = []
+    for above, name, state in packed:
+        parent = nodes[above] if above >= 0 else None
+        node = Node(Name(*name), parent)
+        for field, value in zip(_STATE, state, strict=True):
+            setattr(node, field, value)
+        if parent is not None:
+            parent.kids[node.name] = node
+        nodes.append(node)
+    return nodes[0]
