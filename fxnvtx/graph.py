@@ -67,7 +67,8 @@ def insert_ranges(
     """
     if not isinstance(graph_module, fx.GraphModule):
         raise InstrumentError(
-            f"insert_ranges takes a torch.fx.GraphModule, not {type(graph_module).__name__}; use fxnvtx.instrument(model)"
+            f"insert_ranges takes a torch.fx.GraphModule, not {type(graph_module).__name__}; "
+            "use fxnvtx.instrument(model)"
         )
     if has_ranges(graph_module):
         return graph_module
@@ -75,10 +76,9 @@ def insert_ranges(
     labels = resolve or _labels_by_selection(graph_module, name, selection)
     graph = fx.Graph(tracer_cls=getattr(graph_module.graph, "_tracer_cls", None))
     copied: dict[fx.Node, fx.Node] = {}
-    output = graph.graph_copy(graph_module.graph, copied, return_output_node=True)
-    if output is not None:
-        value, old = output
-        graph.output(value, getattr(old, "type", None)).meta = dict(old.meta)
+    value = graph.graph_copy(graph_module.graph, copied)
+    for node in graph_module.graph.find_nodes(op="output"):
+        graph.output(value, node.type).meta = dict(node.meta)
     result = fx.GraphModule(graph_module, graph, type(graph_module).__name__)
     result.meta = dict(getattr(graph_module, "meta", {}))
     result.training = graph_module.training

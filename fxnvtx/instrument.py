@@ -38,11 +38,13 @@ def instrument(
 ) -> M:
     """Give every module of `model` a range around its calls; returns the model itself.
 
-    The root's range is called `name`, else by its class; a child's `<name>.<fqn>`, or the bare FQN without a name. `path`:
-    "auto" takes the generated forward of the fx path where it is provably the same function and the hooks path
-    elsewhere, "hooks" takes only hooks, "fx" raises TraceError for a level it cannot take. `include` and `exclude`: FQN
-    globs or module types (`exclude` replaces the default, Identity and Dropout kinds). `depth`: levels of ranges
-    below the root. `shapes`: add a marker with the input shapes to every call.
+    The root's range is called `name`, else by its class; a child's `<name>.<fqn>`, or the bare FQN without a name.
+
+    path: "auto" takes the generated forward of the fx path where it is provably the same function and the hooks path
+        elsewhere, "hooks" takes only hooks, "fx" raises TraceError for a level it cannot take.
+    include, exclude: FQN globs or module types (`exclude` replaces the default, Identity and Dropout kinds).
+    depth: levels of ranges below the root.
+    shapes: add a marker with the input shapes to every call.
 
     Nothing is in the way of a call until somebody listens. Calling it again brings it up to date with the model
     (replaced children, another name or options) and is otherwise a no-op. A torch.fx.GraphModule is not changed: a copy

@@ -1,9 +1,9 @@
 """One level of a model as a generated forward: its children's ranges are pushed inline, at 0.1 us instead of 0.3.
 
-A level is one module's own forward with its children opaque. It is proven traceable (soundness.py), traced by torch.fx,
-given range nodes (graph.py), and printed as Python; then the range nodes are replaced by the two or three statements that
-they stand for. The result is used in place of the module's forward as long as `holds()` says that nothing the tracing
-rested on has changed; it reads children, parameters and buffers from the module at every call.
+A level is one module's own forward with its children opaque. It is proven traceable (soundness.py), traced by
+torch.fx, given range nodes (graph.py), and printed as Python; then the range nodes are replaced by the two or three
+statements that they stand for. The result is used in place of the module's forward as long as `holds()` says that
+nothing the tracing rested on has changed; it reads children, parameters and buffers from the module at every call.
 """
 
 from __future__ import annotations

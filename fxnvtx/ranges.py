@@ -22,9 +22,7 @@ from typing import Any, Protocol, TypeVar, cast
 
 import nvtx
 from nvtx._lib.lib import Domain as _NvtxDomain
-from nvtx._lib.lib import DomainHandle, mark
-from nvtx._lib.lib import pop_range as nvtx_pop
-from nvtx._lib.lib import push_range as nvtx_push
+from nvtx._lib.lib import DomainHandle, mark, pop_range, push_range
 
 from .errors import LabelError
 
@@ -72,11 +70,14 @@ class _Domain(_NvtxDomain):
     """
 
     def __new__(cls, name: str | None = None) -> _Domain:
-        domain = cast("_Domain", object.__new__(cls))
+        domain: _Domain = object.__new__(cls)
         domain.handle = DomainHandle(name)
         return domain
 
 
+# The cheapest way into NVTX: push(prebuilt attributes, domain handle), pop(domain handle).
+nvtx_push: Callable[[Any, Any], None] = push_range
+nvtx_pop: Callable[[Any], None] = pop_range
 domain = _Domain(DOMAIN)
 HANDLE = domain.handle
 
@@ -392,7 +393,7 @@ def _unnamed() -> list[Open | None]:
         return cast("list[Open | None]", local.unnamed)
     except AttributeError:
         local.unnamed = []
-        return local.unnamed
+        return cast("list[Open | None]", local.unnamed)
 
 
 class range:  # noqa: N801 - a context manager and decorator, spelled like a function

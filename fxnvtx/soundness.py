@@ -1,7 +1,7 @@
 """The proof that tracing one level bakes nothing in: which forwards may be replaced by a generated one.
 
-`torch.fx` runs a forward once with proxies and writes down what happened. Whatever Python decided on the way (a branch,
-a number read from self, a helper function, a default) is frozen without a word. So a level is traced only when its source
+`torch.fx` runs a forward once with proxies and writes down what happened. Whatever Python decided on the way (a
+branch, a number read from self, a helper function) is frozen without a word. So a level is traced only when its source
 is read first and found to be straight-line code over things that either stay symbolic or can be compared again at
 every call (`Facts`). Anything else is refused with the reason, and the hooks path takes the level.
 """
@@ -147,7 +147,10 @@ class _Reader:
         if name is None and not (isinstance(node.iter, ast.Name) and node.iter.id == self.self_name):
             raise Refused(f"forward loops over {ast.unparse(node.iter)}")
         container = self.module if name is None else self.module._modules.get(name)
-        if type(container) is not nn.ModuleList and type(container).__iter__ is not nn.Sequential.__iter__:  # type: ignore[attr-defined]
+        if (
+            type(container) is not nn.ModuleList
+            and getattr(type(container), "__iter__", None) is not nn.Sequential.__iter__
+        ):
             raise Refused(f"forward loops over {ast.unparse(node.iter)}, which is no ModuleList or Sequential")
         assert isinstance(container, nn.Module)
         self.facts.loops[name or ""] = tuple(container._modules)
