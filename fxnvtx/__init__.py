@@ -1,6 +1,7 @@
 """The structure of a diffusion model as NVTX ranges: eager, inside torch.compile, and in a per-layer table."""
 
 from .errors import FxnvtxError
+from .explain import Explanation, explain
 from .graph import insert_ranges
 from .hooks import DiffusionNvtxHooks
 from .instrument import instrument, set_enabled, uninstrument
@@ -9,8 +10,10 @@ from .recording import Recording, record
 
 __all__ = [
     "DiffusionNvtxHooks",
+    "Explanation",
     "FxnvtxError",
     "Recording",
+    "explain",
     "insert_ranges",
     "instrument",
     "maybe_nvtx_range",

@@ -62,7 +62,7 @@ def instrument(
     if isinstance(model, fx.GraphModule):
         copy = _graph.insert_ranges(model, name, depth=depth, include=selection.include, exclude=selection.exclude)
         return cast(M, copy)
-    model = _unwrapped(model)
+    model = unwrapped(model)
     control = Control(model, name, selection, path, bool(shapes))
     control.scan()
     choose_paths(control)
@@ -97,7 +97,7 @@ def uninstrument(model: M) -> M:
         raise InstrumentError(f"uninstrument takes a torch.nn.Module, not {type(model).__name__}")
     if isinstance(model, fx.GraphModule):
         return _graph.remove_ranges(model)  # type: ignore[return-value]
-    inner = _unwrapped(model)
+    inner = unwrapped(model)
     with lock:
         control = unregister(inner)
         if control is not None:
@@ -108,7 +108,7 @@ def uninstrument(model: M) -> M:
 def set_enabled(model: nn.Module, enabled: bool) -> None:
     """Switch the ranges of an instrumented model. Takes effect at the next outermost call of each thread; one that is
     under way goes on as it began."""
-    control = controls_of(_unwrapped(model)) if isinstance(model, nn.Module) else None
+    control = controls_of(unwrapped(model)) if isinstance(model, nn.Module) else None
     if control is None:
         raise InstrumentError(f"this {type(model).__name__} is not instrumented: call fxnvtx.instrument(model) first")
     control.set_enabled(bool(enabled))
@@ -139,7 +139,7 @@ def module_by_id(key: int) -> nn.Module | None:
     return None
 
 
-def _unwrapped(model: M) -> M:
+def unwrapped(model: M) -> M:
     """The module itself where torch.compile has wrapped it: a range around the wrapper would only double it."""
     inner = model.__dict__.get("_modules", {}).get("_orig_mod")
     return cast(M, inner) if isinstance(inner, nn.Module) and type(model).__name__ == "OptimizedModule" else model

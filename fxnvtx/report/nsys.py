@@ -172,7 +172,7 @@ class _Reader:
                 if len(names) > 200_000:
                     names.clear()  # texts that never repeat
                 names[where] = name
-            if value is not None and name[1] in ("step", "request"):
+            if value is not None and not exact and name[1] in ("step", "request"):
                 name = Name(numbered(name[0], name[1], value), name[1], name[2])
             done += 1
             if tick is not None and not done & 0x3FFF:

@@ -52,7 +52,7 @@ def spans_of(ranges: list[Range], exact: bool = False) -> Iterator[Span]:
         if name is None:
             text = item.label if exact else clean(item.label)
             name = names[key] = Name(text, item.category or infer_category(text))
-        if item.payload is not None and name.category in ("step", "request"):
+        if item.payload is not None and not exact and name.category in ("step", "request"):
             name = name._replace(text=numbered(name.text, name.category, item.payload))
         end = last if item.end_ns is None else item.end_ns
         yield item.thread_id, item.start_ns, end, name, item.payload, item.end_ns is None

@@ -145,7 +145,7 @@ def detect(connection: sqlite3.Connection, path: Path) -> Schema:
     if schema.nvtx is None:
         if "META_DATA_EXPORT" in tables or schema.has_device_work or "StringIds" in tables:
             raise CaptureError(
-                f"{path} holds no NVTX ranges: record with `nsys profile --trace=nvtx,cuda ...` and check `fxnvtx doctor`"
+                f"{path} holds no NVTX ranges: record with `nsys profile --trace=nvtx,cuda ...`, check `fxnvtx doctor`"
             )
         raise CaptureError(f"{path} is an SQLite file, but no export of Nsight Systems")
     return schema

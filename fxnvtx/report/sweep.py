@@ -50,7 +50,7 @@ class Sweep:
     def run(self, spans: Iterable[Span], points: Iterable[Point]) -> None:
         tree, root = self.tree, self.tree.root
         watch = self.watch
-        outside = [0, root, 0, None, None, 0, None, 0]
+        outside: Open = [0, root, 0, None, None, 0, None, 0]
         stack: list[Open] = []
         thread: int | None = None
         modules = 0  # how deep the stack's outermost module range lies, 0 for none
@@ -100,7 +100,7 @@ class Sweep:
                     if index < size - 1:
                         crossed = True
                         self.crossing += 1
-                parent = above[1]
+                parent: Node = above[1]
                 node = parent.kids.get(name)
                 if node is None:
                     node = tree.child(parent, name)

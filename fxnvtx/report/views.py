@@ -398,7 +398,7 @@ def _accumulate(row: Row, node: Node, whole: bool) -> None:
     row.proj += node.proj
     row.proj_calls += node.proj_calls
     row.launches += node.launches
-    for field, value in zip(BELOW, node.below, strict=True):
-        setattr(row, field, getattr(row, field) + value)
+    for counter, value in zip(BELOW, node.below, strict=True):
+        setattr(row, counter, getattr(row, counter) + value)
     if node.name.category == "residency":
         row.payload += node.payload
