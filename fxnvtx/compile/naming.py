@@ -60,10 +60,11 @@ class Binding:
             return f"{self.kind.__name__}({UNKNOWN})"
         if self.control is None:
             return self.kind.__name__
-        if self.fqn is not None and id(self.module) in self.entries:
-            return self.control.text(self.fqn)
         found = self.entries.get(id(self.module))
-        return self.control.text(found.fqn) if found is not None else None
+        if found is None:
+            return None
+        known = (found.fqn, *found.also, *found.by_parent.values())
+        return self.control.text(self.fqn if self.fqn in known else found.fqn)
 
     def below(self, path: str, hint: str, above: list[str]) -> str | None:
         """Label of the module at `path` below the anchor; None where it has none. `above`: labels around it."""

@@ -7,7 +7,9 @@ Imports neither Dynamo nor Inductor: cached code runs without them.
 
 from __future__ import annotations
 
+import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from .. import ranges as _ranges
@@ -22,6 +24,7 @@ class _Current(threading.local):
 
     call: Call | None = None
     silent: bool = False
+    unfinished: Callable[[], None] | None = None  # closes the range of a backward that is under way
 
 
 current = _Current()
@@ -122,6 +125,8 @@ class Cursor:
             close(mine.pop())
         for entry in reversed(self._base):
             close(entry)
+        if current.unfinished is not None and sys.exc_info()[0] is not None:
+            current.unfinished()
 
 
 def open_range(label: Label, owner: Any) -> Any:

@@ -1,0 +1,98 @@
+"""The callable that Dynamo gets: the compiled region, the range around it, and the range around its backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from .. import ranges as _ranges
+from ..ranges import push
+from .region import Call, Region
+from .runtime import BACKWARD, close, current
+
+__all__ = ["ranged"]
+
+
+def ranged(region: Region, compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """`compiled` with `region`'s ranges. Runs also where a CUDA graph replays the region, when no generated code runs."""
+
+    def call(*args: Any) -> Any:
+        if not _ranges.active:
+            return compiled(*args)
+        return listened(region, compiled, args)
+
+    # what torch asks of a compiled callable, without what makes Dynamo look through it
+    marks = {k: v for k, v in getattr(compiled, "__dict__", {}).items() if not k.startswith(("_torchdynamo", "__"))}
+    call.__dict__.update(marks)
+    return call
+
+
+def listened(region: Region, compiled: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    call = region.call(args)
+    before = current.call, current.silent
+    current.call, current.silent = call, call.silent
+    opened = [] if current.silent else call.open()
+    try:
+        result = compiled(*args)
+        if not current.silent and torch.is_grad_enabled():
+            for node in _backward_nodes(result):
+                Backward(call).watch(node)
+        return result
+    finally:
+        current.call, current.silent = before
+        for entry in reversed(opened):
+            close(entry)
+
+
+def _backward_nodes(result: Any) -> Iterator[Any]:
+    """The autograd node of this very call (one for all outputs; outputs that are views hide it one step back)."""
+    seen = set()
+    for tensor in result if isinstance(result, (tuple, list)) else (result,):
+        node = getattr(tensor, "grad_fn", None)
+        for candidate in (node, *(n for n, _ in getattr(node, "next_functions", ()))):
+            if candidate is not None and type(candidate).__name__ == "CompiledFunctionBackward":
+                if candidate not in seen:
+                    seen.add(candidate)
+                    yield candidate
+                break
+
+
+class Backward:
+    """The range around one call's backward, opened and closed by autograd on the thread that runs it."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self.opened: list[Any] = []
+        self.before: list[tuple[Call | None, bool]] = []
+
+    def watch(self, node: Any) -> None:
+        node.register_prehook(self.begin)
+        node.register_hook(self.end)
+
+    def begin(self, gradients: Any) -> None:
+        if current.unfinished is not None:  # a backward that failed before its generated code began
+            current.unfinished()
+        if not _ranges.active:
+            return
+        self.before.append((current.call, current.silent))
+        current.call, current.silent = self.call, self.call.silent
+        current.unfinished = self.finish
+        if not current.silent:
+            entry = push(BACKWARD)
+            if entry is not None:
+                entry.owner = self.call.control
+            self.opened = [entry, *self.call.open()]
+
+    def end(self, gradients: Any, incoming: Any) -> None:
+        self.finish()
+
+    def finish(self) -> None:
+        """Close what `begin` opened. Also called from the generated code where a kernel raised: autograd would not."""
+        current.unfinished = None
+        opened, self.opened = self.opened, []
+        for entry in reversed(opened):
+            close(entry)
+        if self.before:
+            current.call, current.silent = self.before.pop()
