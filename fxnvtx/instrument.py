@@ -208,6 +208,15 @@ def _keep_out_of_dynamos_sight() -> None:
                         hide_from_dynamo(function.__code__)
 
 
+_logged: set[str] = set()
+
+
+def log_once(key: str, text: str) -> None:
+    if key not in _logged:
+        _logged.add(key)
+        _ranges.log.warning("%s", text)
+
+
 def _silence() -> str | None:
     """Why nothing was emitted although a model is instrumented; None where there is nothing to explain."""
     known = controls()

@@ -1,0 +1,132 @@
+"""Why do I see no ranges: versions, tool, domain, compile, graphs. Says what it found and what follows."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+import click
+
+__all__ = ["Finding", "doctor_command", "findings"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at. state: "ok", "note" or "bad"."""
+
+    what: str
+    state: str
+    found: str
+    follows: str = ""
+
+
+def findings() -> Iterator[Finding]:
+    yield Finding("fxnvtx", "ok", f"{_version('fxnvtx')} on Python {platform.python_version()}")
+    yield from _torch()
+    yield from _nvtx()
+    yield from _nsys()
+    yield from _cuda()
+    yield _diffusers()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _torch() -> Iterator[Finding]:
+    import torch
+
+    parts = tuple(int(p) for p in torch.__version__.split("+")[0].split(".")[:2])
+    if (2, 11) <= parts < (2, 16):
+        yield Finding("torch", "ok", torch.__version__)
+    else:
+        yield Finding("torch", "note", torch.__version__, "tested with 2.11 to 2.15; compiled layers may not show")
+    from .compile.inductor import missing
+
+    lacking = missing()
+    if lacking:
+        yield Finding("compiled layers", "bad", lacking, "one range per compiled region is shown")
+    else:
+        yield Finding("compiled layers", "ok", "Inductor has all that the fused boundaries need")
+
+
+def _nvtx() -> Iterator[Finding]:
+    from . import ranges
+
+    if ranges.mode == "off" or os.environ.get("NVTX_DISABLE"):
+        yield Finding("listener", "bad", ranges.why_silent(), "nothing is emitted: unset the variable")
+    elif ranges.HANDLE.enabled():
+        yield Finding("listener", "ok", f"an NVTX tool listens to domain {ranges.DOMAIN!r}")
+    elif ranges.tool_attached():
+        yield Finding(
+            "listener",
+            "ok",
+            "an NVTX tool is attached, but says that the domain is disabled",
+            "Nsight Systems up to 2023.4 says so always; fxnvtx emits all the same",
+        )
+    else:
+        yield Finding(
+            "listener",
+            "note",
+            f"no NVTX tool is attached to this process (FXNVTX={ranges.mode})",
+            "run under `nsys profile --trace=nvtx`, or use fxnvtx.record()",
+        )
+    yield Finding("nvtx", "ok", _version("nvtx"))
+
+
+def _nsys() -> Iterator[Finding]:
+    from .errors import ToolError
+    from .nsys import find_nsys, nsys_version
+
+    nsys = find_nsys()
+    if nsys is None:
+        yield Finding("nsys", "note", "not on the PATH", "captures need it; everything else works without")
+        return
+    try:
+        yield Finding("nsys", "ok", nsys_version(nsys))
+    except ToolError as error:
+        yield Finding("nsys", "bad", str(error), "reinstall Nsight Systems, or use --no-nsys")
+
+
+def _cuda() -> Iterator[Finding]:
+    import torch
+
+    if not torch.cuda.is_available():
+        yield Finding("CUDA", "note", "no device", "reports show CPU time only")
+        return
+    yield Finding("CUDA", "ok", f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}")
+    yield Finding(
+        "CUDA graphs",
+        "note",
+        "replayed kernels show their layer only with --cuda-graph-trace=node and the graph's capture in the window",
+    )
+
+
+def _diffusers() -> Finding:
+    if importlib.util.find_spec("diffusers") is None:
+        return Finding("diffusers", "note", "not installed", "pip install 'fxnvtx[diffusers]' for its pipelines")
+    return Finding("diffusers", "ok", _version("diffusers"))
+
+
+@click.command("doctor")
+def doctor_command() -> None:
+    """Say why ranges may be missing: versions, tool, domain, compile, graphs."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, show_header=False)
+    mark = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "bad": "[red]bad[/]"}
+    worst = False
+    for item in findings():
+        table.add_row(mark[item.state], item.what, item.found + (f"; {item.follows}" if item.follows else ""))
+        worst = worst or item.state == "bad"
+    Console().print(table)
+    if worst:
+        raise SystemExit(1)

@@ -1,0 +1,55 @@
+"""Running a command under an installed Nsight Systems."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from .errors import ToolError
+
+__all__ = ["capture", "find_nsys", "nsys_version"]
+
+
+def find_nsys() -> str | None:
+    return shutil.which("nsys")
+
+
+def nsys_version(nsys: str) -> str:
+    """The version line of an nsys; raises ToolError where it does not run."""
+    try:
+        done = subprocess.run([nsys, "--version"], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ToolError(f"{nsys} does not run: {error}") from error
+    lines = (done.stdout or done.stderr).strip().splitlines()
+    if done.returncode or not lines:
+        raise ToolError(f"{nsys} --version failed: {lines[-1] if lines else f'exit code {done.returncode}'}")
+    return lines[-1]
+
+
+def capture(command: Sequence[str], target: Path, *, cuda: bool = False) -> Path:
+    """Run `command` under nsys; writes target.nsys-rep and target.sqlite and returns the latter.
+
+    What the command prints goes where ours goes. Raises ToolError with the last words of nsys, or the command's own
+    exit code.
+    """
+    nsys = find_nsys()
+    if nsys is None:
+        raise ToolError("nsys is not on the PATH: install NVIDIA Nsight Systems, or use --no-nsys")
+    traced = "nvtx,cuda" if cuda else "nvtx"
+    options = [f"--trace={traced}", "--sample=none", "--cpuctxsw=none", "--export=sqlite", "--force-overwrite=true"]
+    if cuda:
+        options.append("--cuda-graph-trace=node")
+    try:
+        done = subprocess.run(
+            [nsys, "profile", *options, "-o", str(target), *command], stderr=subprocess.PIPE, text=True
+        )
+    except OSError as error:
+        raise ToolError(f"{nsys} does not run: {error}") from error
+    exported = target.with_name(target.name + ".sqlite")
+    if done.returncode or not exported.is_file():
+        words = [line for line in (done.stderr or "").strip().splitlines() if line.strip()]
+        last = words[-1].strip() if words else f"exit code {done.returncode}"
+        raise ToolError(f"nsys profile failed: {last}; try again with --no-nsys")
+    return exported

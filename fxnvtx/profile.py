@@ -1,0 +1,197 @@
+"""`fxnvtx profile`: run a pipeline, show its structure, and leave recording, trace and image in a folder."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .cli import writable_folder
+from .errors import ConfigError
+
+__all__ = ["profile_command"]
+
+BUILT_IN = ("reference", "two-stage")
+
+
+@dataclass
+class Job:
+    """What to run and how: the command's options."""
+
+    pipeline: str
+    prompt: str
+    steps: int
+    seed: int
+    size: str
+    compile: bool
+    residency: dict[str, str]
+    depth: int | None
+    stages_only: bool
+    warmup: int
+    model: str | None
+
+
+@click.command("profile")
+@click.option(
+    "--pipeline",
+    default="reference",
+    show_default=True,
+    help="reference, two-stage, diffusers:<Class> or file.py:factory.",
+)
+@click.option("--prompt", default="a red fox on the moon", show_default=True)
+@click.option("--steps", type=click.IntRange(1), default=4, show_default=True, help="Denoising steps.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--size", default="tiny", show_default=True, help="Size of the reference models: tiny to xl.")
+@click.option("--compile", "compile_", is_flag=True, help="Compile the denoiser with torch.compile(backend='fxnvtx').")
+@click.option("--residency", multiple=True, metavar="COMPONENT=MODE", help="Like dit=layerwise-offload; repeatable.")
+@click.option("--depth", type=click.IntRange(0), help="Levels of modules below a component. Default: all.")
+@click.option("--stages-only", is_flag=True, help="Request, stage, loop and step ranges without layers.")
+@click.option("--warmup", type=click.IntRange(0), default=1, show_default=True, help="Requests before the one shown.")
+@click.option("--model", help="For diffusers:<Class>: a local folder to load; without it, tiny random weights.")
+@click.option(
+    "--nsys/--no-nsys", "nsys", default=None, help="Capture with Nsight Systems. Default: if it is installed."
+)
+@click.option("--rows", type=click.IntRange(1), default=60, show_default=True, help="Rows of the printed tree.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("fxnvtx-profile"), show_default=True)
+def profile_command(
+    pipeline: str,
+    prompt: str,
+    steps: int,
+    seed: int,
+    size: str,
+    compile_: bool,
+    residency: tuple[str, ...],
+    depth: int | None,
+    stages_only: bool,
+    warmup: int,
+    model: str | None,
+    nsys: bool | None,
+    rows: int,
+    output: Path,
+) -> None:
+    """Run a diffusion pipeline and show where its time went, per request, stage, step, component, block and layer."""
+    from .nsys import find_nsys
+
+    job = Job(pipeline, prompt, steps, seed, size, compile_, _residency(residency), depth, stages_only, warmup, model)
+    writable_folder(output)
+    if nsys or (nsys is None and find_nsys() is not None):
+        _under_nsys(output)
+        return
+    _in_process(job, output, rows)
+
+
+def _residency(given: tuple[str, ...]) -> dict[str, str]:
+    modes = {}
+    for item in given:
+        component, equals, mode = item.partition("=")
+        if not equals or not component or not mode:
+            raise ConfigError(f"--residency takes COMPONENT=MODE, like dit=layerwise-offload, not {item!r}")
+        modes[component] = mode
+    return modes
+
+
+def _under_nsys(output: Path) -> None:
+    """Run the same command once more as a child of nsys; the recorder and the capture then tell of the same run."""
+    import torch
+
+    from .nsys import capture
+
+    words = [word for word in sys.argv[1:] if word != "--nsys"]
+    target = output / "capture"
+    capture([sys.executable, "-m", "fxnvtx", *words, "--no-nsys"], target, cuda=torch.cuda.is_available())
+    click.echo(f"  {target}.nsys-rep   open in Nsight Systems, or: fxnvtx report {target}.sqlite")
+    click.echo("  captures hold the environment of this machine: fxnvtx report --scrub before you share one")
+
+
+def _in_process(job: Job, output: Path, rows: int) -> None:
+    from .recording import record
+    from .report import from_recording, render_text
+
+    run = _runner(job)
+    for _ in range(job.warmup):
+        run(True, None)
+    with _progress(job.steps) as on_step, record() as recording:
+        result = run(False, on_step)
+    recording.meta["pipeline"] = job.pipeline
+    click.echo(render_text(from_recording(recording), "tree", limit=rows))
+    recording.save(output / "recording.json")
+    _write_trace(recording, output / "trace.json")
+    names = ["recording.json", "trace.json", *_write_picture(result, output)]
+    click.echo(f"wrote {', '.join(names)} to {output}/")
+    click.echo(f"  the whole table: fxnvtx report {output}/recording.json")
+
+
+@contextmanager
+def _progress(steps: int) -> Iterator[Callable[[int, int], None]]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("denoising", total=steps)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _write_trace(recording: Any, path: Path) -> None:
+    from .report import chrome
+
+    chrome.write(recording, path)
+
+
+def _write_picture(result: Any, output: Path) -> list[str]:
+    """Image or video as PNG; what another pipeline returned is not ours to interpret."""
+    from .models import write_apng, write_png
+
+    if getattr(result, "video", None) is not None:
+        write_apng(output / "video.png", result.video)
+        return ["video.png"]
+    if getattr(result, "image", None) is not None:
+        write_png(output / "image.png", result.image)
+        return ["image.png"]
+    return []
+
+
+# ------------------------------------------------------------------------------------------------ what to run
+
+Run = Callable[[bool, Callable[[int, int], None] | None], Any]
+
+
+def _runner(job: Job) -> Run:
+    """(is_warmup, on_step) -> result, for each kind of --pipeline."""
+    if job.pipeline in BUILT_IN:
+        return _built_in(job)
+    if job.residency or job.stages_only:
+        raise ConfigError(f"--residency and --stages-only are for {' and '.join(BUILT_IN)}, not {job.pipeline}")
+    if job.pipeline.startswith("diffusers:"):
+        from .integrations.diffusers import runner
+
+        return runner(job.pipeline.partition(":")[2], job)
+    from .launch import factory_runner
+
+    path, colon, factory = job.pipeline.rpartition(":")
+    if not colon or not path.endswith(".py"):
+        raise ConfigError(
+            f"--pipeline {job.pipeline!r} is unknown: use {', '.join(BUILT_IN)}, diffusers:<Class> or file.py:factory"
+        )
+    return factory_runner(Path(path), factory, job)
+
+
+def _built_in(job: Job) -> Run:
+    from . import pipeline
+
+    args = pipeline.ServerArgs.from_kwargs(
+        enable_layerwise_nvtx_marker=not job.stages_only,
+        enable_stage_nvtx_marker=True,
+        nvtx_depth=job.depth,
+        residency=job.residency,
+    )
+    built = pipeline.build(job.pipeline, args, size=job.size, compile=job.compile)
+
+    def run(is_warmup: bool, on_step: Callable[[int, int], None] | None) -> Any:
+        return built.generate(job.prompt, steps=job.steps, seed=job.seed, is_warmup=is_warmup, on_step=on_step)
+
+    return run
