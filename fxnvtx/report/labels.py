@@ -6,7 +6,7 @@ import re
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-__all__ = ["UNKNOWN", "Name", "clean", "fold", "fused_owners", "infer_category", "numbered"]
+__all__ = ["UNKNOWN", "Name", "clean", "fold", "fused_owners", "infer_category", "is_module", "numbered"]
 
 UNKNOWN = "cannot attribute: "
 
@@ -52,6 +52,16 @@ def infer_category(text: str) -> str:
         if pattern.match(text):
             return category
     return "range"
+
+
+_KNOWN = {"request", "stage", "loop", "step", "module", "op", "residency", "compile", "range", "unknown"}
+
+
+def is_module(name: Name) -> bool:
+    """Whether a range stands for a module (or an operator) of a model. Categories that fxnvtx does not know, such as
+    another program's "layer", are judged by the text."""
+    category = name.category if name.category in _KNOWN else infer_category(name.text)
+    return category in ("module", "op")
 
 
 def numbered(text: str, category: str, payload: Any) -> str:

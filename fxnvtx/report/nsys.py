@@ -36,12 +36,12 @@ def read_sqlite(
     try:
         with damaged(path):
             schema = detect(connection, path)
-            return _Reader(connection, schema, path, exact, tick).read(rank)
+            return Reader(connection, schema, path, exact, tick).read(rank)
     finally:
         connection.close()
 
 
-class _Reader:
+class Reader:
     def __init__(
         self,
         connection: sqlite3.Connection,
@@ -65,7 +65,7 @@ class _Reader:
         self.last = 0
 
     def read(self, rank: int | None) -> list[Part]:
-        pids = self._processes()
+        pids = self.processes()
         count = stage(self.connection, self.schema)
         seen = bytearray(count + 1)
         if self.schema.has_device_work and count and self.schema.runtime is None:
@@ -85,11 +85,11 @@ class _Reader:
 
     def _enum(self, table: str) -> dict[int, str]:
         try:
-            return {key: label for key, label in self.connection.execute(f"SELECT id, label FROM {table}")}
+            return dict(self.connection.execute(f"SELECT id, label FROM {table}").fetchall())
         except sqlite3.OperationalError:
             return {}
 
-    def _text(self, key: int) -> str:
+    def text(self, key: int) -> str:
         text = self.texts.get(key)
         if text is None:
             row = None
@@ -109,7 +109,7 @@ class _Reader:
         ):
             if tid is None:
                 continue
-            name = text if text is not None else self._text(key) if key is not None else ""
+            name = text if text is not None else self.text(key) if key is not None else ""
             pid = tid & ~0xFFFFFF
             if kind == 75:
                 domains[pid, domain or 0] = name
@@ -117,7 +117,7 @@ class _Reader:
                 categories[pid, domain or 0, category] = name
         return domains, categories
 
-    def _processes(self) -> list[int]:
+    def processes(self) -> list[int]:
         """Every process with a range or an operation, and what is wrong with their rows."""
         kinds = ", ".join(map(str, PUSH_POP + START_END))
         found: set[int] = set()
@@ -147,7 +147,7 @@ class _Reader:
 
     # ------------------------------------------------------------------------------------------ one process
 
-    def _spans(self, pid: int, kinds: tuple[int, ...]) -> Iterator[Span]:
+    def spans(self, pid: int, kinds: tuple[int, ...]) -> Iterator[Span]:
         nvtx, exact, last = self.nvtx, self.exact, self.last
         payload = nvtx.pick("int64Value", "uint64Value", "int32Value", "uint32Value")
         rows = self.connection.execute(
@@ -161,26 +161,52 @@ class _Reader:
         )
         names: dict[Any, Name] = {}
         tick = self.tick
-        done = 0
-        for tid, start, end, key, text, domain, category, value in rows:
+        for done, (tid, start, end, key, text, domain, category, value) in enumerate(rows, 1):
             where = (key if key is not None else text, domain, category)
             name = names.get(where)
             if name is None:
                 if text is None:
-                    text = self._text(key) if key is not None else ""
+                    text = self.text(key) if key is not None else ""
                 name = self._name(pid, text if exact else clean(text), domain or 0, category)
                 if len(names) > 200_000:
                     names.clear()  # texts that never repeat
                 names[where] = name
             if value is not None and not exact and name[1] in ("step", "request"):
                 name = Name(numbered(name[0], name[1], value), name[1], name[2])
-            done += 1
             if tick is not None and not done & 0x3FFF:
                 tick(0x4000)
             if end is None:
                 yield tid, start, max(last, start), name, value, True
             else:
                 yield tid, start, end, name, value, False
+
+    def device_work(self, pid: int) -> Iterator[tuple[int, int, int, int, str]]:
+        """(device, stream, start, end, name) of every operation, by device, stream and start."""
+        sources = []
+        for kind, table in enumerate((self.schema.kernel, self.schema.memcpy, self.schema.memset)):
+            if table is not None:
+                name = (table.pick("demangledName", "shortName"), "copyKind", "0")[kind]
+                sources.append(
+                    f"SELECT deviceId AS device, {table.pick('streamId', default='0')} AS stream, start, end,"
+                    f" {kind} AS kind, {name} AS name FROM {table.sql} WHERE globalPid = {pid} AND end >= start"
+                )
+        if not sources:
+            return
+        names: dict[tuple[int, int], str] = {}
+        for device, stream, start, end, kind, key in self.connection.execute(
+            " UNION ALL ".join(sources) + " ORDER BY device, stream, start"
+        ):
+            if (kind, key) not in names:
+                names[kind, key] = self.operation(kind, key)
+            yield device, stream, start, end, names[kind, key]
+
+    def operation(self, kind: int, key: int) -> str:
+        """What an operation is called: the kernel's name, or the kind of copy."""
+        if kind == KERNEL:
+            return self.text(key)
+        if kind == COPY:
+            return f"[memcpy {self.copy_names.get(key, key)}]"
+        return "[memset]" if kind != GRAPH else f"[CUDA graph {key}]"
 
     def _name(self, pid: int, text: str, domain: int, category: int | None) -> Name:
         spelled = self.domains.get((pid, domain), "")
@@ -197,7 +223,7 @@ class _Reader:
         sweep = Sweep(part.tree, filler.launch, compute.watch)
         calls = launches(self.connection, self.schema, pid, seen)
         points = merge(calls, graph.points(), key=lambda p: p[:3]) if graph.captured else calls
-        sweep.run(self._spans(pid, PUSH_POP), points)
+        sweep.run(self.spans(pid, PUSH_POP), points)
         for op in strays(self.connection, pid, seen):
             filler.add(part.tree.child(part.tree.root, NO_LAUNCH), op)
         filler.replay()
@@ -223,7 +249,7 @@ class _Reader:
         again = bytearray(int(self.connection.execute("SELECT count(*) FROM temp.fx_op").fetchone()[0]) + 1)
         filler = _Filler(self, part.side, None, None, None)
         Sweep(part.side, filler.launch).run(
-            self._spans(pid, START_END), launches(self.connection, self.schema, pid, again)
+            self.spans(pid, START_END), launches(self.connection, self.schema, pid, again)
         )
         part.side.root.kids.pop(OUTSIDE, None)
         part.side.total()
@@ -234,7 +260,7 @@ class _Filler:
 
     def __init__(
         self,
-        reader: _Reader,
+        reader: Reader,
         tree: Tree,
         graph: GraphNodes | None,
         shared: Shared | None,
@@ -277,14 +303,14 @@ class _Filler:
         _row, start, end, kind, key, device, _node, size, credit, _idle, overlapping = op
         node.gpu_sum += end - start
         node.gpu_self += credit
-        if kind == KERNEL or kind == GRAPH:
+        if kind in (KERNEL, GRAPH):
             node.kernels += 1
         else:
             node.copies += 1
             node.copied_bytes += size
         name = self.names.get((kind, key))
         if name is None:
-            name = self.names[kind, key] = self._op_name(kind, key)
+            name = self.names[kind, key] = self.reader.operation(kind, key)
         node.add_op(name, 1, end - start, credit)
         if overlapping and self.shared is not None:
             self.shared.add(device, start, end, credit, node)
@@ -292,8 +318,8 @@ class _Filler:
             self.compute.copy(node, start, end)
 
     def _replayed(self, node: Node, op: Op) -> None:
-        assert self.graph is not None and op[6] is not None
-        origin = self.graph.origin.get(op[6])
+        assert self.graph is not None
+        origin = self.graph.origin.get(op[6])  # type: ignore[arg-type]
         if origin is None:
             self.add(self.tree.child(node, BEFORE if self.graph.known else NO_TABLE), op)
             return
@@ -309,10 +335,3 @@ class _Filler:
         for node, origin, op in self.held:
             self.add(place(self.tree, node, self.where.get(origin), BEFORE), op)
         self.held.clear()
-
-    def _op_name(self, kind: int, key: int) -> str:
-        if kind == KERNEL:
-            return self.reader._text(key)
-        if kind == COPY:
-            return f"[memcpy {self.reader.copy_names.get(key, key)}]"
-        return "[memset]" if kind != GRAPH else f"[CUDA graph {key}]"

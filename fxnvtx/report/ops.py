@@ -51,7 +51,7 @@ def stage(connection: sqlite3.Connection, schema: Schema) -> int:
     if schema.graph_trace:
         sources.append(_source(schema.graph_trace, GRAPH, "graphId", "0").replace("graphNodeId AS", "NULL AS"))
     # the types matter: without them SQLite would not use the index in the join with the calls
-    columns = "corr pid device start end kind name node size credit idle shared".split()
+    columns = ("corr", "pid", "device", "start", "end", "kind", "name", "node", "size", "credit", "idle", "shared")
     connection.execute(f"CREATE TEMP TABLE fx_op ({', '.join(f'{column} INTEGER' for column in columns)})")
     if not sources:
         return 0
@@ -113,6 +113,8 @@ def launches(
 
 def strays(connection: sqlite3.Connection, pid: int, seen: bytearray) -> Iterator[Op]:
     """Operations of one process that no recorded call launched."""
+    if sum(seen) == len(seen) - 1:
+        return
     for row in connection.execute(f"SELECT {_OP} FROM temp.fx_op AS o WHERE pid = ?", (pid,)):
         if not seen[row[0]]:
             yield Op._make(row)

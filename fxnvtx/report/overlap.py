@@ -129,22 +129,15 @@ class Compute:
             ).fetchone()
             kernels = row is not None
         for thread in self._moves.distinct("thread"):
-            moves = (
-                (start, end, node)
-                for _thread, start, end, node in self._moves.sorted_by("start", where="WHERE thread = ?", values=(thread,))
-            )  # fmt: skip
+            rows = self._moves.sorted_by("start", where="WHERE thread = ?", values=(thread,))
+            moves = ((start, end, node) for _thread, start, end, node in rows)
             if kernels:
                 compute: Iterable[tuple[int, int]] = self._connection.execute(
                     "SELECT start, end FROM temp.fx_op WHERE pid = ? AND kind IN (0, 3) ORDER BY start", (pid,)
                 )
             else:
-                compute = (
-                    (start, end)
-                    for _thread, start, end in self._modules.sorted_by(
-                        "start", where="WHERE thread != ?", values=(thread,)
-                    )
-                )
-            moves = list(moves) if not kernels and not len(self._modules) else moves  # type: ignore[assignment]
+                others = self._modules.sorted_by("start", where="WHERE thread != ?", values=(thread,))
+                compute = ((start, end) for _thread, start, end in others)
             self._settle_one(moves, compute)
         self._moves.drop()
         self._modules.drop()

@@ -67,15 +67,23 @@ _KINDS: dict[str, tuple[str, set[str], set[str]]] = {
         {"start", "end", "deviceId", "correlationId", "globalPid", "gridX"},
         set(),
     ),
-    "memcpy": ("CUPTI_ACTIVITY_KIND_MEMCPY", {"start", "end", "deviceId", "correlationId", "globalPid", "copyKind"}, set()),
-    "memset": ("CUPTI_ACTIVITY_KIND_MEMSET", {"start", "end", "deviceId", "correlationId", "globalPid", "value"}, set()),
+    "memcpy": (
+        "CUPTI_ACTIVITY_KIND_MEMCPY",
+        {"start", "end", "deviceId", "correlationId", "globalPid", "copyKind"},
+        set(),
+    ),
+    "memset": (
+        "CUPTI_ACTIVITY_KIND_MEMSET",
+        {"start", "end", "deviceId", "correlationId", "globalPid", "value"},
+        {"copyKind"},
+    ),
     "graph_nodes": ("CUDA_GRAPH_NODE_EVENTS", {"start", "globalTid", "graphNodeId", "originalGraphNodeId"}, set()),
     "graph_trace": (
         "CUPTI_ACTIVITY_KIND_GRAPH_TRACE",
         {"start", "end", "deviceId", "correlationId", "globalPid", "graphId"},
         {"gridX", "copyKind", "value"},
     ),
-}  # fmt: skip
+}
 
 
 @contextmanager

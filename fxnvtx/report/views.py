@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from statistics import median
 
 from ..errors import ConfigError
-from .labels import Name, fold, fused_owners
+from .labels import Name, fold, fused_owners, is_module
 from .part import Part
 from .split import split_fused
 from .tree import BELOW, Node, merge_into, total
@@ -293,19 +293,16 @@ def _key_function(classes: dict[str, str], chosen: Selection) -> Callable[[Node]
     if by in {"request", "stage", "step"}:
         return lambda node: shown(node.name) if node.name.category == by else None
 
-    def is_module(node: Node) -> bool:
-        return node.name.category in ("module", "op")
-
     if by == "component":
 
         def component(node: Node) -> str | None:
             if node.is_unknown():
                 return node.name.text
             above = node.parent
-            if not is_module(node):
+            if not is_module(node.name):
                 return None
             while above is not None:
-                if is_module(above):
+                if is_module(above.name):
                     return None
                 above = above.parent
             return shown(node.name)
@@ -316,7 +313,7 @@ def _key_function(classes: dict[str, str], chosen: Selection) -> Callable[[Node]
         def class_of(node: Node) -> str | None:
             if node.is_unknown():
                 return node.name.text
-            if not is_module(node):
+            if not is_module(node.name):
                 return None
             return classes.get(_bare(node.name.text), NO_CLASS)
 
@@ -325,7 +322,7 @@ def _key_function(classes: dict[str, str], chosen: Selection) -> Callable[[Node]
     def module(node: Node) -> str | None:
         if node.is_unknown():
             return node.name.text
-        if not is_module(node) or fused_owners(node.name.text):
+        if not is_module(node.name) or fused_owners(node.name.text):
             return None
         text = shown(node.name)
         if chosen.depth is not None:

@@ -1,0 +1,90 @@
+"""A report as CSV (RFC 4180): one line per row, times in nanoseconds, paths joined by "/"."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+
+from .report import Report
+from .views import Row
+
+__all__ = ["COLUMNS", "render_csv"]
+
+COLUMNS = (
+    "path",
+    "name",
+    "depth",
+    "kind",
+    "category",
+    "calls",
+    "cpu_ns",
+    "cpu_self_ns",
+    "gpu_ns",
+    "gpu_self_ns",
+    "gpu_sum_ns",
+    "kernels",
+    "copies",
+    "copied_bytes",
+    "gap_ns",
+    "proj_ns",
+    "resident_ns",
+    "overlap_ns",
+    "share",
+    "each_min_ns",
+    "each_median_ns",
+    "each_max_ns",
+    "skew",
+    "fused",
+    "flags",
+)
+
+
+def render_csv(
+    report: Report,
+    by: str = "tree",
+    depth: int | None = None,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    fold: bool = False,
+    kernels: bool = False,
+    split_fused: bool = False,
+) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\r\n")
+    writer.writerow(COLUMNS)
+    for row in report.rows(by, depth, include, exclude, fold, kernels, split_fused):
+        writer.writerow(_line(row))
+    return out.getvalue()
+
+
+def _line(row: Row) -> list[object]:
+    each = row.each
+    return [
+        "/".join(row.path),
+        row.name,
+        row.depth,
+        row.kind,
+        row.category,
+        row.calls,
+        row.cpu,
+        row.cpu_self,
+        row.gpu,
+        row.gpu_self,
+        row.gpu_sum,
+        row.kernels,
+        row.copies,
+        row.copied_bytes,
+        row.gap,
+        row.proj,
+        row.resident,
+        row.overlap,
+        f"{row.share:.6f}",
+        each.low if each else "",
+        each.middle if each else "",
+        each.high if each else "",
+        f"{row.skew:.6f}" if row.skew is not None else "",
+        "; ".join(row.fused),
+        "; ".join(row.flags),
+    ]

@@ -1,0 +1,57 @@
+"""A report as JSON: documented, versioned, for programs.
+
+    {"format": "fxnvtx-report", "version": 1, "unit": "ns", "by": the view, "gpu": was device work recorded,
+     "sources": [file], "ranks": [title of every process], "notes": [text], "rows": [row]}
+
+A row: name, path (list of names from the outermost range), depth, kind (range, kernel, unknown, summary, side),
+category, calls, cpu, cpu_self, cpu_min, cpu_max, gpu, gpu_self, gpu_sum, kernels, copies, copied_bytes, launches, gap, proj, proj_calls,
+resident, overlap, payload, open, share (0 to 1), each (null, or count, low, middle, high), ranks (title -> ns), skew (null, or 0 to 1), fused (list of owners), flags ("replayed", "estimate"). views.Row and tree.Node define them.
+A change that takes a field away or changes its meaning raises `version`; new fields do not.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from .report import Report
+from .views import Row
+
+__all__ = ["FORMAT", "VERSION", "document", "render_json", "row_fields"]
+
+FORMAT, VERSION = "fxnvtx-report", 1
+
+
+def row_fields(row: Row) -> dict[str, Any]:
+    return {**asdict(row), "skew": row.skew}
+
+
+def document(report: Report, rows: list[Row], by: str) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "unit": "ns",
+        "by": by,
+        "gpu": report.has_gpu,
+        "sources": report.sources,
+        "ranks": [part.title for part in report.parts],
+        "notes": report.notes,
+        "rows": [row_fields(row) for row in rows],
+    }
+
+
+def render_json(
+    report: Report,
+    by: str = "tree",
+    depth: int | None = None,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    fold: bool = False,
+    kernels: bool = False,
+    split_fused: bool = False,
+) -> str:
+    rows = report.rows(by, depth, include, exclude, fold, kernels, split_fused)
+    return json.dumps(document(report, rows, by), ensure_ascii=False, indent=1) + "\n"

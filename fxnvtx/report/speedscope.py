@@ -1,0 +1,114 @@
+"""speedscope's file format: one evented profile per thread and device."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TextIO
+
+from ..recording import Recording
+from .chrome import Source
+from .instances import Process, nested, processes
+from .output import writing
+
+__all__ = ["write"]
+
+SCHEMA = "https://www.speedscope.app/file-format-schema.json"
+
+
+def write(source: Source | Sequence[Source], path: str | os.PathLike[str]) -> Path:
+    """Write a recording or captures to `path`; returns the path. Times are nanoseconds. Of device operations that
+    overlap on a device the later one is cut, because a profile is one stack. Raises CaptureError, OutputError."""
+    sources = list(source) if isinstance(source, (list, tuple)) else [source]
+    frames: dict[str, int] = {}
+    with writing(path) as file:
+        file.write(f'{{"$schema": "{SCHEMA}", "exporter": "fxnvtx", "profiles": [\n')
+        profiles = _Profiles(file, frames)
+        for one in sources:
+            with ExitStack() as files:
+                whole = one if isinstance(one, Recording) else Path(one)  # type: ignore[arg-type]
+                for process in processes(whole, files):
+                    _threads(process, profiles)
+                    _devices(process, profiles)
+        profiles.close()
+        # last, because only now all frames are known; the order of keys is free
+        file.write('\n], "shared": {"frames": ')
+        json.dump([{"name": name} for name in frames], file, ensure_ascii=False)
+        file.write("}}\n")
+    return Path(path)
+
+
+class _Profiles:
+    def __init__(self, file: TextIO, frames: dict[str, int]) -> None:
+        self._file = file
+        self._frames = frames
+        self._open = False
+        self._any = False
+        self._events = 0
+        self._start = self._end = 0
+
+    def begin(self, name: str, start: int) -> None:
+        self.close()
+        self._file.write(",\n" if self._any else "")
+        self._file.write(f'{{"type": "evented", "unit": "nanoseconds", "name": {json.dumps(name)}, "events": [')
+        self._any = self._open = True
+        self._events = 0
+        self._start = self._end = start
+
+    def event(self, opens: bool, name: str, at: int) -> None:
+        frame = self._frames.setdefault(name, len(self._frames))
+        comma = ",\n" if self._events else ""
+        self._file.write(f'{comma}{{"type": "{"O" if opens else "C"}", "frame": {frame}, "at": {at}}}')
+        self._events += 1
+        self._end = max(self._end, at)
+
+    def close(self) -> None:
+        if self._open:
+            self._file.write(f'], "startValue": {self._start}, "endValue": {self._end}}}')
+            self._open = False
+
+
+def _threads(process: Process, profiles: _Profiles) -> None:
+    now: int | None = None
+    for thread, opens, time, span in nested(process.spans()):
+        if thread != now:
+            now = thread
+            profiles.begin(f"{process.title}, thread {thread & 0xFFFFFF}", time)
+        profiles.event(opens, span[3].text, time)
+
+
+def _devices(process: Process, profiles: _Profiles) -> None:
+    for device, stream, work in _streams(process):
+        now: int | None = None
+        for start, end, name in work:
+            if now is None:
+                profiles.begin(f"{process.title}, GPU {device} stream {stream}", start)
+                now = start
+            start = max(start, now)
+            if end > start:
+                profiles.event(True, name, start)
+                profiles.event(False, name, end)
+                now = end
+
+
+def _streams(process: Process) -> Iterator[tuple[int, int, Iterator[tuple[int, int, str]]]]:
+    """The operations stream by stream. Each must be used up before the next."""
+    rows = process.work()
+    row = next(rows, None)
+    while row is not None:
+        device, stream = row[0], row[1]
+
+        def one(first: tuple[int, int, int, int, str] = row) -> Iterator[tuple[int, int, str]]:
+            nonlocal row
+            row = None
+            yield first[2], first[3], first[4]
+            for item in rows:
+                if item[:2] != first[:2]:
+                    row = item
+                    return
+                yield item[2], item[3], item[4]
+
+        yield device, stream, one()
