@@ -12,8 +12,7 @@ from .lora import set_lora_scale
 from .scheduler import FlowMatchEulerScheduler
 from .tiles import join_tiles, plan_tiles
 
-TILE = (4, 16, 16)  # of a video latent: frames, rows, columns
-HALO = (1, 2, 2)
+HALO = (1, 2, 2)  # latent points around a tile of a video: frames, rows, columns
 REFINE_START = 0.9  # noise level at which the second stage starts
 
 
@@ -33,7 +32,7 @@ def generate(
     `seed` is that of the noise. `models` (from `build`) are used where given, else built from `size` with seed 0.
     """
     models = models or build(size)
-    side = models.size.image // models.vae.scale
+    side = models.size.image // models.vae.scale[0]
     latent = noise((1, IMAGE_LATENT_CHANNELS, side, side), seed, like=models.dit)
     text = models.text_encoder(_tokens(models, prompt))
     blank = models.text_encoder(_tokens(models, negative_prompt))
@@ -74,7 +73,7 @@ def generate_video(
     finally:
         set_lora_scale(models.refiner, 0.0)
 
-    tiles = plan_tiles(latent.shape[2:], tile=TILE, halo=HALO)
+    tiles = plan_tiles(latent.shape[2:], tile=models.size.tile, halo=HALO)
     parts = [models.vae.decode(latent[tile.read]) for tile in tiles]
     return to_uint8(join_tiles(parts, tiles, models.vae.scale))[0]
 

@@ -9,7 +9,11 @@ from ..errors import ConfigError
 
 @dataclass(frozen=True)
 class ModelSize:
-    """One row of the table. `image` and `video` are the default outputs, in pixels: side; frames and side."""
+    """One row of the table.
+
+    `image` and `video` are what it generates, in pixels: side; frames and side. `tile` is the piece of a video latent
+    that is decoded at a time: frames, rows, columns.
+    """
 
     depth: int
     dim: int
@@ -22,15 +26,16 @@ class ModelSize:
     video_channels: tuple[int, ...]
     image: int
     video: tuple[int, int]
+    tile: tuple[int, int, int]
 
 
 _SD_VAE = (128, 256, 512, 512)
 SIZES: dict[str, ModelSize] = {
-    "tiny": ModelSize(2, 64, 4, 1, 32, 2, (8, 16, 16, 16), 4, (8, 8, 16, 16), 64, (8, 64)),
-    "small": ModelSize(12, 384, 6, 4, 256, 4, (32, 64, 128, 128), 32, (16, 32, 64, 64), 256, (16, 128)),
-    "base": ModelSize(12, 768, 12, 6, 512, 8, _SD_VAE, 32, (32, 64, 128, 128), 256, (16, 256)),
-    "large": ModelSize(24, 1024, 16, 12, 768, 12, _SD_VAE, 32, (64, 128, 256, 256), 256, (32, 256)),
-    "xl": ModelSize(28, 1152, 16, 12, 768, 12, _SD_VAE, 32, (128, 256, 512, 512), 256, (32, 512)),
+    "tiny": ModelSize(2, 64, 4, 1, 32, 2, (8, 16, 16, 16), 4, (8, 8, 16, 16), 64, (8, 64), (2, 4, 4)),
+    "small": ModelSize(12, 384, 6, 4, 256, 4, (32, 64, 128, 128), 32, (16, 32, 64, 64), 256, (16, 128), (4, 8, 8)),
+    "base": ModelSize(12, 768, 12, 6, 512, 8, _SD_VAE, 32, (32, 64, 128, 128), 256, (16, 256), (4, 16, 16)),
+    "large": ModelSize(24, 1024, 16, 12, 768, 12, _SD_VAE, 32, (64, 128, 256, 256), 256, (32, 256), (4, 16, 16)),
+    "xl": ModelSize(28, 1152, 16, 12, 768, 12, _SD_VAE, 32, (128, 256, 512, 512), 256, (32, 512), (4, 32, 32)),
 }
 
 

@@ -170,7 +170,7 @@ class VAE(nn.Module):
     def __init__(self, *, latent: int, channels: Sequence[int], layers: int = 2, groups: int = 32) -> None:
         super().__init__()
         self.latent_channels = latent
-        self.scale = 2 ** (len(channels) - 1)
+        self.scale = (2 ** (len(channels) - 1),) * 2
         self.encoder = Encoder(2 * latent, channels, layers, groups)
         self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1)
         self.post_quant_conv = nn.Conv2d(latent, latent, 1)

@@ -75,6 +75,18 @@ def test_everything_given_matters_and_rows_of_a_batch_do_not_mix() -> None:
     assert torch.allclose(alone, reference[1:], atol=1e-5)
 
 
+def test_the_output_at_a_patch_belongs_to_the_latent_at_that_patch() -> None:
+    dit, (latent, *rest) = SAMPLES["dit"]()
+    for block in dit.blocks:  # gates at zero: no block moves anything between patches
+        nn.init.zeros_(block.adaLN_modulation[1].weight)
+    latent.requires_grad_()
+    dit(latent, *rest)[1, :, 2:4, 4:6].sum().backward()
+    touched = latent.grad[1].abs().sum(0) > 0
+    assert touched[2:4, 4:6].all()
+    assert touched.sum() == 4
+    assert not latent.grad[0].any()
+
+
 def test_timestep_projection_is_the_published_one_in_float32_whatever_the_model() -> None:
     timestep = torch.tensor([0.0, 1.0, 999.0])
     angle = timestep[:, None].double() * 10000.0 ** (-torch.arange(128, dtype=torch.float64) / 128)

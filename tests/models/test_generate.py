@@ -95,6 +95,16 @@ def test_weights_come_from_the_seed(make: object) -> None:
         assert all(p.isfinite().all() for p in module.parameters())
 
 
+def test_the_video_is_decoded_in_tiles() -> None:
+    models = build_video()
+    shapes = []
+    models.vae.decoder.register_forward_pre_hook(lambda m, a: shapes.append(tuple(a[0].shape[2:])))
+    generate_video("a cat", 1, models=models)
+    assert (
+        shapes == [(2, 6, 6)] * 4
+    )  # tiles of 2 x 4 x 4 out of 2 x 8 x 8, each with 2 points around where there are any
+
+
 def test_components_do_not_share_their_numbers() -> None:
     models = build_video()
     assert not torch.equal(models.dit.blocks[0].mlp.fc1.weight, models.refiner.blocks[0].mlp.fc1.weight)

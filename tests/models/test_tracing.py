@@ -65,8 +65,27 @@ def test_every_level_traces_to_the_same_function(sample: Any) -> None:
 @torch.no_grad()
 def test_dynamo_takes_the_whole_model_as_one_graph(sample: Any) -> None:
     model, args = sample
-    torch._dynamo.reset()
-    assert equal(torch.compile(model, backend="eager", fullgraph=True)(*args), model(*args))
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert equal(compiled(*args), model(*args))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["dit", "vae"])
+def test_dynamo_needs_one_graph_for_all_sizes(kind: str) -> None:
+    model, args = SAMPLES[kind]()
+    torch.compiler.reset()
+    graphs: list[fx.GraphModule] = []
+
+    def count(graph: fx.GraphModule, _: object) -> fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(model, backend=count, fullgraph=True, dynamic=True)
+    for copies in (5, 7):  # no other size of these samples: Dynamo takes equal sizes for the same one
+        batch = tuple(torch.cat([a] * copies) for a in args)
+        assert equal(compiled(*batch), model(*batch))
+    assert len(graphs) == 1
 
 
 @torch.no_grad()

@@ -38,7 +38,7 @@ def test_video_shapes() -> None:
 @torch.no_grad()
 def test_number_of_levels_sets_the_scale() -> None:
     vae = VAE(latent=2, channels=(4, 8), groups=2)
-    assert vae.scale == 2
+    assert vae.scale == (2, 2)
     assert vae(torch.zeros(1, 3, 6, 6)).shape == (1, 3, 6, 6)
 
 
