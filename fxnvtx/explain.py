@@ -57,7 +57,7 @@ class Explanation:
             table.add_row(row.fqn or "(root)", row.kind, row.label or "-", row.path or "none", row.reason)
         text = StringIO()
         wide = Console().width if sys.stdout.isatty() else 160
-        console = Console(file=text, width=wide, no_color=True, highlight=False, markup=False)
+        console = Console(file=text, width=wide, no_color=True, highlight=False, markup=False, force_jupyter=False)
         console.print(table)
         for note in self.notes:
             console.print(f"- {note}")

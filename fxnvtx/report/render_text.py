@@ -40,7 +40,12 @@ def render_text(
     columns = width or shutil.get_terminal_size((120, 24)).columns
     out = io.StringIO()
     console = Console(
-        file=out, width=columns, force_terminal=color, color_system="standard" if color else None, highlight=False
+        file=out,
+        width=columns,
+        force_jupyter=False,
+        force_terminal=color,
+        color_system="standard" if color else None,
+        highlight=False,
     )
     if rows:
         console.print(table_of(report, rows, by, columns, limit))
