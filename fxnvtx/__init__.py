@@ -1,5 +1,8 @@
 """The structure of a diffusion model as NVTX ranges: eager, inside torch.compile, and in a per-layer table."""
 
+from importlib import import_module
+from typing import Any
+
 from .errors import FxnvtxError
 from .explain import Explanation, explain
 from .graph import insert_ranges
@@ -13,6 +16,7 @@ __all__ = [
     "Explanation",
     "FxnvtxError",
     "Recording",
+    "backend",
     "explain",
     "insert_ranges",
     "instrument",
@@ -24,3 +28,14 @@ __all__ = [
     "set_enabled",
     "uninstrument",
 ]
+
+_LATER = ("integrations", "models", "pipeline", "report")
+
+
+def __getattr__(name: str) -> Any:
+    """What takes long to import is imported when it is asked for; `backend` brings torch._dynamo."""
+    if name == "backend":
+        return import_module("fxnvtx.compile.backend").backend
+    if name in _LATER:
+        return import_module(f"fxnvtx.{name}")
+    raise AttributeError(f"module 'fxnvtx' has no attribute {name!r}")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 from torch import nn
 
 from . import instrument as _instrument
@@ -34,8 +35,9 @@ _thread = _Thread()
 def instrument_everything(depth: int | None = None, path: str = "auto") -> Iterator[None]:
     """While this runs, a module that is called from outside any other module is instrumented just before its call.
 
-    diffusers pipelines get their request, stages and steps as well. Replaces nn.Module.__call__ for the time being:
-    that is what it takes where no line may be added to the program.
+    diffusers pipelines get their request, stages and steps as well, and what the program compiles with Inductor is
+    compiled with the backend "fxnvtx". Replaces nn.Module.__call__ and torch.compile for the time being: that is what it
+    takes where no line may be added to the program.
     """
     original = nn.Module.__call__
 
@@ -52,12 +54,19 @@ def instrument_everything(depth: int | None = None, path: str = "auto") -> Itera
     hide_from_dynamo(call.__code__)
     from .integrations import diffusers
 
+    compile_ = torch.compile
+
+    def compile_with_layers(*args: Any, backend: Any = "inductor", **kwargs: Any) -> Any:
+        return compile_(*args, backend="fxnvtx" if backend == "inductor" else backend, **kwargs)
+
     nn.Module.__call__ = call  # type: ignore[method-assign]
+    torch.compile = compile_with_layers  # the same kernels, with their layers named
     diffusers.watch()
     try:
         yield
     finally:
         diffusers.unwatch()
+        torch.compile = compile_
         nn.Module.__call__ = original  # type: ignore[method-assign]
 
 
