@@ -30,7 +30,9 @@ def current_frame() -> Frame:
         return Frame(None, {}, {})
 
 
-def fxnvtx_backend(graph_module: Any, example_inputs: Any, *, mode: Any = None, options: Any = None) -> Callable[..., Any]:
+def fxnvtx_backend(
+    graph_module: Any, example_inputs: Any, *, mode: Any = None, options: Any = None
+) -> Callable[..., Any]:
     config_patches = torch._TorchCompileInductorWrapper(mode, options, None).config
     region, owners = read_graph(graph_module, current_frame(), list(example_inputs))
     remember(region)
@@ -42,5 +44,3 @@ def fxnvtx_backend(graph_module: Any, example_inputs: Any, *, mode: Any = None, 
     finally:
         pop(entry)
     return ranged(region, compiled)
-
-

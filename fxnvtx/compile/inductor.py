@@ -1,8 +1,8 @@
 """Ranges in the Python code that Inductor generates around its kernels. All that depends on torch's version is here.
 
 How: Inductor's wrapper writes lines, one list per generated function. Where a line launches something, a line that
-moves this call's cursor to the launch's owner is put before it. The function's body goes into one `try`, whose `finally`
-closes what is open. The kernels are not touched; where nobody listens, the lines cost an `is None` test each.
+moves this call's cursor to the launch's owner is put before it. The function's body goes into one `try`, whose
+`finally` closes what is open. The kernels are not touched; where nobody listens, the lines cost an `is None` test each.
 
 Which owner: with provenance tracking on, Inductor announces each kernel (`write_provenance_debug_handle`) with the
 names of the post-grad nodes it was made of. Launches without announcement say by themselves (`line.node`), or are
@@ -19,7 +19,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from .owners import Owners, Row, owners_of
+from .owners import Before, Owners, Row, owners_of
 
 __all__ = ["Compilation", "compile_graph", "missing"]
 
@@ -53,8 +53,16 @@ class Compilation:
     def __init__(self, key: str, owners: Owners) -> None:
         self.key = key
         self.owners = owners
-        self.launches: list[tuple[str, Row]] = []
         self.backward = False
+        self.before: Before | None = None
+
+    def row(self, nodes: Iterable[Node]) -> Row:
+        """Sets of nodes have no order that repeats; the graph's order does, and generated code must repeat."""
+        nodes = list(nodes)
+        order: dict[Node, int] = {}
+        for graph in {n.graph for n in nodes}:
+            order.update({n: i for i, n in enumerate(graph.nodes)})
+        return self.owners.row(sorted(nodes, key=lambda n: (order.get(n, -1), n.name)), self.before)
 
 
 class _Active(threading.local):
@@ -114,7 +122,8 @@ def _patch_graph_lowering() -> None:
     def init_wrapper_code(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
         compilation = _active.compilation
-        if compilation is not None and not getattr(self, "cpp_wrapper", False) and not getattr(self, "fx_wrapper", False):
+        in_python = not getattr(self, "cpp_wrapper", False) and not getattr(self, "fx_wrapper", False)
+        if compilation is not None and in_python:
             wrapper = self.wrapper_code
             wrapper.__class__ = _with_ranges(type(wrapper))
             wrapper.fxnvtx_start(compilation)
@@ -178,6 +187,7 @@ def compile_graph(
     _patch_graph_lowering()
 
     def inner_compile(graph: Any, inputs: Any, **kwargs: Any) -> Any:
+        compilation.before = Before(graph.graph)
         with _compiling(compilation, bool(kwargs.get("is_backward"))):
             return compile_fx_inner(graph, inputs, **kwargs)
 
@@ -325,9 +335,9 @@ def _row_of_ir(wrapper: Any, node: Any) -> Row | None:
     """An extern kernel's own origin is exact; the others are a set."""
     origin = getattr(node, "origin_node", None)
     if isinstance(origin, Node):
-        return wrapper.fxnvtx.owners.row([origin])
+        return wrapper.fxnvtx.row([origin])
     origins = getattr(node, "origins", None)
-    return _row(wrapper, origins) if origins else None
+    return wrapper.fxnvtx.row(origins) if origins else None
 
 
 def _row_of_current(wrapper: Any) -> Row:
@@ -335,12 +345,13 @@ def _row_of_current(wrapper: Any) -> Row:
 
     scheduled = getattr(getattr(V.graph, "scheduler", None), "current_node", None)
     nodes: dict[Node, None] = {}
-    for part in scheduled.get_nodes() if scheduled is not None else ():
+    parts = scheduled.get_nodes() if scheduled is not None else ()
+    for part in parts:
         inner = getattr(part, "node", None)
         origin = getattr(inner, "origin_node", None)
-        found = [origin] if isinstance(origin, Node) and len(scheduled.get_nodes()) == 1 else getattr(inner, "origins", ())
-        nodes.update(dict.fromkeys(found))
-    return _row(wrapper, nodes)
+        exact = len(parts) == 1 and isinstance(origin, Node)
+        nodes.update(dict.fromkeys([origin] if exact else getattr(inner, "origins", ())))
+    return wrapper.fxnvtx.row(nodes)
 
 
 def _announced(wrapper: Any, kernel_name: str, handle: int | None) -> Row:
@@ -353,13 +364,4 @@ def _announced(wrapper: Any, kernel_name: str, handle: int | None) -> Row:
     if known is None:
         known = wrapper.fxnvtx_nodes[id(graph)] = {n.name: n for n in graph.nodes}
     nodes = [known[n] for n in names if n in known]
-    return _row(wrapper, nodes) if nodes else _row_of_current(wrapper)
-
-
-def _row(wrapper: Any, nodes: Iterable[Node]) -> Row:
-    """Sets of nodes have no order that repeats; the graph's order does, and generated code must repeat."""
-    nodes = list(nodes)
-    order: dict[Node, int] = {}
-    for graph in {n.graph for n in nodes}:
-        order.update({n: i for i, n in enumerate(graph.nodes)})
-    return wrapper.fxnvtx.owners.row(sorted(nodes, key=lambda n: (order.get(n, -1), n.name)))
+    return wrapper.fxnvtx.row(nodes) if nodes else _row_of_current(wrapper)

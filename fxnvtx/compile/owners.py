@@ -5,20 +5,23 @@ module whose frame was compiled is not part of it; its range encloses the whole 
 
 Rules, in this order:
   1. A node's chain is what Dynamo wrote down (`nn_module_stack`, or `fwd_nn_module_stack` in a backward graph).
-  2. A node that came from user code but has no such record belongs to the compiled frame itself: the empty chain.
-  3. A node that a compiler pass made without any record belongs to the owner of the nodes that use its result, if they
-     agree; else to the owner of its inputs, if they agree; else its owner is unknown, and the label says so.
-  4. Views and constants launch nothing of their own: they count only in a kernel made of nothing else.
+  2. A node that came from user code (`source_fn_stack`) but has no such record belongs to the compiled frame: the empty
+     chain.
+  3. A node that a compiler pass put in the place of others has the owners of those it replaced.
+  4. Autograd's sum of gradients of a value used several times belongs to the nearest common ancestor of its terms.
+  5. Any other node without a record belongs to the owner of the nodes that use its result, if they agree; else to the
+     owner of its inputs, if they agree; else its owner is unknown, and the label says so.
+  6. Views and constants launch nothing of their own: they count only in a kernel made of nothing else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
-from torch.fx import Node
+from torch.fx import Graph, Node
 
-__all__ = ["Chain", "Owners", "Row", "Step", "common", "owners_of"]
+__all__ = ["Before", "Chain", "Owners", "Row", "Step", "common", "owners_of"]
 
 
 class Step(NamedTuple):
@@ -42,10 +45,49 @@ class Row(NamedTuple):
 
 # Operators that Inductor folds into whoever reads them. Matched on the name, so that every overload is covered.
 _FOLDED = frozenset(
-    """alias as_strided broadcast_in_dim detach diagonal empty empty_strided expand full full_like getitem iota
-    lift_fresh lift_fresh_copy movedim narrow ones permute reshape scalar_tensor select slice split split_with_sizes
-    squeeze sym_size sym_stride sym_numel sym_storage_offset t transpose unbind unfold unsqueeze view view_as_complex
-    view_as_real view_dtype zeros _reshape_alias _unsafe_view""".split()
+    {
+        "alias",
+        "as_strided",
+        "broadcast_in_dim",
+        "detach",
+        "diagonal",
+        "empty",
+        "empty_strided",
+        "expand",
+        "full",
+        "full_like",
+        "getitem",
+        "iota",
+        "lift_fresh",
+        "lift_fresh_copy",
+        "movedim",
+        "narrow",
+        "ones",
+        "permute",
+        "reshape",
+        "scalar_tensor",
+        "select",
+        "slice",
+        "split",
+        "split_with_sizes",
+        "squeeze",
+        "sym_size",
+        "sym_stride",
+        "sym_numel",
+        "sym_storage_offset",
+        "t",
+        "transpose",
+        "unbind",
+        "unfold",
+        "unsqueeze",
+        "view",
+        "view_as_complex",
+        "view_as_real",
+        "view_dtype",
+        "zeros",
+        "_reshape_alias",
+        "_unsafe_view",
+    }
 )
 
 
@@ -59,10 +101,43 @@ def is_folded(node: Node) -> bool:
 
 def stack_of(node: Node) -> Mapping[str, tuple[str, type]] | None:
     """The module stack Dynamo recorded; {} for code of the compiled frame itself; None where nothing is known."""
-    for key in ("nn_module_stack", "fwd_nn_module_stack"):
-        if key in node.meta:
-            return node.meta[key] or {}
-    return {} if node.meta.get("stack_trace") else None
+    for stack, origin in (("nn_module_stack", "source_fn_stack"), ("fwd_nn_module_stack", "fwd_source_fn_stack")):
+        if node.meta.get(stack):
+            return cast("Mapping[str, tuple[str, type]]", node.meta[stack])
+        if node.meta.get(origin):
+            return {}
+    return None
+
+
+class Before:
+    """A graph as it was before the passes: which nodes a pass replaced is only visible by comparison."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.nodes = {n.name: n for n in graph.nodes}
+        self._inputs = {n.name: [i.name for i in n.all_input_nodes] for n in graph.nodes}
+
+    def replaced_by(self, node: Node) -> list[Node]:
+        """The nodes that are gone and whose work `node` does now."""
+        present = {n.name for n in node.graph.nodes}
+        first = _replaced(node)
+        if first is None or first in present or first not in self.nodes:
+            return []
+        # what other nodes stand for is theirs
+        taken = {_replaced(n) for n in node.graph.nodes if n is not node and not n.meta.get("source_fn_stack")}
+        gone: dict[str, None] = {first: None}
+        todo = [first]
+        while todo:
+            for name in self._inputs[todo.pop()]:
+                if name not in present and name not in taken and name not in gone:
+                    gone[name] = None
+                    todo.append(name)
+        return [self.nodes[name] for name in gone]
+
+
+def _replaced(node: Node) -> str | None:
+    """The name of the node that a pattern match ended in and that `node` took the place of."""
+    sources = node.meta.get("from_node")
+    return getattr(sources[-1], "name", None) if sources else None
 
 
 class Owners:
@@ -70,16 +145,15 @@ class Owners:
 
     def __init__(self, step: Callable[[str, str], Step | None]) -> None:
         self._step = step
-        self._chains: dict[Node, Chain | None] = {}
+        self._chains: dict[Node, tuple[Chain, ...]] = {}
 
-    def chain(self, node: Node) -> Chain | None:
-        """The node's owner; None where it is unknown."""
-        if node in self._chains:
-            return self._chains[node]
-        found = self._recorded(node)
+    def chains(self, node: Node, before: Before | None = None) -> tuple[Chain, ...]:
+        """The node's owners: one, several where a pass merged nodes of several, none where unknown."""
+        found = self._chains.get(node)
         if found is None:
-            found = self._inherited(node)
-        self._chains[node] = found
+            recorded = self._recorded(node)
+            found = (recorded,) if recorded is not None else self._deduced(node, before)
+            self._chains[node] = found
         return found
 
     def _recorded(self, node: Node) -> Chain | None:
@@ -89,30 +163,43 @@ class Owners:
         steps = (self._step(key, entry[0]) for key, entry in stack.items())
         return tuple(s for s in steps if s is not None)
 
-    def _inherited(self, node: Node) -> Chain | None:
-        for relatives in (node.users, node.all_input_nodes):
-            chains = {c for c in map(self._recorded, self._computing(relatives)) if c is not None}
-            if len(chains) == 1:
-                return chains.pop()
-        return None
+    def _deduced(self, node: Node, before: Before | None) -> tuple[Chain, ...]:
+        if before is not None:
+            gone = [n for n in before.replaced_by(node) if not is_folded(n)]
+            chains = dict.fromkeys(c for c in map(self._recorded, gone) if c is not None)
+            if chains:
+                return tuple(chains)
+        inputs = self._of(node.all_input_nodes)
+        if node.meta.get("is_gradient_acc") and inputs:
+            return (inputs[-1] if len({_paths(c) for c in inputs}) == 1 else common(inputs),)
+        for chains_around in (self._of(node.users), inputs):
+            if len({_paths(c) for c in chains_around}) == 1:
+                return (chains_around[-1],)
+        return ()
+
+    def _of(self, nodes: Iterable[Node]) -> list[Chain]:
+        return [c for c in map(self._recorded, self._computing(nodes)) if c is not None]
 
     @staticmethod
     def _computing(nodes: Iterable[Node]) -> Iterator[Node]:
         return (n for n in nodes if n.op == "call_function")
 
-    def row(self, nodes: Iterable[Node]) -> Row:
+    def row(self, nodes: Iterable[Node], before: Before | None = None) -> Row:
         """The owners of one kernel."""
         nodes = [n for n in nodes if n.op not in ("placeholder", "output", "get_attr")]
         working = [n for n in nodes if not is_folded(n)] or nodes
         found: dict[Chain, None] = {}
         unknown = not working
         for node in working:
-            chain = self.chain(node)
-            if chain is None:
-                unknown = True
-            else:
-                found[chain] = None
+            chains = self.chains(node, before)
+            unknown = unknown or not chains
+            found.update(dict.fromkeys(chains))
         return Row(tuple(found), unknown)
+
+
+def _paths(chain: Chain) -> tuple[tuple[int, str], ...]:
+    """A chain without the numbers of the calls."""
+    return tuple((s.anchor, s.path) for s in chain)
 
 
 def common(chains: Iterable[Chain]) -> Chain:

@@ -16,7 +16,7 @@ __all__ = ["ranged"]
 
 
 def ranged(region: Region, compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """`compiled` with `region`'s ranges. Runs also where a CUDA graph replays the region, when no generated code runs."""
+    """`compiled` with `region`'s ranges. Runs also where a CUDA graph replays the region and no generated code runs."""
 
     def call(*args: Any) -> Any:
         if not _ranges.active:

@@ -236,4 +236,3 @@ class Call:
         if entry is not None:
             entry.owner = self.control
         return [entry]
-

@@ -1,8 +1,8 @@
 """While Dynamo hands over a graph: which live modules is it made of?
 
-Dynamo writes down module ids and the source text of how each was reached. The text is unreliable (relative after a graph
-break, `__dict__['_modules']` spelled out), so modules are found by identity: below the module whose method is being
-compiled, below the instrumented models, below the modules that the frame's variables and globals name.
+Dynamo writes down module ids and the source text of how each was reached. The text is unreliable (relative after a
+graph break, `__dict__['_modules']` spelled out), so modules are found by identity: below the module whose method is
+being compiled, below the instrumented models, below the modules that the frame's variables and globals name.
 """
 
 from __future__ import annotations
@@ -144,17 +144,6 @@ class Book:
                         return module
         return None
 
-    def parameter(self, identity: int) -> tuple[int, str] | None:
-        """(anchor, name below it) of a parameter or buffer."""
-        for index, anchor in enumerate(self.anchors):
-            module = anchor.module() if anchor.module is not None else None
-            if module is not None:
-                for path, found, _ in walk_paths(module):
-                    for name, tensor in (*found._parameters.items(), *found._buffers.items()):
-                        if tensor is not None and id(tensor) == identity:
-                            return index, ".".join((*path, name))
-        return None
-
 
 def _last_name(source: str) -> str:
     found = _LAST_NAME.search(source)
@@ -185,7 +174,7 @@ def read_graph(graph_module: GraphModule, frame: Frame, tensors: list[Any]) -> t
         if node.op in ("placeholder", "output", "get_attr"):
             continue
         book.read(node)
-        digest.update(repr((node.op, str(node.target), owners.chain(node))).encode())
+        digest.update(repr((node.op, str(node.target), owners.chains(node))).encode())
     names = _parameter_names(book)
     for position, tensor in enumerate(tensors):
         for index, found in enumerate(names):

@@ -33,7 +33,7 @@ Levels = tuple[tuple[Any, Label], ...]
 
 
 class Resolved:
-    """A table's rows as labels, for one block. `moves[a, b]`: how many ranges to close and which to open from a to b."""
+    """A table's rows as labels, for one block. `moves[a, b]`: what to close and open from a to b."""
 
     __slots__ = ("levels", "moves")
 
@@ -109,14 +109,14 @@ class Cursor:
         while closing:
             closing -= 1
             close(mine.pop())
-        for label in opening:
+        for text in opening:
             if self._fast:
-                entry: Any = (label, self._owner)
+                entry: Any = (text, self._owner)
                 mine.append(entry)
                 local.stack.append(entry)
-                nvtx_push(label.attributes, HANDLE)
+                nvtx_push(text.attributes, HANDLE)
             else:
-                mine.append(open_range(label, self._owner))
+                mine.append(open_range(text, self._owner))
 
     def close(self) -> None:
         """End of the generated function, by return or exception."""
@@ -129,8 +129,8 @@ class Cursor:
             current.unfinished()
 
 
-def open_range(label: Label, owner: Any) -> Any:
-    entry = push(label)
+def open_range(text: Label, owner: Any) -> Any:
+    entry = push(text)
     if entry is not None and owner is not None:
         entry.owner = owner
     return entry

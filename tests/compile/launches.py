@@ -1,0 +1,110 @@
+"""An independent witness: every kernel launch of Inductor's generated code, timed without fxnvtx's help.
+
+Generated code calls extern kernels as attributes of one object, operators of torch through `torch.ops`, and its own C++
+kernels through globals of the generated module. The first and the last are replaced by timing functions; shapes are
+those of the tensors that were really passed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from time import perf_counter_ns
+from typing import Any
+
+import torch
+
+from fxnvtx.recording import Range, Recording
+
+
+@dataclass
+class Launch:
+    name: str
+    shapes: list[tuple[int, ...]]
+    thread_id: int
+    start_ns: int
+    end_ns: int
+
+
+class KernelError(Exception):
+    """Raised in the place of a kernel."""
+
+
+def generated_modules() -> list[Any]:
+    from torch._inductor.codecache import PyCodeCache
+
+    return [m for m in PyCodeCache.modules if hasattr(m, "call") or hasattr(m, "Runner")]
+
+
+def kernels_of(module: Any) -> dict[str, Any]:
+    return {k: v for k, v in vars(module).items() if k.startswith(("cpp_fused", "triton_")) and not k.endswith("_src")}
+
+
+@contextlib.contextmanager
+def witness(fail_at: int | None = None) -> Iterator[list[Launch]]:
+    """Collect the launches of all code generated so far. `fail_at`: the launch with this number raises KernelError."""
+    from torch._inductor.select_algorithm import extern_kernels
+
+    seen: list[Launch] = []
+    undo: list[Callable[[], None]] = []
+
+    def timing(name: str, kernel: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if fail_at is not None and len(seen) == fail_at:
+                seen.append(Launch(name, [], threading.get_native_id(), 0, 0))
+                raise KernelError(name)
+            shapes = [tuple(a.shape) for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
+            start = perf_counter_ns()
+            try:
+                return kernel(*args, **kwargs)
+            finally:
+                seen.append(Launch(name, shapes, threading.get_native_id(), start, perf_counter_ns()))
+
+        return run
+
+    for name in ("addmm", "mm", "bmm", "baddbmm", "convolution", "_mm_plus_mm", "bias_addmm"):
+        if hasattr(extern_kernels, name):
+            own = name in vars(extern_kernels)
+            kernel = getattr(extern_kernels, name)
+            setattr(extern_kernels, name, timing(name, kernel))
+            back = (setattr, (extern_kernels, name, kernel)) if own else (delattr, (extern_kernels, name))
+            undo.append(lambda b=back: b[0](*b[1]))
+    for module in generated_modules():
+        for name, kernel in kernels_of(module).items():
+            setattr(module, name, timing(name, kernel))
+            undo.append(lambda m=module, n=name, k=kernel: setattr(m, n, k))
+    try:
+        yield seen
+    finally:
+        for back in reversed(undo):
+            back()
+
+
+def enclosing(recording: Recording, launch: Launch) -> list[Range]:
+    """The ranges open during the whole launch on its thread, outermost first."""
+    around = [
+        r
+        for r in recording.ranges
+        if r.thread_id == launch.thread_id
+        and r.start_ns <= launch.start_ns
+        and r.end_ns is not None
+        and launch.end_ns <= r.end_ns
+    ]
+    return sorted(around, key=lambda r: r.depth)
+
+
+def innermost(recording: Recording, launch: Launch) -> str | None:
+    around = enclosing(recording, launch)
+    return around[-1].label if around else None
+
+
+def empty_ranges(recording: Recording, launches: list[Launch]) -> list[Range]:
+    """Ranges in which nothing was launched."""
+
+    def holds(item: Range, launch: Launch) -> bool:
+        inside = item.start_ns <= launch.start_ns and launch.end_ns <= (item.end_ns or 0)
+        return inside and item.thread_id == launch.thread_id
+
+    return [r for r in recording.ranges if not any(holds(r, n) for n in launches)]
