@@ -120,7 +120,7 @@ def _mix(seed: int, component: int) -> int:
 def _make(construct: Callable[[], Module], seed: int, component: int, device: torch.device | str) -> Module:
     """Construct on the meta device, where the constructors of torch draw no random number, then fill."""
     with torch.device("meta"):
-        module = construct()
+        module = construct().float()  # whatever the default dtype is
     if torch.device(device).type != "meta":
         module.to_empty(device="cpu")
         fill(module, torch.Generator().manual_seed(_mix(seed, component)))

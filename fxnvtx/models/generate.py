@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -36,8 +38,9 @@ def generate(
     latent = noise((1, IMAGE_LATENT_CHANNELS, side, side), seed, like=models.dit)
     text = models.text_encoder(_tokens(models, prompt))
     blank = models.text_encoder(_tokens(models, negative_prompt))
-    models.scheduler.set_timesteps(steps)
-    latent = denoise(models.dit, models.scheduler, latent, text, blank, guidance_scale)
+    scheduler = copy.copy(models.scheduler)  # other threads may use the same models
+    scheduler.set_timesteps(steps)
+    latent = denoise(models.dit, scheduler, latent, text, blank, guidance_scale)
     return to_uint8(models.vae.decode(latent))[0]
 
 
@@ -53,7 +56,10 @@ def generate_video(
     negative_prompt: str = "",
     models: VideoModels | None = None,
 ) -> Tensor:
-    """A video, uint8 [frames, height, width, 3]: denoised at half the side, upsampled, refined, decoded in tiles."""
+    """A video, uint8 [frames, height, width, 3]: denoised at half the side, upsampled, refined, decoded in tiles.
+
+    Otherwise as `generate`. The refiner's adapter is on while it refines: one request at a time per set of models.
+    """
     models = models or build_video(size)
     frames, side = models.size.video
     time, space = frames // models.vae.scale[0], side // models.vae.scale[1]
@@ -61,15 +67,16 @@ def generate_video(
     text = models.text_encoder(_tokens(models, prompt))
     blank = models.text_encoder(_tokens(models, negative_prompt))
 
-    models.scheduler.set_timesteps(steps)
-    latent = denoise(models.dit, models.scheduler, latent, text, blank, guidance_scale)
+    scheduler = copy.copy(models.scheduler)  # other threads may use the same models
+    scheduler.set_timesteps(steps)
+    latent = denoise(models.dit, scheduler, latent, text, blank, guidance_scale)
 
     latent = models.upsampler(latent)
-    models.scheduler.set_timesteps(refine_steps, start=REFINE_START)
-    latent = models.scheduler.add_noise(latent, noise(tuple(latent.shape), seed + 1, like=models.refiner))
+    scheduler.set_timesteps(refine_steps, start=REFINE_START)
+    latent = scheduler.add_noise(latent, noise(tuple(latent.shape), seed + 1, like=models.refiner))
     set_lora_scale(models.refiner, 1.0)
     try:
-        latent = denoise(models.refiner, models.scheduler, latent, text, blank, guidance_scale=1.0)
+        latent = denoise(models.refiner, scheduler, latent, text, blank, guidance_scale=1.0)
     finally:
         set_lora_scale(models.refiner, 0.0)
 
@@ -103,7 +110,9 @@ def denoise(
 def noise(shape: tuple[int, ...], seed: int, *, like: torch.nn.Module) -> Tensor:
     """Standard normal noise, the same on every device, with the device and dtype of `like`'s weights."""
     weight = next(like.parameters())
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(weight.device, weight.dtype)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+    return drawn.to(weight.device, weight.dtype)
 
 
 def to_uint8(pixels: Tensor) -> Tensor:

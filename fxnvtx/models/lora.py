@@ -7,6 +7,7 @@ into its weight (switching rewrites the weight). In both, off gives the bits tha
 # mypy: disable-error-code="no-any-return"
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
@@ -55,24 +56,30 @@ def apply_lora(
         raise ConfigError(f"rank must be at least 1, not {rank}")
     if _find(model):
         raise ConfigError("this model has an adapter already: call remove_lora(model) first")
-    linears = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    modules = model.named_modules(remove_duplicate=False)
+    linears = {name: module for name, module in modules if name and type(module) is nn.Linear}
     for target in targets:
         if not any(fnmatchcase(name, target) for name in linears):
-            raise SelectionError(f"{target!r} matches no Linear of {type(model).__name__}; the first are {linears[:3]}")
+            raise SelectionError(
+                f"{target!r} matches no Linear of {type(model).__name__}; the first are {list(linears)[:3]}"
+            )
     chosen = [name for name in linears if any(fnmatchcase(name, target) for target in targets)]
     generator = torch.Generator().manual_seed(seed)
+    made: dict[nn.Linear, LoRALinear] = {}  # a Linear that has two names gets one adapter
     for name in chosen:
-        adapter = LoRALinear(model.get_submodule(name), rank)  # type: ignore[arg-type]
-        for part in (adapter.lora_down, adapter.lora_up):
-            fresh = torch.randn(part.weight.shape, generator=generator) * part.in_features**-0.5
-            part.weight.data.copy_(fresh)
-        model.set_submodule(name, adapter)
+        linear = linears[name]
+        if linear not in made:
+            made[linear] = LoRALinear(linear, rank).train(linear.training)
+            _fill(made[linear], generator)
+        model.set_submodule(name, made[linear])
     set_lora_scale(model, scale)
     return chosen
 
 
 def set_lora_scale(model: nn.Module, scale: float) -> None:
     """Set how strongly the adapters act; 0 switches them off. Merged adapters are unmerged first."""
+    if not math.isfinite(scale):
+        raise ConfigError(f"scale must be a finite number, not {scale!r}")
     for adapter in _adapters(model).values():
         _unmerge(adapter)
         adapter.scale.data.fill_(scale)
@@ -81,7 +88,8 @@ def set_lora_scale(model: nn.Module, scale: float) -> None:
 def merge_lora(model: nn.Module) -> None:
     """Fold the adapters, at their present scale, into the weights, so that a call does not need them.
 
-    The original weights are kept beside, and `unmerge_lora` restores them to the bit. Merging twice is a no-op.
+    The original weights are kept beside, and `unmerge_lora` restores them to the bit. Merging twice is a no-op. Unmerge
+    before saving or loading a state_dict: while merged it holds the merged weights.
     """
     for adapter in _adapters(model).values():
         if adapter.unmerged is None:
@@ -104,6 +112,12 @@ def remove_lora(model: nn.Module) -> None:
         model.set_submodule(name, adapter.base)
 
 
+def _fill(adapter: LoRALinear, generator: torch.Generator) -> None:
+    for part in (adapter.lora_down, adapter.lora_up):
+        fresh = torch.randn(part.weight.shape, generator=generator, dtype=torch.float32, device="cpu")
+        part.weight.data.copy_(fresh * part.in_features**-0.5)
+
+
 def _unmerge(adapter: LoRALinear) -> None:
     if adapter.unmerged is not None:
         weight, scale = adapter.unmerged
@@ -113,7 +127,8 @@ def _unmerge(adapter: LoRALinear) -> None:
 
 
 def _find(model: nn.Module) -> dict[str, LoRALinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    modules = model.named_modules(remove_duplicate=False)
+    return {name: module for name, module in modules if isinstance(module, LoRALinear)}
 
 
 def _adapters(model: nn.Module) -> dict[str, LoRALinear]:

@@ -31,8 +31,8 @@ class FlowMatchEulerScheduler:
 
         Sets `sigmas` (steps + 1 numbers, the last is 0) and returns `timesteps` (float32 [steps], 1000 * sigma).
         """
-        if steps < 1:
-            raise ConfigError(f"steps must be at least 1, not {steps}")
+        if not isinstance(steps, int) or steps < 1:
+            raise ConfigError(f"steps must be a whole number, at least 1, not {steps!r}")
         if not 0 < start <= 1:
             raise ConfigError(f"start must be a noise level above 0 and at most 1, not {start!r}")
         first = start / (self.shift - (self.shift - 1) * start)  # what the shift below turns into `start`

@@ -33,7 +33,7 @@ class ByteTokenizer:
             text = prompt.encode("utf-8", "replace")[: self.max_length - 2]
             ids = [self.start, *(self.first_byte + byte for byte in text), self.end]
             rows.append(ids + [self.pad] * (self.max_length - len(ids)))
-        return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), self.max_length)
+        return torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(len(rows), self.max_length)
 
 
 class TextBlock(nn.Module):

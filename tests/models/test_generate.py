@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -80,6 +82,26 @@ def test_nobody_elses_random_numbers_are_used_or_changed() -> None:
     torch.manual_seed(2)
     assert torch.equal(generate("a cat", 1), image)
     assert torch.equal(generate_video("a cat", 1), video)
+
+
+@pytest.mark.parametrize("run", [generate, generate_video])
+def test_the_users_default_dtype_and_device_do_not_matter(run: Callable[..., torch.Tensor]) -> None:
+    expected = run("a cat", 1)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(run("a cat", 1), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        assert torch.equal(run("a cat", 1), expected)
+
+
+def test_eight_threads_with_the_same_models() -> None:
+    models = build()
+    expected = [generate("a cat", steps, models=models) for steps in range(1, 9)]
+    with ThreadPoolExecutor(8) as pool:
+        images = list(pool.map(lambda steps: generate("a cat", steps, models=models), range(1, 9)))
+    assert all(map(torch.equal, images, expected))
 
 
 @pytest.mark.parametrize("make", [build, build_video])

@@ -129,6 +129,21 @@ def test_scale_travels_in_the_state_dict_and_in_copies(dit: Any) -> None:
     assert equal(copy.deepcopy(model)(*args), model(*args))
 
 
+def test_a_linear_with_two_names_gets_one_adapter() -> None:
+    shared = nn.Linear(3, 3)
+    model = nn.ModuleDict({"a": shared, "b": shared, "c": nn.Linear(3, 3)}).eval()
+    assert apply_lora(model, ["a", "b"], scale=1.0) == ["a", "b"]
+    assert isinstance(model["a"], LoRALinear)
+    assert model["a"] is model["b"]
+    assert not model["a"].lora_up.training
+    before = shared.weight.clone()
+    merge_lora(model)
+    assert not torch.equal(shared.weight, before)
+    remove_lora(model)
+    assert model["a"] is model["b"] is shared
+    assert torch.equal(shared.weight, before)
+
+
 def test_follows_dtype() -> None:
     model = nn.Sequential(nn.Linear(4, 4).bfloat16())
     plain = model(torch.ones(1, 4, dtype=torch.bfloat16))
@@ -158,6 +173,10 @@ def test_wrong_use_is_refused(dit: Any) -> None:
         apply_lora(model, ["*.to_q", "*.nothing"])
     with pytest.raises(ConfigError, match="rank"):
         apply_lora(model, rank=0)
+    with pytest.raises(SelectionError, match="no Linear of Linear"):
+        apply_lora(nn.Linear(2, 2), ["*"])
     apply_lora(model)
+    with pytest.raises(ConfigError, match="finite"):
+        set_lora_scale(model, float("nan"))
     with pytest.raises(ConfigError, match="already"):
         apply_lora(model)

@@ -63,7 +63,7 @@ def test_wrong_use_is_refused() -> None:
     scheduler = FlowMatchEulerScheduler()
     with pytest.raises(ConfigError, match="call set_timesteps"):
         scheduler.step(torch.zeros(1), 0, torch.zeros(1))
-    for steps, start in ((0, 1.0), (-1, 1.0), (2, 0.0), (2, 1.5), (2, float("nan"))):
+    for steps, start in ((0, 1.0), (-1, 1.0), (2.5, 1.0), (2, 0.0), (2, 1.5), (2, float("nan"))):
         with pytest.raises(ConfigError):
             scheduler.set_timesteps(steps, start=start)
     scheduler.set_timesteps(2)
