@@ -1,0 +1,84 @@
+"""Instrumentation that is on exactly while a component is in use, under the name of that use."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+
+from torch import nn
+
+from ...instrument import instrument, label_of, set_enabled, uninstrument
+from ...slot import SLOT, slot_of
+from .methods import unwrap_methods, wrap_methods
+
+__all__ = ["Attachments", "unwrapped"]
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module itself where torch.compile has put a wrapper around it: the weights and the names are its."""
+    inner = module.__dict__.get("_modules", {}).get("_orig_mod")
+    return inner if isinstance(inner, nn.Module) else module
+
+
+@dataclass
+class _Attached:
+    prefix: str
+    depth: int | None
+    parts: list[tuple[str, weakref.ref[nn.Module]]]
+
+    def fits(self, prefix: str, depth: int | None, module: nn.Module) -> bool:
+        """Whether nothing changed since: neither the name nor a child."""
+        if (self.prefix, self.depth) != (prefix, depth) or label_of(module) != prefix:
+            return False
+        now = list(module.named_modules(remove_duplicate=False))
+        return len(now) == len(self.parts) and all(
+            name == known and ref() is child for (name, child), (known, ref) in zip(now, self.parts, strict=True)
+        )
+
+
+class Attachments:
+    """Which modules carry instrumentation because of a use. Keeps no module alive."""
+
+    def __init__(self) -> None:
+        self._attached: weakref.WeakKeyDictionary[nn.Module, _Attached] = weakref.WeakKeyDictionary()
+
+    def enable(self, module: nn.Module, prefix: str, depth: int | None, enabled: bool = True) -> None:
+        """Let `module` and its layers show as `prefix` and `<prefix>.<fqn>`. Idempotent; a new prefix renames."""
+        compiled = unwrapped(module) is not module
+        module = unwrapped(module)
+        known = self._attached.get(module)
+        if known is None or not known.fits(prefix, depth, module):
+            instrument(module, name=prefix, depth=depth)
+            parts = [(n, weakref.ref(m)) for n, m in module.named_modules(remove_duplicate=False)]
+            self._attached[module] = _Attached(prefix, depth, parts)
+        set_enabled(module, enabled)
+        wrap_methods(module, forward=not compiled and not _compiles_itself(module))
+
+    def disable(self, module: nn.Module) -> None:
+        """Let it be silent from its next call on. What is under way ends as it began."""
+        module = unwrapped(module)
+        if module in self._attached:
+            set_enabled(module, False)
+            unwrap_methods(module)
+
+    def switch(self, module: nn.Module, enabled: bool) -> None:
+        """Layer ranges on or off for a while, without detaching anything."""
+        module = unwrapped(module)
+        if module in self._attached:
+            set_enabled(module, enabled)
+
+    def remove(self, module: nn.Module) -> None:
+        """Leave no trace in `module`. Does nothing where nothing was attached."""
+        module = unwrapped(module)
+        if self._attached.pop(module, None) is not None:
+            unwrap_methods(module)
+            uninstrument(module)
+
+    def modules(self) -> list[nn.Module]:
+        return list(self._attached)
+
+
+def _compiles_itself(module: nn.Module) -> bool:
+    """Module.compile(): Dynamo will read `forward`, and must find the real one."""
+    slot = slot_of(module)
+    return (slot.inner if slot is not None else module.__dict__.get(SLOT)) is not None

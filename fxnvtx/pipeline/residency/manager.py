@@ -1,0 +1,446 @@
+"""ComponentResidencyManager: one timeline of component uses per request, weights and ranges that follow it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ...errors import PipelineError
+from ..args import ServerArgs
+from ..steps import StepWindows
+from .account import ByteAccount
+from .attach import Attachments, unwrapped
+from .marks import ResidencyRanges
+from .place import Place, default_place
+from .strategies import Strategy, strategy_class
+from .uses import ComponentUse, Timeline
+
+__all__ = ["ComponentResidencyManager", "UsesComponents"]
+
+log = logging.getLogger("fxnvtx.pipeline")
+
+
+class UsesComponents(Protocol):
+    """What the manager asks of a stage."""
+
+    @property
+    def component_name(self) -> str: ...
+
+    def component_uses(self, args: ServerArgs, stage_name: str) -> list[ComponentUse]: ...
+
+
+@dataclass(eq=False)
+class _Active:
+    """A use that is going on."""
+
+    use: ComponentUse
+    module: nn.Module
+    scoped: bool
+    ranged: bool = False
+
+
+@dataclass
+class _Request:
+    args: ServerArgs
+    use_nvtx: bool
+    timeline: Timeline
+    stage: str | None = None
+    active: list[_Active] = field(default_factory=list)
+    layers: bool = True  # whether the present step shows its layers
+    windows: StepWindows = field(default_factory=StepWindows)
+
+
+class ComponentResidencyManager:
+    """Brings a component's weights in before a use, lets them go after, and has it instrumented exactly meanwhile.
+
+    `components` is read anew at every use: put another module into it and the next use takes that one. `kinds`: dit,
+    vae, text_encoder, image_encoder or other, by component name. Requests on one manager exclude each other.
+    """
+
+    def __init__(
+        self,
+        components: Mapping[str, nn.Module],
+        kinds: Mapping[str, str] | None = None,
+        args: ServerArgs | None = None,
+        place: Place | None = None,
+    ) -> None:
+        self.components = components
+        self.kinds = kinds if kinds is not None else {}
+        self.args = args or ServerArgs()
+        self.account = ByteAccount()
+        self.attachments = Attachments()
+        self.marks = ResidencyRanges()
+        self._place = place
+        self._strategies: weakref.WeakKeyDictionary[nn.Module, Strategy] = weakref.WeakKeyDictionary()
+        self._seen: dict[str, weakref.ref[nn.Module]] = {}
+        self._keys: dict[tuple[str, str, str | None], weakref.ref[nn.Module]] = {}
+        self._requests: list[_Request] = []
+        self._lock = threading.RLock()
+
+    # ------------------------------------------------------------------------------------------------- requests
+
+    def begin_request(
+        self,
+        stages: Iterable[UsesComponents],
+        args: ServerArgs,
+        *,
+        is_warmup: bool = False,
+        use_nvtx: bool | None = None,
+    ) -> None:
+        """Lay out the uses of `stages` and put every component where it is to wait for its first.
+
+        `use_nvtx`: the executor's decision about ranges; without one, the flags and `is_warmup` decide.
+        """
+        self._lock.acquire()
+        try:
+            wanted = args.stage_ranges and not is_warmup if use_nvtx is None else use_nvtx
+            uses = [
+                use.by(stage.component_name)
+                for stage in stages
+                for use in stage.component_uses(args, stage.component_name)
+            ]
+            for use in uses:
+                self._module(use.component)
+            self.args = args
+            self._requests.append(_Request(args, wanted, Timeline(uses), windows=args.step_windows()))
+            self.marks.enabled = wanted
+            try:
+                self.refresh_pipeline()
+            except BaseException:
+                self._leave_request()
+                raise
+            if len(self._requests) == 1:
+                self.account.reset_peak()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def before_stage(self, stage: UsesComponents) -> None:
+        """From now on uses belong to `stage`."""
+        request = self._request()
+        request.stage = stage.component_name
+        request.timeline.stage_begins(stage.component_name)
+
+    def finish_request(self) -> None:
+        """End every use that is left, drop what was prefetched in vain. Does nothing without a request."""
+        if not self._requests:
+            return
+        request = self._requests[-1]
+        try:
+            while request.active:
+                self._finish(request.active[-1])
+            if len(self._requests) == 1:
+                for module, strategy in list(self._strategies.items()):
+                    strategy.finish_request(module)
+        finally:
+            self._leave_request()
+            self._lock.release()
+
+    def refresh_pipeline(self, components: Mapping[str, nn.Module] | None = None) -> None:
+        """Take the components as they are now: replaced ones are let go, new ones are placed.
+
+        Weights of a component that is not in use go where its residency mode wants them between uses.
+        """
+        with self._lock:
+            if components is not None:
+                self.components = components
+            for name in [n for n in self._seen if n not in self.components]:
+                self._forget(name)
+            for name in self.components:
+                module = self._module(name)
+                if isinstance(module, nn.Module) and not self._in_use(module):
+                    strategy = self._strategy(name, module)
+                    strategy.refresh(unwrapped(module))
+                    strategy.finish_use(unwrapped(module))
+
+    # ----------------------------------------------------------------------------------------------------- uses
+
+    def begin_use(
+        self,
+        component: str | ComponentUse,
+        phase: str | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        module: nn.Module | None = None,
+    ) -> nn.Module:
+        """Begin a use, ending the one that `begin_use` began before it; returns the module, ready.
+
+        The same use again goes on; with another module object or dtype it is prepared again.
+        """
+        request = self._request()
+        use = self._declared(request, component, phase, dtype)
+        module = self._module(use.component) if module is None else module
+        last = request.active[-1] if request.active else None
+        if last is not None and not last.scoped:
+            if last.use == use and last.module is module:
+                return module
+            self._finish(last)
+        self._begin(request, use, module, scoped=False)
+        return module
+
+    def end_use(self, component: str | ComponentUse, phase: str | None = None) -> None:
+        """End a use that `begin_use` began. Does nothing where it has ended already."""
+        request = self._request()
+        use = self._declared(request, component, phase, None)
+        last = request.active[-1] if request.active else None
+        if last is not None and not last.scoped and last.use.key == use.key:
+            self._finish(last)
+            self._prefetch_next(request)
+
+    @contextmanager
+    def use_component(
+        self,
+        component: str | ComponentUse,
+        phase: str | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        module: nn.Module | None = None,
+    ) -> Iterator[nn.Module]:
+        """A use for the length of a block. Nests: the outer use is what it was when the block ends."""
+        request = self._request()
+        use = self._declared(request, component, phase, dtype)
+        module = self._module(use.component) if module is None else module
+        active = self._begin(request, use, module, scoped=True)
+        try:
+            yield module
+        finally:
+            while active in request.active:
+                self._finish(request.active[-1])
+        self._prefetch_next(request)
+
+    def update_component(self, component: str, change: Callable[[nn.Module], None]) -> None:
+        """Change a component's weights (a LoRA switch, a weight update): `change` is called on the module, or on
+        one part of it after the other where only parts may be in memory, and what it changes is kept."""
+        with self._lock:
+            module = self._module(component)
+            strategy = self._strategy(component, module)
+            strategy.refresh(unwrapped(module))
+            if not self._in_use(module):
+                self._make_room(strategy)
+            with torch.no_grad():
+                strategy.update(unwrapped(module), change, self._in_use(module))
+
+    # ---------------------------------------------------------------------------------------------- instrumentation
+
+    def remove_nvtx_hooks_for_module(self, module: nn.Module) -> None:
+        """Leave no trace of instrumentation in `module`, in the middle of its use too."""
+        for request in self._requests:
+            for active in request.active:
+                if active.module is module:
+                    active.ranged = False
+        self.attachments.remove(module)
+
+    def show_step(self, index: int) -> None:
+        """Step `index` of a loop begins: show its layers where the arguments ask for that step."""
+        request = self._request()
+        self.show_layers(index in request.windows)
+
+    def show_layers(self, enabled: bool) -> None:
+        """Layer ranges on or off for the components in use, from their next call on: for windows of steps."""
+        request = self._request()
+        if request.layers != enabled:
+            request.layers = enabled
+            for active in request.active:
+                if active.ranged:
+                    self.attachments.switch(active.module, enabled)
+
+    def _enable_nvtx_for_use(self, request: _Request, active: _Active) -> None:
+        if not (request.args.enable_layerwise_nvtx_marker and request.use_nvtx):
+            return
+        if not isinstance(active.module, nn.Module):
+            return
+        old = self._keys.get(active.use.key)
+        if old is not None and (before := old()) is not None and before is not active.module:
+            self.remove_nvtx_hooks_for_module(before)
+        self._keys[active.use.key] = weakref.ref(active.module)
+        self.attachments.enable(active.module, active.use.prefix, request.args.nvtx_depth, request.layers)
+        active.ranged = True
+
+    def _disable_active_nvtx(self, active: _Active) -> None:
+        if active.ranged:
+            active.ranged = False
+            self.attachments.disable(active.module)
+
+    # ------------------------------------------------------------------------------------------------------ state
+
+    @property
+    def current_stage_name(self) -> str | None:
+        """The stage that runs now, where a request is under way."""
+        return self._requests[-1].stage if self._requests else None
+
+    @property
+    def in_request(self) -> bool:
+        return bool(self._requests)
+
+    @property
+    def bound_bytes(self) -> int:
+        """What resident weight bytes stay under, as long as uses do not nest: the components that stay, and the
+        largest one (for layer-wise offloading: two blocks and what lies outside the blocks) of those that do not."""
+        with self._lock:
+            modules = {name: self._module(name) for name in self.components}
+            found = [self._strategy(n, m) for n, m in modules.items() if isinstance(m, nn.Module)]
+            offloading = [s.bound_bytes for s in found if s.offloads]
+            return sum(s.bound_bytes for s in found if not s.offloads) + max(offloading, default=0)
+
+    def bring_back(self, component: str) -> None:
+        """Put all weights of a component into compute memory and take no further part in where they are."""
+        with self._lock:
+            module = self._module(component)
+            strategy = self._strategies.get(unwrapped(module))
+            if strategy is not None:
+                strategy.bring_back(unwrapped(module))
+                del self._strategies[unwrapped(module)]
+
+    # --------------------------------------------------------------------------------------------------- details
+
+    def _begin(self, request: _Request, use: ComponentUse, module: nn.Module, *, scoped: bool) -> _Active:
+        self._load(use, module)
+        active = _Active(use, module, scoped)
+        request.active.append(active)
+        request.timeline.begins(use)
+        try:
+            self._enable_nvtx_for_use(request, active)
+            self._prefetch_next(request)
+        except BaseException:
+            self._finish(active)
+            raise
+        return active
+
+    def _load(self, use: ComponentUse, module: Any) -> None:
+        if not isinstance(module, nn.Module):
+            return
+        strategy = self._strategy(use.component, module)
+        inner = unwrapped(module)
+        if not self._in_use(module):
+            strategy.refresh(inner)
+            self._make_room(strategy)
+            strategy.before_use(inner, use.dtype)
+            strategy.wait_for_use(inner, use.dtype)
+        else:
+            strategy.wait_for_use(inner, use.dtype)
+
+    def _finish(self, active: _Active) -> None:
+        """End one use: its ranges first, then its weights; an outer use of the same module gets both back."""
+        request = next(r for r in self._requests if active in r.active)
+        self._disable_active_nvtx(active)
+        request.active.remove(active)
+        if not request.active:
+            request.layers = True  # a window of steps ends with the loop's use
+        module = active.module
+        if not isinstance(module, nn.Module):
+            return
+        seen = self._seen.get(active.use.component)
+        if seen is not None and seen() is not module and not self._in_use(module):
+            self.attachments.remove(module)  # it was replaced while it was in use
+        outer = next((a for r in reversed(self._requests) for a in reversed(r.active) if a.module is module), None)
+        strategy = self._strategies.get(unwrapped(module))
+        if outer is None:
+            if strategy is not None:
+                strategy.finish_use(unwrapped(module))
+        else:
+            if strategy is not None and outer.use.dtype != active.use.dtype:
+                strategy.wait_for_use(unwrapped(module), outer.use.dtype)
+            self._enable_nvtx_for_use(request, outer)
+
+    def _prefetch_next(self, request: _Request) -> None:
+        use = request.timeline.next_heavy()
+        if use is None or not use.prefetch:
+            return
+        module = self._module(use.component)
+        if self._in_use(module) or not isinstance(module, nn.Module):
+            return
+        strategy = self._strategy(use.component, module)
+        needed = strategy.prefetch_bytes()
+        room = self.bound_bytes - self._committed_bytes()
+        if needed and (needed <= room or request.args.performance_mode == "speed"):
+            strategy.prefetch(unwrapped(module), use.dtype)
+
+    def _committed_bytes(self) -> int:
+        """Resident bytes, with what the uses that go on may still bring in."""
+        still_to_come = 0
+        for module, strategy in list(self._strategies.items()):
+            if strategy.offloads and self._in_use(module):
+                still_to_come += max(0, strategy.bound_bytes - self.account.of(strategy.component))
+        return self.account.resident_bytes + still_to_come
+
+    def _make_room(self, strategy: Strategy) -> None:
+        """Give up prefetches for other components where they and this use together exceed the bound."""
+        needed = max(0, strategy.bound_bytes - self.account.of(strategy.component))
+        for module, other in list(self._strategies.items()):
+            if self._committed_bytes() + needed <= self.bound_bytes or self.args.performance_mode == "speed":
+                return
+            if other is not strategy and not self._in_use(module):
+                other.finish_request(module)
+
+    def _declared(
+        self, request: _Request, component: str | ComponentUse, phase: str | None, dtype: torch.dtype | None
+    ) -> ComponentUse:
+        wanted = component if isinstance(component, ComponentUse) else ComponentUse(component, phase, dtype)
+        stage = wanted.stage or request.stage or ""
+        found = request.timeline.find((stage, wanted.component, wanted.phase))
+        if found is None:
+            shown = wanted.by(stage).prefix
+            raise PipelineError(f"the use {shown} was not declared: let component_uses() of stage {stage!r} return it")
+        return wanted.by(stage) if wanted.dtype is not None else found
+
+    def _module(self, name: str) -> Any:
+        try:
+            module = self.components[name]
+        except KeyError:
+            known = ", ".join(self.components) or "none"
+            raise PipelineError(f"there is no component {name!r}; the pipeline has {known}") from None
+        if not isinstance(module, nn.Module):
+            return module
+        seen = self._seen.get(name)
+        if seen is None or seen() is not module:
+            self._forget(name)
+            self._seen[name] = weakref.ref(module)
+        return module
+
+    def _strategy(self, name: str, module: nn.Module) -> Strategy:
+        inner = unwrapped(module)
+        mode = self.args.residency_mode(name, self.kinds.get(name, "other"))
+        known = self._strategies.get(inner)
+        if known is not None and known.mode == mode:
+            return known
+        if known is not None:
+            known.bring_back(inner)
+            del self._strategies[inner]
+            del known
+        if self._place is None:
+            self._place = default_place(self.args.residency_dir)
+        made = strategy_class(mode)(name, self._place, self.account, self.marks)
+        made.refresh(inner)
+        self._strategies[inner] = made
+        return made
+
+    def _forget(self, name: str) -> None:
+        """A component was replaced or left the pipeline: it gets its weights' ranges and hooks taken out."""
+        ref = self._seen.pop(name, None)
+        old = ref() if ref is not None else None
+        if old is not None and not self._in_use(old):
+            self.attachments.remove(old)
+
+    def _in_use(self, module: Any) -> bool:
+        return any(
+            a.module is module or (isinstance(a.module, nn.Module) and unwrapped(a.module) is module)
+            for r in self._requests
+            for a in r.active
+        )
+
+    def _request(self) -> _Request:
+        if not self._requests:
+            raise PipelineError("no request is under way: call begin_request() first")
+        return self._requests[-1]
+
+    def _leave_request(self) -> None:
+        self._requests.pop()
+        self.marks.enabled = bool(self._requests) and self._requests[-1].use_nvtx
