@@ -1,15 +1,19 @@
 """The structure of a diffusion model as NVTX ranges: eager, inside torch.compile, and in a per-layer table."""
 
+import warnings
 from importlib import import_module
 from typing import Any
 
-from .errors import FxnvtxError
-from .explain import Explanation, explain
-from .graph import insert_ranges
-from .hooks import DiffusionNvtxHooks
-from .instrument import instrument, set_enabled, uninstrument
-from .ranges import maybe_nvtx_range, range, range_pop, range_push
-from .recording import Recording, record
+with warnings.catch_warnings():
+    # torch complains at its import that numpy is not there; nothing here needs it
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+    from .errors import FxnvtxError
+    from .explain import Explanation, explain
+    from .graph import insert_ranges
+    from .hooks import DiffusionNvtxHooks
+    from .instrument import instrument, set_enabled, uninstrument
+    from .ranges import maybe_nvtx_range, range, range_pop, range_push
+    from .recording import Recording, record
 
 __all__ = [
     "DiffusionNvtxHooks",

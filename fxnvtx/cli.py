@@ -14,7 +14,7 @@ from .errors import FxnvtxError
 
 __all__ = ["main"]
 
-# name -> (module, attribute): a command is imported when it is used, so that `fxnvtx report` never loads torch
+# name -> (module, attribute): a command is imported when it is used
 _COMMANDS = {
     "profile": ("fxnvtx.profile", "profile_command"),
     "run": ("fxnvtx.launch", "run_command"),

@@ -21,7 +21,7 @@ from . import ranges as _ranges
 from .levels import Level
 from .names import Named, Selection, label_text, name_modules
 from .ranges import Label, label
-from .slot import SLOT, Slot, slot_of
+from .slot import SLOT, Around, Slot, slot_of
 
 __all__ = ["Control", "Entry", "controls", "controls_of", "entry_of", "lock", "sync"]
 
@@ -58,6 +58,7 @@ class Control:
         self.enabled = True
         self.fast = False
         self.entries: list[Entry] = []
+        self.arounds: dict[str, Around] = {}  # by FQN: what to show around a module's own range, call by call
         self._silent_calls = 0
 
     @classmethod
@@ -236,6 +237,7 @@ def _place(module: nn.Module, control: Control, entry: Entry, level: Level | Non
     if slot is None or slot.control is not control or slot.module is not module:
         inner = slot.inner if slot is not None else module.__dict__.get(SLOT)
         slot = Slot(module, control, inner)
+    slot.around = control.arounds.get(entry.fqn)
     slot.name(
         control.label(entry.fqn), control.prefix(entry.fqn), control.labels_by_parent(entry), control.shapes, level
     )

@@ -120,12 +120,14 @@ def doctor_command() -> None:
     """Say why ranges may be missing: versions, tool, domain, compile, graphs."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, pad_edge=False, show_header=False)
-    mark = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "bad": "[red]bad[/]"}
+    style = {"ok": "green", "note": "yellow", "bad": "red"}
     worst = False
     for item in findings():
-        table.add_row(mark[item.state], item.what, item.found + (f"; {item.follows}" if item.follows else ""))
+        found = item.found + (f"; {item.follows}" if item.follows else "")
+        table.add_row(Text(item.state, style=style[item.state]), Text(item.what), Text(found))
         worst = worst or item.state == "bad"
     Console().print(table)
     if worst:

@@ -9,6 +9,7 @@ leaves it out of pickles and copies), and Dynamo ignores it when it inlines a mo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import MethodType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,15 +24,17 @@ if TYPE_CHECKING:
     from .control import Control
     from .levels import Level
 
-__all__ = ["SLOT", "Slot", "in_range", "slot_of"]
+__all__ = ["SLOT", "Around", "Slot", "in_range", "slot_of"]
 
 SLOT = "_compiled_call_impl"
+Around = Callable[[tuple[Any, ...], dict[str, Any]], "tuple[Label, object] | None"]
 
 
 class Slot:
     """Lives in the module's own dict, so it dies with the module. Nothing else holds it or the module."""
 
     __slots__ = (
+        "around",
         "attributes",
         "below",
         "body",
@@ -61,6 +64,8 @@ class Slot:
         self.level: Level | None = None
         self.below: dict[str, tuple[Any, ...]] = {}
         self.body: Any = self.plain
+        # (arguments) -> what this very call is for: a range around the module's own, None for no such range
+        self.around: Around | None = None
 
     def name(
         self, label: Label, prefix: str, by_parent: dict[str, Label] | None, shapes: bool, level: Level | None
@@ -81,7 +86,12 @@ class Slot:
 
     @property
     def entry_point(self) -> Any:
-        return self.call_resolving if self.by_parent is not None or self.shapes else self.call
+        return self.call if self.settled else self.call_resolving
+
+    @property
+    def settled(self) -> bool:
+        """Whether every call of this module shows the same one range."""
+        return self.by_parent is None and not self.shapes and self.around is None
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """The cheapest form: one label, NVTX only. Everything else goes through `call_resolving`."""
@@ -105,7 +115,7 @@ class Slot:
     def call_root(self, *args: Any, **kwargs: Any) -> Any:
         _ranges.emitted = True
         self.control.mend()
-        return self.call_resolving(*args, **kwargs) if self.by_parent is not None else self.call(*args, **kwargs)
+        return self.call(*args, **kwargs) if self.settled else self.call_resolving(*args, **kwargs)
 
     def call_resolving(self, *args: Any, **kwargs: Any) -> Any:
         """Recorders, tied modules, shapes, and models that are switched off or being switched."""
@@ -118,6 +128,8 @@ class Slot:
             # switched on in the middle.
             with control.silence():
                 return self.plain(*args, **kwargs)
+        outer = None if self.around is None else self.around(args, kwargs)
+        outermost = None if outer is None else push(*outer)
         entry = push(self.current_label(stack))
         if entry is not None:
             entry.owner = control
@@ -125,6 +137,7 @@ class Slot:
             return self.body(*args, **kwargs)
         finally:
             pop(entry)
+            pop(outermost)
 
     def current_label(self, stack: list[Any]) -> Label:
         """A tied module is called by the path through which it is being reached now."""

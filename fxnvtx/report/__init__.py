@@ -1,8 +1,27 @@
 """From a capture to an answer: read captures, attribute time to modules, show and compare."""
 
+from .diff import Change, Comparison, diff
 from .load import from_recording, load
+from .render_csv import render_csv
+from .render_html import render_html
+from .render_json import render_json
 from .render_text import render_text
 from .report import Report
+from .scrub import scrub
 from .views import VIEWS, Row
 
-__all__ = ["VIEWS", "Report", "Row", "from_recording", "load", "render_text"]
+__all__ = [
+    "VIEWS",
+    "Change",
+    "Comparison",
+    "Report",
+    "Row",
+    "diff",
+    "from_recording",
+    "load",
+    "render_csv",
+    "render_html",
+    "render_json",
+    "render_text",
+    "scrub",
+]

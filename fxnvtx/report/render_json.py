@@ -4,8 +4,10 @@
      "sources": [file], "ranks": [title of every process], "notes": [text], "rows": [row]}
 
 A row: name, path (list of names from the outermost range), depth, kind (range, kernel, unknown, summary, side),
-category, calls, cpu, cpu_self, cpu_min, cpu_max, gpu, gpu_self, gpu_sum, kernels, copies, copied_bytes, launches, gap, proj, proj_calls,
-resident, overlap, payload, open, share (0 to 1), each (null, or count, low, middle, high), ranks (title -> ns), skew (null, or 0 to 1), fused (list of owners), flags ("replayed", "estimate"). views.Row and tree.Node define them.
+category, calls, cpu, cpu_self, cpu_min, cpu_max, gpu, gpu_self, gpu_sum, kernels, copies, copied_bytes, launches, gap,
+proj, proj_calls, resident, overlap, payload, open, share (0 to 1), each (null, or count, low, middle, high), ranks
+(title -> ns), skew (null, or 0 to 1), fused (list of owners), flags ("replayed", "estimate"). views.Row and tree.Node
+define them.
 A change that takes a field away or changes its meaning raises `version`; new fields do not.
 """
 
