@@ -1,0 +1,119 @@
+"""`fxnvtx report` and `fxnvtx diff`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from . import chrome, speedscope
+from .diff import diff
+from .load import load
+from .output import write_text
+from .progress import Late
+from .render_csv import render_csv
+from .render_diff import diff_csv, diff_json, diff_text
+from .render_html import render_html
+from .render_json import render_json
+from .render_text import render_text
+from .scrub import scrub
+from .views import VIEWS
+
+__all__ = ["diff_command", "report_command"]
+
+CAPTURE = click.Path(path_type=Path)
+
+
+@click.command("report", short_help="what each module of a capture costs")
+@click.argument("captures", nargs=-1, required=True, type=CAPTURE, metavar="CAPTURE...")
+@click.option("--by", type=click.Choice(VIEWS), default="tree", show_default=True, help="what a row stands for")
+@click.option("--depth", type=click.IntRange(min=1), help="levels of the tree, or dotted parts of a module's name")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["text", "json", "csv", "html", "chrome", "speedscope"]),
+    default="text",
+    show_default=True,
+)
+@click.option("-o", "--output", type=CAPTURE, help="write to this file instead of the terminal")
+@click.option("--include", multiple=True, metavar="GLOB", help="only rows that match, with what is inside them")
+@click.option("--exclude", multiple=True, metavar="GLOB", help="no rows that match, nor what is inside them")
+@click.option("--fold", is_flag=True, help="one row for identical blocks, steps and requests")
+@click.option("--kernels", is_flag=True, help="device operations as rows under their range (tree only)")
+@click.option("--split-fused", is_flag=True, help="share fused kernels out over their modules: an estimate")
+@click.option("--limit", type=click.IntRange(min=1), help="at most so many rows (text only)")
+@click.option("--jobs", type=click.IntRange(min=1), help="how many files to read at once")
+@click.option("--scrub", "scrubbed", is_flag=True, help="write a copy without environment, host and process names")
+def report_command(
+    captures: tuple[Path, ...],
+    by: str,
+    depth: int | None,
+    form: str,
+    output: Path | None,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    fold: bool,
+    kernels: bool,
+    split_fused: bool,
+    limit: int | None,
+    jobs: int | None,
+    scrubbed: bool,
+) -> None:
+    """Read captures (nsys .sqlite or .nsys-rep) and recordings, and say which module of which step costs what.
+
+    Several files are several ranks: they are merged, and every row says how far the ranks are apart.
+    """
+    if scrubbed:
+        if output is None or len(captures) != 1:
+            raise click.UsageError("--scrub needs one capture, and -o FILE for the copy")
+        _said(scrub(captures[0], output))
+        return
+    if form in ("html", "chrome", "speedscope") and output is None:
+        raise click.UsageError(f"--format {form} needs -o FILE")
+    if form in ("chrome", "speedscope"):
+        writer = chrome.write if form == "chrome" else speedscope.write
+        _said(writer(list(captures), output))  # type: ignore[arg-type]
+        return
+    with Late(f"reading {captures[0].name}") as tick:
+        found = load(*captures, jobs=jobs, tick=tick)
+    chosen = {"include": include, "exclude": exclude, "fold": fold, "kernels": kernels, "split_fused": split_fused}
+    if form == "text":
+        color = output is None and sys.stdout.isatty()
+        text = render_text(found, by, depth, color=color, limit=limit, **chosen)  # type: ignore[arg-type]
+    elif form == "json":
+        text = render_json(found, by, depth, **chosen)  # type: ignore[arg-type]
+    elif form == "csv":
+        text = render_csv(found, by, depth, **chosen)  # type: ignore[arg-type]
+    else:
+        text = render_html(found, **chosen)  # type: ignore[arg-type]
+    _give(text, output)
+
+
+@click.command("diff", short_help="what changed between two captures")
+@click.argument("a", type=CAPTURE)
+@click.argument("b", type=CAPTURE)
+@click.option("--depth", type=click.IntRange(min=1), help="only modules with at most so many dotted parts")
+@click.option("--format", "form", type=click.Choice(["text", "json", "csv"]), default="text", show_default=True)
+@click.option("-o", "--output", type=CAPTURE, help="write to this file instead of the terminal")
+@click.option("--limit", type=click.IntRange(min=1), help="at most so many rows (text only)")
+def diff_command(a: Path, b: Path, depth: int | None, form: str, output: Path | None, limit: int | None) -> None:
+    """Compare two captures module by module: B minus A."""
+    with Late(f"reading {a.name} and {b.name}") as tick:
+        found = diff(load(a, tick=tick), load(b, tick=tick), depth)
+    if form == "text":
+        text = diff_text(found, limit=limit, color=output is None and sys.stdout.isatty())
+    else:
+        text = diff_json(found) if form == "json" else diff_csv(found)
+    _give(text, output)
+
+
+def _give(text: str, output: Path | None) -> None:
+    if output is None:
+        click.echo(text, nl=False)
+    else:
+        _said(write_text(output, text))
+
+
+def _said(path: Path) -> None:
+    click.echo(f"wrote {path} ({path.stat().st_size:,} bytes)", err=True)

@@ -1,0 +1,75 @@
+"use strict";
+// Wiring: measure, theme, search, views, totals.
+const by = (id) => document.getElementById(id);
+const made = (tag, properties) => Object.assign(document.createElement(tag), properties);
+
+function choice(holder, options, pressed, choose) {
+  by(holder).replaceChildren(...options.map(([key, text]) => {
+    const button = made("button", { type: "button", textContent: text });
+    button.dataset.key = key;
+    button.setAttribute("aria-pressed", String(key === pressed));
+    button.addEventListener("click", () => {
+      for (const other of by(holder).children) other.setAttribute("aria-pressed", String(other === button));
+      choose(key);
+    });
+    return button;
+  }));
+}
+
+function setTheme(theme, keep) {
+  document.documentElement.dataset.theme = theme;
+  by("theme").textContent = theme === "dark" ? "Light" : "Dark";
+  if (keep) try { localStorage.setItem("fxnvtx-theme", theme); } catch { /* a page from a file may have no storage */ }
+}
+
+function redraw() { legend(); icicle.refresh(); steps.draw(); table.heading(); table.rebuild(); }
+
+function legend() {
+  const used = [...new Set(tree.category)].map((c) => data.categories[c]).filter((name) => name);
+  by("legend").replaceChildren(...used.map((name) => {
+    const item = made("li", {}), mark = made("i", {});
+    mark.style.background = fillOf(name);
+    item.append(mark, name);
+    return item;
+  }));
+}
+
+function totals() {
+  const facts = [[time(tree.cpu[0]), "CPU time in ranges"]];
+  if (data.gpu) facts.unshift([time(tree.gpu[0]), "GPU busy"], [time(tree.gap[0]), "GPU idle between launches"], [whole(tree.kernels[0]), "device operations"]);
+  facts.push([whole(tree.calls.reduce((sum, value) => sum + value, 0)), "ranges"], [whole(count - 1), "distinct paths"]);
+  if (data.ranks.length > 1) facts.push([whole(data.ranks.length), "processes"]);
+  by("facts").replaceChildren(...facts.map(([value, text]) => {
+    const holder = made("div", {});
+    holder.append(made("b", { textContent: value }), made("span", { textContent: text }));
+    return holder;
+  }));
+  by("sources").textContent = by("sources").title = data.sources.join(", ");
+  by("notes").replaceChildren(...data.notes.map((note) => made("li", { textContent: note })));
+}
+
+function find() {
+  const result = search(by("search").value);
+  by("found").textContent = result ? `${whole(result.found)} found, ${percent(result.share)}` : "";
+  icicle.refresh(); table.rebuild();
+}
+
+let stored = null;
+try { stored = localStorage.getItem("fxnvtx-theme"); } catch { /* no storage */ }
+setTheme(stored || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light"), false);
+by("theme").addEventListener("click", () => { setTheme(document.documentElement.dataset.theme === "dark" ? "light" : "dark", true); redraw(); });
+let waiting = 0;
+by("search").addEventListener("input", () => { clearTimeout(waiting); waiting = setTimeout(find, 120); });
+document.addEventListener("keydown", (event) => {
+  if (event.key === "/" && event.target.tagName !== "INPUT") { event.preventDefault(); by("search").focus(); }
+  if (event.key === "Escape" && event.target === by("search")) { by("search").value = ""; find(); by("icicle").focus(); }
+});
+choice("measures", data.gpu ? [["gpu", "GPU"], ["cpu", "CPU"]] : [["cpu", "CPU"]], model.measure, (measure) => {
+  model.measure = measure;
+  find(); redraw();
+});
+choice("views", [["tree", "Tree"], ...Object.keys(data.views).map((name) => [name, name[0].toUpperCase() + name.slice(1)])], "tree", (view) => table.choose(view));
+model.listeners.push(() => { table.rebuild(); steps.draw(); });
+totals(); legend(); icicle.crumbs(); table.heading(); icicle.refresh(); table.rebuild(); steps.draw();
+// for whoever wants to drive the page, such as a test
+window.fxnvtx = { model, icicle, table, steps, tree, data, nameOf };

@@ -1,0 +1,178 @@
+"use strict";
+// The icicle: every range as wide as its time. Only what is at least half a pixel wide is visited.
+const icicle = (() => {
+  const canvas = document.getElementById("icicle");
+  const box = document.getElementById("icicle-box");
+  const paint = canvas.getContext("2d");
+  const ROW = 23;
+  let width = 0, height = 0;
+  let view = [0, 1], from = [0, 1], since = 0;   // the shown part of [0, 1], and where a zoom comes from
+  let drawn = [];                                // boxes of the last picture: [x0, x1, level, node]
+
+  function levels() {
+    let deepest = 0;
+    const todo = [model.root];
+    while (todo.length) { const i = todo.pop(); deepest = Math.max(deepest, depths[i]); todo.push(...kids[i]); }
+    return deepest - depths[model.root] + 1;
+  }
+
+  function resize() {
+    const ratio = window.devicePixelRatio || 1;
+    width = box.clientWidth;
+    height = Math.max(3, levels()) * ROW + 1;
+    canvas.style.height = `${height}px`;
+    canvas.width = Math.round(width * ratio);
+    canvas.height = Math.round(height * ratio);
+    paint.setTransform(ratio, 0, 0, ratio, 0, 0);
+  }
+
+  function frame(now) {
+    const moved = Math.min(1, (now - since) / 170);
+    const eased = 1 - (1 - moved) ** 3;
+    const { left, right } = layout(model.measure);
+    const goal = right[model.root] > left[model.root] ? [left[model.root], right[model.root]] : [0, 1];
+    view = [from[0] + (goal[0] - from[0]) * eased, from[1] + (goal[1] - from[1]) * eased];
+    draw(left, right);
+    if (moved < 1) requestAnimationFrame(frame);
+  }
+
+  function draw(left, right) {
+    const colors = themeNow();
+    paint.clearRect(0, 0, width, height);
+    paint.font = "12.5px system-ui, sans-serif";
+    paint.textBaseline = "middle";
+    drawn = [];
+    const scale = width / (view[1] - view[0]);
+    const todo = [model.root];
+    while (todo.length) {
+      const i = todo.pop();
+      const x0 = Math.max(0, (left[i] - view[0]) * scale), x1 = Math.min(width, (right[i] - view[0]) * scale);
+      if (x1 - x0 < 0.5) continue;
+      const level = depths[i] - depths[model.root];
+      box1(i, x0, x1, level, colors);
+      for (let k = kids[i].length - 1; k >= 0; k--) todo.push(kids[i][k]);
+    }
+  }
+
+  function box1(i, x0, x1, level, colors) {
+    const y = level * ROW, wide = x1 - x0;
+    const hits = model.hits;
+    drawn.push([x0, x1, level, i]);
+    paint.globalAlpha = hits && !hits[i] ? 0.28 : 1;
+    paint.fillStyle = hits && hits[i] & 1 ? colors.hit : colors[categoryOf(i)] ?? colors.module;
+    paint.fillRect(x0, y, wide, ROW - 1);
+    if (wide > 3) { paint.fillStyle = colors.line; paint.fillRect(x1 - 1, y, 1, ROW - 1); }
+    if (i === model.at && i > 0) {
+      paint.strokeStyle = colors.ink; paint.lineWidth = 2;
+      paint.strokeRect(x0 + 1, y + 1, Math.max(1, wide - 3), ROW - 3);
+    }
+    if (wide > 34) {
+      paint.fillStyle = colors.ink;
+      paint.fillText(fit(i === 0 ? "everything" : nameOf(i), wide - 12), x0 + 6, y + ROW / 2);
+    }
+    paint.globalAlpha = 1;
+  }
+
+  const measured = new Map();
+  function wideOf(text) {
+    let wide = measured.get(text);
+    if (wide === undefined) {
+      wide = paint.measureText(text).width;
+      if (measured.size > 50000) measured.clear();
+      measured.set(text, wide);
+    }
+    return wide;
+  }
+  // A module's last part tells most: cut the beginning.
+  function fit(text, room) {
+    if (wideOf(text) <= room) return text;
+    const dot = text.lastIndexOf(".");
+    if (dot > 0 && wideOf("…" + text.slice(dot)) <= room) return "…" + text.slice(dot);
+    let low = 0, high = text.length;
+    while (low < high) { const half = (low + high + 1) >> 1; wideOf(text.slice(0, half) + "…") <= room ? (low = half) : (high = half - 1); }
+    return low ? text.slice(0, low) + "…" : "";
+  }
+
+  function nodeAt(x, y) {
+    const level = Math.floor(y / ROW);
+    for (const [x0, x1, at, node] of drawn) if (at === level && x >= x0 && x < x1) return node;
+    return -1;
+  }
+
+  function rectOf(node) {
+    for (const [x0, x1, level, at] of drawn) if (at === node) return { x: x0, y: level * ROW, width: x1 - x0, height: ROW };
+    return null;
+  }
+
+  function zoom(node) {
+    from = view; since = performance.now();
+    model.root = node; model.at = node;
+    resize(); crumbs(); point(node); requestAnimationFrame(frame);
+    model.change();
+  }
+
+  function crumbs() {
+    const line = [0, ...pathTo(model.root)];
+    document.getElementById("crumbs").replaceChildren(...line.flatMap((node, index) => {
+      const button = document.createElement("button");
+      button.type = "button"; button.textContent = node ? nameOf(node) : "everything"; button.title = button.textContent;
+      button.addEventListener("click", () => zoom(node));
+      return index ? ["›", button] : [button];
+    }));
+  }
+
+  function facts(node) {
+    const parts = [`${whole(tree.calls[node])} calls`, `${time(valueOf(node))} ${model.measure === "gpu" ? "GPU" : "CPU"}`,
+      `self ${time(selfOf(node))}`, percent(valueOf(0) ? valueOf(node) / valueOf(0) : 0)];
+    if (data.gpu) {
+      parts.push(model.measure === "gpu" ? `CPU ${time(tree.cpu[node])}` : `GPU ${time(tree.gpu[node])}`);
+      parts.push(`${whole(tree.kernels[node])} operations`, `idle ${time(tree.gap[node])}`);
+    }
+    const flags = tree.flags[node];
+    if (flags & 1) parts.push("replayed by a CUDA graph");
+    if (flags & 2) parts.push("an estimate");
+    if (flags & 4) parts.push("some were still open at the end");
+    return parts;
+  }
+
+  function point(node) {
+    model.at = node;
+    document.getElementById("pointed").textContent = node > 0 ? `${nameOf(node)}: ${facts(node).join(", ")}` : "";
+    table.follow(node);
+  }
+
+  const tip = document.getElementById("tip");
+  canvas.addEventListener("mousemove", (event) => {
+    const node = nodeAt(event.offsetX, event.offsetY);
+    tip.hidden = node <= 0;
+    if (node <= 0) return;
+    tip.replaceChildren(Object.assign(document.createElement("b"), { textContent: nameOf(node) }),
+      Object.assign(document.createElement("span"), { textContent: [categoryOf(node), ...facts(node)].join(" · ") }));
+    tip.style.left = `${Math.min(event.clientX + 14, window.innerWidth - tip.offsetWidth - 8)}px`;
+    tip.style.top = `${Math.min(event.clientY + 16, window.innerHeight - tip.offsetHeight - 8)}px`;
+  });
+  canvas.addEventListener("mouseleave", () => { tip.hidden = true; });
+  canvas.addEventListener("click", (event) => {
+    const node = nodeAt(event.offsetX, event.offsetY);
+    if (node < 0) return;
+    zoom(node === model.root && node > 0 ? tree.parent[node] : node);
+  });
+  canvas.addEventListener("keydown", (event) => {
+    const at = model.at, siblings = at ? kids[tree.parent[at]] : [0], place = siblings.indexOf(at);
+    let to = at;
+    if (event.key === "ArrowDown") to = biggest(kids[at]) ?? at;
+    else if (event.key === "ArrowUp") to = at > model.root ? tree.parent[at] : at;
+    else if (event.key === "ArrowRight") to = at > model.root ? siblings[Math.min(place + 1, siblings.length - 1)] : at;
+    else if (event.key === "ArrowLeft") to = at > model.root ? siblings[Math.max(place - 1, 0)] : at;
+    else if (event.key === "Enter") { event.preventDefault(); zoom(at); return; }
+    else if (event.key === "Escape" || event.key === "Backspace") { event.preventDefault(); zoom(tree.parent[model.root] ?? 0); return; }
+    else return;
+    event.preventDefault();
+    point(to); requestAnimationFrame(frame);
+  });
+  const biggest = (nodes) => nodes.reduce((best, i) => (best === undefined || valueOf(i) > valueOf(best) ? i : best), undefined);
+
+  function refresh() { from = view; since = performance.now() - 1000; resize(); requestAnimationFrame(frame); }
+  window.addEventListener("resize", refresh);
+  return { zoom, refresh, nodeAt, rectOf, point, crumbs, get drawn() { return drawn.length; } };
+})();

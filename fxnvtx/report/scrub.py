@@ -1,0 +1,133 @@
+"""A copy of a capture without what tells who made it, where, and with which environment."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from pathlib import Path
+
+from ..errors import CaptureError, OutputError
+from ..recording import Recording
+from .export import exported
+from .load import kind_of
+from .schema import damaged, detect, open_capture
+
+__all__ = ["scrub"]
+
+# A list of what may stay: what the next version of Nsight Systems adds is left out until somebody looked at it.
+_KEPT = (
+    "NVTX_EVENTS",
+    "NVTX_PAYLOAD_SCHEMAS",
+    "NVTX_PAYLOAD_SCHEMA_ENTRIES",
+    "CUPTI_ACTIVITY_KIND_",
+    "CUDA_GRAPH_",
+    "CUDA_GPU_MEMORY_USAGE_EVENTS",
+    "ENUM_",
+    "ANALYSIS_DETAILS",
+)
+_KEPT_META = ("EXPORT_PRODUCT_", "EXPORT_SCHEMA_")
+_KEPT_NUMBERS = {"PROCESSES": ("globalPid", "pid")}  # tables of which only these columns stay
+_KEPT_RECORDING = {"clock", "pid", "rank", "classes"}
+
+
+def scrub(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> Path:
+    """Write a copy of a capture or recording to `target` that holds ranges, launches and device work only.
+
+    Gone: the environment, host and user names, paths, command lines, process and thread names, captured output, and
+    every text that nothing kept refers to. The names of ranges and kernels stay; they are the capture. `nsys stats` and
+    fxnvtx read the copy. Raises CaptureError, OutputError.
+    """
+    origin, goal = Path(source), Path(target)
+    if goal.exists() and origin.exists() and goal.samefile(origin):
+        raise OutputError(f"{goal} is the capture itself: name another file")
+    kind = kind_of(origin)
+    if kind == "recording":
+        recording = Recording.load(origin)
+        recording.meta = {key: value for key, value in recording.meta.items() if key in _KEPT_RECORDING}
+        return recording.save(goal)
+    if kind == "nsys-rep":
+        with exported(origin) as sqlite:
+            return _scrub_sqlite(sqlite, goal)
+    return _scrub_sqlite(origin, goal)
+
+
+def _scrub_sqlite(origin: Path, goal: Path) -> Path:
+    reader = open_capture(origin)
+    partial = goal.with_name(f"{goal.name}.{os.getpid()}.part")
+    partial.unlink(missing_ok=True)
+    try:
+        with damaged(origin):
+            detect(reader, origin)
+            try:
+                writer = sqlite3.connect(partial, isolation_level=None)
+                writer.execute("PRAGMA journal_mode = OFF")
+                writer.execute("PRAGMA synchronous = OFF")
+            except sqlite3.OperationalError as error:
+                raise OutputError(f"cannot write {goal}: {error}") from error
+            try:
+                writer.execute("BEGIN")
+                _copy(reader, writer)
+                writer.execute("COMMIT")
+            finally:
+                writer.close()
+        os.replace(partial, goal)
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(f"cannot write {goal}: {error.strerror or error}") from error
+    finally:
+        reader.close()
+        partial.unlink(missing_ok=True)
+    return goal
+
+
+def _copy(reader: sqlite3.Connection, writer: sqlite3.Connection) -> None:
+    tables = reader.execute("SELECT name, sql FROM sqlite_master WHERE type = 'table'").fetchall()
+    used: set[int] = set()
+    for name, sql in tables:
+        if name.startswith(_KEPT):
+            texts = _copy_table(reader, writer, name, sql, None)
+            used.update(texts)
+        elif name in _KEPT_NUMBERS:
+            _copy_table(reader, writer, name, sql, _KEPT_NUMBERS[name])
+        elif name == "META_DATA_EXPORT":
+            writer.execute(sql)
+            for key, value in reader.execute("SELECT name, value FROM META_DATA_EXPORT"):
+                if key.startswith(_KEPT_META):
+                    writer.execute("INSERT INTO META_DATA_EXPORT (name, value) VALUES (?, ?)", (key, value))
+    for name, sql in tables:
+        if name == "StringIds":
+            writer.execute(sql)
+            for key in sorted(used):
+                row = reader.execute("SELECT value FROM StringIds WHERE id = ?", (key,)).fetchone()
+                if row is not None:
+                    writer.execute("INSERT INTO StringIds (id, value) VALUES (?, ?)", (key, row[0]))
+
+
+def _copy_table(
+    reader: sqlite3.Connection, writer: sqlite3.Connection, name: str, sql: str, only: tuple[str, ...] | None
+) -> set[int]:
+    """Copy a table; returns the ids of the texts its rows refer to. Columns outside `only` become NULL or empty."""
+    quoted = '"' + name.replace('"', '""') + '"'
+    described = reader.execute(f"PRAGMA table_info({quoted})").fetchall()
+    columns = [row[1] for row in described]
+    if not columns:
+        raise CaptureError(f"table {name} has no columns")
+    writer.execute(sql)
+    texts = [index for index, column in enumerate(columns) if _is_text_id(column)]
+    insert = f"INSERT INTO {quoted} VALUES ({', '.join('?' * len(columns))})"
+    used: set[int] = set()
+    picked = ", ".join(
+        f'"{column}"' if only is None or column in only else "''" if "TEXT" in (row[2] or "") else "NULL"
+        for row, column in zip(described, columns, strict=True)
+    )
+    cursor = reader.execute(f"SELECT {picked} FROM {quoted}")
+    while rows := cursor.fetchmany(10_000):
+        for index in texts:
+            used.update(row[index] for row in rows if type(row[index]) is int)
+        writer.executemany(insert, rows)
+    return used
+
+
+def _is_text_id(column: str) -> bool:
+    return column in ("nameId", "demangledName", "shortName", "mangledName") or column.endswith(("TextId", "textId"))
