@@ -6,6 +6,7 @@ in place only while somebody listens, so an instrumented model that nobody watch
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import weakref
@@ -26,6 +27,21 @@ from .slot import SLOT, Around, Slot, slot_of
 __all__ = ["Control", "Entry", "controls", "controls_of", "entry_of", "lock", "sync"]
 
 lock = threading.RLock()
+
+
+def _before_fork() -> None:
+    # In this order everywhere: a change of listeners holds its lock while it calls sync().
+    _ranges._listener_lock.acquire()
+    lock.acquire()
+
+
+def _after_fork() -> None:
+    lock.release()
+    _ranges._listener_lock.release()
+
+
+# A child must not inherit a lock whose owner it does not have.
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
 _registered: dict[int, Control] = {}  # by id(root), in the order of instrument() calls; a later one wins a module
 _current: dict[int, tuple[Control, Entry]] = {}  # by id(module): who names it, as of the last sync
 
@@ -147,7 +163,7 @@ class Control:
 def controls() -> list[Control]:
     """All instrumented models still alive, the oldest first."""
     with lock:
-        return [c for c in _registered.values() if c.model() is not None]
+        return [c for c in list(_registered.values()) if c.model() is not None]  # a model may die meanwhile
 
 
 def controls_of(model: nn.Module) -> Control | None:

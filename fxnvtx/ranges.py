@@ -95,7 +95,7 @@ class Label:
 
     def with_payload(self, payload: object) -> Any:
         """NVTX attributes of this label with a number attached (other payloads stay in recordings)."""
-        if type(payload) is int or type(payload) is float:
+        if type(payload) is float or (type(payload) is int and -(2**63) <= payload < 2**63):
             return domain.get_event_attributes(self.text, self.color, self.category, payload)
         return self.attributes
 
@@ -106,7 +106,7 @@ class Label:
         return label, (self.text, self.category, self.color)
 
 
-_labels: dict[tuple[str, str, int | None], Label] = {}
+_labels: dict[tuple[str, str, int], Label] = {}
 
 
 def label(text: str, category: str | None = None, color: int | None = None) -> Label:
@@ -114,13 +114,13 @@ def label(text: str, category: str | None = None, color: int | None = None) -> L
     is captured have crashed Nsight Systems, and `--capture-range=nvtx` matches registered strings only."""
     if type(text) is not str:
         raise LabelError(f"a range label must be a str, not {type(text).__name__}; pass str(...) of it")
-    key = (text, category or "module", color)
+    kind = category or "module"
+    key = (text, kind, CATEGORIES.get(kind, 0xFFBBBBBB) if color is None else color)
     found = _labels.get(key)
     if found is None:
-        shown = CATEGORIES.get(key[1], 0xFFBBBBBB) if color is None else color
         # NVTX takes C strings: a NUL would cut the label, a lone surrogate cannot be encoded.
         safe = text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode("utf-8")
-        found = _labels.setdefault(key, Label(safe, key[1], shown))
+        found = _labels.setdefault(key, Label(safe, *key[1:]))
     return found
 
 
@@ -401,7 +401,7 @@ class range:  # noqa: N801 - a context manager and decorator, spelled like a fun
 
     `payload` is a number (it reaches NVTX) or any JSON value (it reaches recordings). Works as a context
     manager (re-entrant, and from several threads at once) and as a decorator of functions, coroutine functions and
-    generator functions. With enabled=False the decorator returns the function untouched.
+    generator functions of both kinds. With enabled=False the decorator returns the function untouched.
     """
 
     __slots__ = ("_opened", "enabled", "label", "payload")
@@ -418,32 +418,51 @@ class range:  # noqa: N801 - a context manager and decorator, spelled like a fun
         self.label = text if type(text) is Label else label(cast(str, text), category, color)
         self.payload = payload
         self.enabled = enabled
-        self._opened: list[Open | None] = []
+        self._opened: dict[int, list[Open | None]] = {}  # by thread: each touches its own list only
 
     def __enter__(self) -> range:
-        self._opened.append(push(self.label, self.payload) if self.enabled else None)
+        self._opened.setdefault(local.id, []).append(push(self.label, self.payload) if self.enabled else None)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        opened = self._opened
-        stack = local.stack
-        for index in _backwards(len(opened)):  # this thread's newest, should several threads share the object
-            entry = opened[index]
-            if entry is None or entry.stack is stack or index == 0:
-                del opened[index]
-                pop(entry)
-                return
+        mine = self._opened.get(local.id)
+        if not mine:  # entered on another thread: a generator that is finalized here, or a forked child
+            mine = next((other for other in list(self._opened.values()) if other), None)
+        if mine:
+            pop(mine.pop())
 
     def __call__(self, function: F) -> F:
         if not self.enabled:
             return function
         text, payload = self.label, self.payload
 
-        if inspect.iscoroutinefunction(function):
+        if inspect.isasyncgenfunction(function):
 
             async def inner(*args: Any, **kwargs: Any) -> Any:
+                entry = push(text, payload)
+                below = function(*args, **kwargs)
+                try:
+                    item = await below.asend(None)
+                    while True:
+                        try:
+                            sent = yield item
+                        except GeneratorExit:
+                            await below.aclose()
+                            raise
+                        except BaseException as error:
+                            item = await below.athrow(error)
+                        else:
+                            item = await below.asend(sent)
+                except StopAsyncIteration:
+                    return
+                finally:
+                    pop(entry)
+
+        elif inspect.iscoroutinefunction(function):
+
+            async def inner(*args: Any, **kwargs: Any) -> Any:  # type: ignore[misc]
                 entry = push(text, payload)
                 try:
                     return await function(*args, **kwargs)
