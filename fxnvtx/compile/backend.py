@@ -1,46 +1,161 @@
-"""The Dynamo backend "fxnvtx"."""
+"""The Dynamo backend "fxnvtx": `torch.compile(model, backend="fxnvtx")`, or `backend(...)` for more."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
+from ..errors import CompileError
 from ..ranges import label, pop, push
-from . import inductor
-from .ranged import ranged
-from .region import remember
-from .roots import Frame, read_graph
+from . import dynamo, inductor
+from .explain import CompiledRegion, note
+from .nodes import with_range_nodes
+from .notices import warn_once
+from .owners import Owners
+from .pieces import cut, has_subgraphs
+from .ranged import ranged, watched
+from .region import Region, remember
+from .roots import digest, read_graph
 
-__all__ = ["fxnvtx_backend"]
+__all__ = ["Backend", "backend", "fxnvtx_backend"]
 
-log = logging.getLogger("fxnvtx")
-
-
-def current_frame() -> Frame:
-    """The frame that Dynamo is compiling on this thread."""
-    try:
-        from torch._dynamo.symbolic_convert import InstructionTranslator
-
-        root = InstructionTranslator.current_tx().output.root_tx
-        return Frame(root.f_code, root.f_locals, root.f_globals)
-    except (ImportError, AttributeError):
-        return Frame(None, {}, {})
+COMPILE = label("compile", "compile")
+BOUNDARIES = ("fused", "strict")
+# These run the graph they are given, node by node. Others trace it again and would lose or move what we insert.
+_RUNS_THE_GRAPH = ("eager", "eager_noexcept")
+Compiled = Callable[..., Any]
 
 
-def fxnvtx_backend(
-    graph_module: Any, example_inputs: Any, *, mode: Any = None, options: Any = None
-) -> Callable[..., Any]:
-    config_patches = torch._TorchCompileInductorWrapper(mode, options, None).config
-    region, owners = read_graph(graph_module, current_frame(), list(example_inputs))
-    remember(region)
-    entry = push(label("compile", "compile"))
-    try:
-        compiled = inductor.compile_graph(
-            graph_module, example_inputs, config_patches, inductor.Compilation(region.key, owners)
-        )
-    finally:
-        pop(entry)
-    return ranged(region, compiled)
+class Backend:
+    """A Dynamo backend with ranges. Two made with the same options are equal, as Dynamo's cache wants it."""
+
+    def __init__(self, inner: Any, boundaries: str, depth: int | None, mode: str | None, options: Any) -> None:
+        self.inner = inner
+        self.boundaries = boundaries
+        self.depth = depth
+        self.mode = mode
+        self.options = options
+        self.__name__ = "fxnvtx"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Backend) and self._options() == other._options()
+
+    def __hash__(self) -> int:
+        return hash((str(self.inner), self.boundaries, self.depth, self.mode))
+
+    def __repr__(self) -> str:
+        return f"fxnvtx.backend(inner={self.inner!r}, boundaries={self.boundaries!r})"
+
+    def _options(self) -> tuple[Any, ...]:
+        return self.inner, self.boundaries, self.depth, self.mode, self.options
+
+    def __call__(self, graph_module: Any, example_inputs: Any, **kwargs: Any) -> Compiled:
+        entry = push(COMPILE)
+        try:
+            return self._compile(graph_module, list(example_inputs), kwargs)
+        finally:
+            pop(entry)
+
+    def _compile(self, graph_module: Any, inputs: list[Any], kwargs: dict[str, Any]) -> Compiled:
+        mode, options = kwargs.pop("mode", self.mode), kwargs.pop("options", self.options)
+        region, owners = read_graph(graph_module, dynamo.current_frame(), inputs)
+        remember(region)
+        about = note(CompiledRegion(region.title, self._inner_name(), "kernels", owners=region.paths))
+        if self.inner != "inductor":
+            given = {k: v for k, v in (("mode", mode), ("options", options)) if v} | kwargs
+            return self._compile_other(graph_module, inputs, given, region, owners, about)
+        if mode and options:
+            raise CompileError("give the fxnvtx backend either a mode or options, not both")
+        patches = inductor.config_of(mode, options)
+        hindrance = inductor.hindrance(patches)
+        if hindrance is not None:
+            about.path, about.reason = "region", hindrance
+            warn_once(
+                hindrance, f"layers inside {region.title} will not be visible, one range per region is: {hindrance}"
+            )
+            return ranged(region, inductor.compile_plain(graph_module, inputs, patches))
+        if self.boundaries == "strict":
+            if has_subgraphs(graph_module):
+                about.reason = "strict boundaries are not possible around control flow; kernels may be fused"
+                warn_once("control flow", f"{region.title}: {about.reason}")
+            else:
+                return self._compile_pieces(graph_module, inputs, patches, region, owners, about)
+        compilation = inductor.Compilation(region.key, owners, about)
+        return ranged(region, inductor.compile_graph(graph_module, inputs, patches, compilation))
+
+    def _compile_pieces(
+        self,
+        graph_module: Any,
+        inputs: list[Any],
+        patches: dict[str, Any],
+        region: Region,
+        owners: Owners,
+        about: CompiledRegion,
+    ) -> Compiled:
+        def compile_piece(piece: Any, piece_inputs: Any) -> Compiled:
+            # pieces of two blocks may be the same code: only their owners tell them apart
+            compilation = inductor.Compilation(region.key, owners, about, digest(region.key, piece, owners))
+            return watched(inductor.compile_graph(piece, piece_inputs, patches, compilation))
+
+        pieces = cut(graph_module, owners, self.depth)
+        about.path, about.reason = "pieces", f"{len(set(pieces.values()))} pieces"
+        return ranged(region, dynamo.compile_pieces(graph_module, inputs, pieces, compile_piece), watching=False)
+
+    def _compile_other(
+        self,
+        graph_module: Any,
+        inputs: list[Any],
+        kwargs: dict[str, Any],
+        region: Region,
+        owners: Owners,
+        about: CompiledRegion,
+    ) -> Compiled:
+        compiler = dynamo.lookup(self.inner)
+        if self.inner in _RUNS_THE_GRAPH:
+            table = with_range_nodes(graph_module, region.key, owners)
+            about.path, about.reason = "nodes", f'"{self.inner}" runs the graph as it is'
+            return ranged(region, compiler(graph_module, inputs, **kwargs), table=table)
+        about.path = "region"
+        about.reason = f"{about.backend} compiles the graph further and would drop or move range nodes"
+        return ranged(region, compiler(graph_module, inputs, **kwargs))
+
+    def _inner_name(self) -> str:
+        return self.inner if isinstance(self.inner, str) else getattr(self.inner, "__name__", repr(self.inner))
+
+    def reset(self) -> None:
+        """Called by torch._dynamo.reset(): CUDA graphs that Inductor keeps must go, as with its own backend."""
+        dynamo.reset(self.inner, self.mode, self.options)
+
+
+def backend(
+    inner: str | Compiled = "inductor",
+    boundaries: str = "fused",
+    *,
+    depth: int | None = 1,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Backend:
+    """A Dynamo backend whose regions show their layers: `torch.compile(model, backend=fxnvtx.backend(...))`.
+
+    `inner`: the backend that does the work, by name or as a callable. `boundaries` (with "inductor" only): "fused"
+    leaves every kernel as Inductor makes it; "strict" compiles one piece per module down to `depth` levels below the
+    compiled frame (None: all), so that nothing is fused across them, at the price of speed. `mode`, `options`: as for
+    torch.compile, which passes its own on, too.
+
+    Errors: CompileError (unknown inner backend, unknown boundaries, boundaries where they have no meaning).
+    """
+    if boundaries not in BOUNDARIES:
+        raise CompileError(f"boundaries must be one of {', '.join(map(repr, BOUNDARIES))}, not {boundaries!r}")
+    if boundaries == "strict" and inner != "inductor":
+        raise CompileError(f'boundaries="strict" is for inner="inductor"; with inner={inner!r} leave boundaries out')
+    if depth is not None and (not isinstance(depth, int) or isinstance(depth, bool) or depth < 1):
+        raise CompileError(f"depth must be a whole number from 1 on, or None for all levels, not {depth!r}")
+    if mode and options:
+        raise CompileError("give the fxnvtx backend either a mode or options, not both")
+    if inner == "fxnvtx" or isinstance(inner, Backend):
+        raise CompileError("the fxnvtx backend cannot be its own inner backend; name the one that does the work")
+    dynamo.lookup(inner)
+    return Backend(inner, boundaries, depth, mode, options)
+
+
+fxnvtx_backend = Backend("inductor", "fused", None, None, None)

@@ -15,13 +15,15 @@ import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch.fx import Node
 
+from .explain import CompiledRegion
 from .owners import Before, Owners, Row, owners_of
 
-__all__ = ["Compilation", "compile_graph", "missing"]
+__all__ = ["Compilation", "compile_graph", "compile_plain", "config_of", "hindrance", "missing"]
 
 _BASE = Row(((),), False)
 # What a plain text line does, by how it starts or what it calls. Everything else with a call in it may launch.
@@ -50,9 +52,11 @@ _LAUNCHING = (
 class Compilation:
     """One region being compiled: its key and its owners."""
 
-    def __init__(self, key: str, owners: Owners) -> None:
+    def __init__(self, key: str, owners: Owners, about: CompiledRegion, cache_key: str | None = None) -> None:
         self.key = key
+        self.cache_key = cache_key or key  # of all that is written into the code: the key and the owners' paths
         self.owners = owners
+        self.about = about
         self.backward = False
         self.before: Before | None = None
 
@@ -62,7 +66,10 @@ class Compilation:
         order: dict[Node, int] = {}
         for graph in {n.graph for n in nodes}:
             order.update({n: i for i, n in enumerate(graph.nodes)})
-        return self.owners.row(sorted(nodes, key=lambda n: (order.get(n, -1), n.name)), self.before)
+        row = self.owners.row(sorted(nodes, key=lambda n: (order.get(n, -1), n.name)), self.before)
+        self.about.launches += 1
+        self.about.unknown += row.unknown
+        return row
 
 
 class _Active(threading.local):
@@ -125,7 +132,8 @@ def _patch_graph_lowering() -> None:
         in_python = not getattr(self, "cpp_wrapper", False) and not getattr(self, "fx_wrapper", False)
         if compilation is not None and in_python:
             wrapper = self.wrapper_code
-            wrapper.__class__ = _with_ranges(type(wrapper))
+            base: Any = type(wrapper)
+            wrapper.__class__ = _with_ranges(base)
             wrapper.fxnvtx_start(compilation)
         return result
 
@@ -177,6 +185,36 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
+def config_of(mode: str | None, options: Any) -> dict[str, Any]:
+    """Inductor's config patches for torch.compile's `mode` and `options`, checked as torch.compile checks them."""
+    return dict(torch._TorchCompileInductorWrapper(mode, options, None).config)
+
+
+def hindrance(config_patches: dict[str, Any]) -> str | None:
+    """Why Inductor's generated code cannot have ranges under this configuration; None where it can."""
+    lacking = missing()
+    if lacking is not None:
+        return f"this torch ({torch.__version__}) has no {lacking}"
+    from torch._inductor import config
+
+    for name, what in (("cpp_wrapper", "a C++ wrapper"), ("fx_wrapper", "an FX wrapper")):
+        if config_patches.get(name, getattr(config, name, False)):
+            return f"Inductor generates {what} ({name}), in which there is no place for ranges"
+    from torch._inductor import compile_fx
+
+    mode = getattr(getattr(compile_fx, "fx_compile_mode", None), "name", "NORMAL")
+    if mode != "NORMAL":
+        return f"Inductor compiles in another process (fx_compile_mode {mode})"
+    return None
+
+
+def compile_plain(graph_module: Any, example_inputs: Any, config_patches: dict[str, Any]) -> Callable[..., Any]:
+    """Inductor without us."""
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(graph_module, example_inputs, config_patches=config_patches)  # type: ignore[return-value]
+
+
 def compile_graph(
     graph_module: Any, example_inputs: Any, config_patches: dict[str, Any], compilation: Compilation
 ) -> Callable[..., Any]:
@@ -195,7 +233,7 @@ def compile_graph(
     patches = {
         **config_patches,
         "trace.provenance_tracking_level": max(1, config.trace.provenance_tracking_level),
-        "post_grad_custom_post_pass": _cache_pass()(compilation.key, theirs),
+        "post_grad_custom_post_pass": _cache_pass()(compilation.cache_key, theirs),
     }
     return compile_fx(graph_module, example_inputs, inner_compile=inner_compile, config_patches=patches)  # type: ignore[return-value]
 
@@ -234,7 +272,7 @@ def _lines() -> tuple[type, type, type]:
 
 
 @functools.cache
-def _with_ranges(base: type) -> type:
+def _with_ranges(base: Any) -> Any:
     """The wrapper class `base`, writing ranges."""
     begin_line, owner_line, wrapper_line = _lines()
 
@@ -308,6 +346,10 @@ def _to_base(wrapper: Any, owner_line: Any, base: Any) -> None:
         base.writeline(wrapper, owner_line(0))
 
 
+def compilation_of(wrapper: Any) -> Compilation:
+    return cast(Compilation, wrapper.fxnvtx)
+
+
 def _row_of(wrapper: Any, line: Any, wrapper_line: type) -> Row | None:
     """The owner of what this line launches; None where it launches nothing."""
     if isinstance(line, wrapper_line):
@@ -316,7 +358,7 @@ def _row_of(wrapper: Any, line: Any, wrapper_line: type) -> Row | None:
             return None
         handle = wrapper.fxnvtx_handle
         if kind == "KernelCallLine" and handle is not None:
-            return handle[1]
+            return cast(Row, handle[1])
         node = getattr(line, "node", None)
         row = _row_of_ir(wrapper, node)
         if row is not None:
@@ -335,9 +377,9 @@ def _row_of_ir(wrapper: Any, node: Any) -> Row | None:
     """An extern kernel's own origin is exact; the others are a set."""
     origin = getattr(node, "origin_node", None)
     if isinstance(origin, Node):
-        return wrapper.fxnvtx.row([origin])
+        return compilation_of(wrapper).row([origin])
     origins = getattr(node, "origins", None)
-    return wrapper.fxnvtx.row(origins) if origins else None
+    return compilation_of(wrapper).row(origins) if origins else None
 
 
 def _row_of_current(wrapper: Any) -> Row:
@@ -349,9 +391,10 @@ def _row_of_current(wrapper: Any) -> Row:
     for part in parts:
         inner = getattr(part, "node", None)
         origin = getattr(inner, "origin_node", None)
-        exact = len(parts) == 1 and isinstance(origin, Node)
-        nodes.update(dict.fromkeys([origin] if exact else getattr(inner, "origins", ())))
-    return wrapper.fxnvtx.row(nodes)
+        if len(parts) == 1 and isinstance(origin, Node):
+            return compilation_of(wrapper).row([origin])
+        nodes.update(dict.fromkeys(getattr(inner, "origins", ())))
+    return compilation_of(wrapper).row(nodes)
 
 
 def _announced(wrapper: Any, kernel_name: str, handle: int | None) -> Row:
@@ -364,4 +407,4 @@ def _announced(wrapper: Any, kernel_name: str, handle: int | None) -> Row:
     if known is None:
         known = wrapper.fxnvtx_nodes[id(graph)] = {n.name: n for n in graph.nodes}
     nodes = [known[n] for n in names if n in known]
-    return wrapper.fxnvtx.row(nodes) if nodes else _row_of_current(wrapper)
+    return compilation_of(wrapper).row(nodes) if nodes else _row_of_current(wrapper)

@@ -156,7 +156,7 @@ def _shared(found: list[Levels]) -> Levels:
 
 
 def fused_text(names: list[str], unknown: bool) -> str:
-    """`fused(a, b)`: the owners of one kernel, relative to what encloses it. A long list is cut and says by how much."""
+    """`fused(a, b)`: the owners of a kernel, relative to what encloses it. A long list is cut and says by how much."""
     distinct = list(dict.fromkeys(names))
     shown = distinct[:SHOWN_OWNERS]
     if len(distinct) > len(shown):

@@ -10,40 +10,69 @@ import torch
 from .. import ranges as _ranges
 from ..ranges import push
 from .region import Call, Region
-from .runtime import BACKWARD, close, current
+from .runtime import BACKWARD, Table, close, current
 
-__all__ = ["ranged"]
+__all__ = ["ranged", "watched"]
 
 
-def ranged(region: Region, compiled: Callable[..., Any]) -> Callable[..., Any]:
+def ranged(
+    region: Region, compiled: Callable[..., Any], *, table: Table | None = None, watching: bool = True
+) -> Callable[..., Any]:
     """`compiled` with `region`'s ranges. Runs also where a CUDA graph replays the region and no generated code runs."""
 
     def call(*args: Any) -> Any:
         if not _ranges.active:
             return compiled(*args)
-        return listened(region, compiled, args)
+        return _listened(region, compiled, args, table, watching)
 
-    # what torch asks of a compiled callable, without what makes Dynamo look through it
+    return _marked(call, compiled)
+
+
+def watched(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """One piece of a region: it has its own backward."""
+
+    def call(*args: Any) -> Any:
+        result = compiled(*args)
+        if _ranges.active and current.call is not None and not current.silent:
+            _watch(current.call, result)
+        return result
+
+    return _marked(call, compiled)
+
+
+def _marked(call: Callable[..., Any], compiled: Any) -> Callable[..., Any]:
+    """With what torch asks of a compiled callable, without what makes Dynamo look through it."""
     marks = {k: v for k, v in getattr(compiled, "__dict__", {}).items() if not k.startswith(("_torchdynamo", "__"))}
     call.__dict__.update(marks)
     return call
 
 
-def listened(region: Region, compiled: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+def _listened(
+    region: Region, compiled: Callable[..., Any], args: tuple[Any, ...], table: Table | None, watching: bool
+) -> Any:
     call = region.call(args)
-    before = current.call, current.silent
-    current.call, current.silent = call, call.silent
+    before = current.call, current.silent, current.cursor
+    current.call, current.silent, current.cursor = call, call.silent, None
     opened = [] if current.silent else call.open()
     try:
+        if table is not None:
+            current.cursor = table.enter()
         result = compiled(*args)
-        if not current.silent and torch.is_grad_enabled():
-            for node in _backward_nodes(result):
-                Backward(call).watch(node)
+        if watching and not current.silent:
+            _watch(call, result)
         return result
     finally:
-        current.call, current.silent = before
+        if current.cursor is not None:
+            current.cursor.close()
+        current.call, current.silent, current.cursor = before
         for entry in reversed(opened):
             close(entry)
+
+
+def _watch(call: Call, result: Any) -> None:
+    if torch.is_grad_enabled():
+        for node in _backward_nodes(result):
+            Backward(call).watch(node)
 
 
 def _backward_nodes(result: Any) -> Iterator[Any]:

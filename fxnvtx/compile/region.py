@@ -17,6 +17,10 @@ from .naming import Binding, Names
 __all__ = ["Anchor", "Call", "Region", "families"]
 
 
+# per anchor: (tensor, the names it may have below the anchor)
+Pairs = list[list[tuple[Any, tuple[str, ...]]]]
+
+
 @dataclass
 class Anchor:
     """A module below which the region's paths start. Anchor 0 of a method's region is the module whose frame it is."""
@@ -34,7 +38,13 @@ class Region:
     anchors: list[Anchor]
     framed: bool  # anchor 0 is the module whose method was compiled
     function: str | None  # name of the compiled function, where it is no method of a module
+    paths: list[str]  # of its modules, for people
     bound: dict[Any, Call] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """What to call the region where no label is at hand yet."""
+        return self.function or (self.anchors[0].kind.__name__ if self.anchors else "region")
 
     def call(self, args: Sequence[Any]) -> Call:
         """Whose call this is."""
@@ -42,7 +52,7 @@ class Region:
         known = self.bound.get(signature)
         if known is not None and known.holds():
             return known
-        pairs = [[(args[k], (name,)) for k, name in a.parameters.items()] for a in self.anchors]
+        pairs: Pairs = [[(args[k], (name,)) for k, name in a.parameters.items()] for a in self.anchors]
         return self._remember(signature, pairs)
 
     def call_of(self, tensors: Sequence[Any]) -> Call:
@@ -51,10 +61,10 @@ class Region:
         known = self.bound.get(signature)
         if known is not None and known.holds():
             return known
-        pairs = [[(t, tuple(a.parameters.values())) for t in tensors] for a in self.anchors]
+        pairs: Pairs = [[(t, tuple(a.parameters.values())) for t in tensors] for a in self.anchors]
         return self._remember(signature, pairs)
 
-    def _remember(self, signature: Any, pairs: list[list[tuple[Any, tuple[str, ...]]]]) -> Call:
+    def _remember(self, signature: Any, pairs: Pairs) -> Call:
         bindings, certain = [], True
         for anchor, tensors in zip(self.anchors, pairs, strict=True):
             binding, sure = bind(anchor, tensors)

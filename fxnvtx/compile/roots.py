@@ -22,7 +22,7 @@ from ..names import walk_paths
 from .owners import Owners, Step, stack_of
 from .region import Anchor, Region
 
-__all__ = ["Book", "read_graph"]
+__all__ = ["Book", "digest", "read_graph"]
 
 FORMAT = 1  # of the tables in generated code; part of every cache key
 _RESUMED = re.compile(r"(?:torch_dynamo_resume_in_)+(.*?)(?:_at_\d+)+$")
@@ -116,6 +116,10 @@ class Book:
                 step = self._steps[key, source] = self._make(key, source, kind, above)
             above = step
 
+    def steps(self) -> list[Step]:
+        """All steps met so far."""
+        return [s for s in self._steps.values() if s is not None]
+
     def step(self, key: str, source: str) -> Step | None:
         return self._steps.get((key, source))
 
@@ -165,16 +169,22 @@ def _all_nodes(graph_module: GraphModule) -> Iterator[Node]:
             yield from module.graph.nodes
 
 
+def digest(start: str, graph_module: GraphModule, owners: Owners) -> str:
+    """Equal for graphs whose generated code may be shared: the same operations, owned by the same paths."""
+    found = hashlib.sha256(f"fxnvtx tables {FORMAT} {start}".encode())
+    for node in _all_nodes(graph_module):
+        if node.op not in ("placeholder", "output", "get_attr"):
+            found.update(repr((node.op, str(node.target), owners.chains(node))).encode())
+    return found.hexdigest()[:32]
+
+
 def read_graph(graph_module: GraphModule, frame: Frame, tensors: list[Any]) -> tuple[Region, Owners]:
     """What a Dynamo graph is made of. `tensors`: its arguments, parameters and buffers as the real objects."""
     book = Book(frame)
     owners = Owners(book.step)
-    digest = hashlib.sha256(f"fxnvtx tables {FORMAT}".encode())
     for node in _all_nodes(graph_module):
-        if node.op in ("placeholder", "output", "get_attr"):
-            continue
-        book.read(node)
-        digest.update(repr((node.op, str(node.target), owners.chains(node))).encode())
+        if node.op not in ("placeholder", "output", "get_attr"):
+            book.read(node)
     names = _parameter_names(book)
     for position, tensor in enumerate(tensors):
         for index, found in enumerate(names):
@@ -184,7 +194,8 @@ def read_graph(graph_module: GraphModule, frame: Frame, tensors: list[Any]) -> t
     function = None
     if not book.framed and frame.own_code and frame.name:
         function = f"{frame.name}()"
-    return Region(digest.hexdigest()[:32], book.anchors, book.framed, function), owners
+    paths = list(dict.fromkeys(s.path or book.anchors[s.anchor].kind.__name__ for s in book.steps()))
+    return Region(digest("", graph_module, owners), book.anchors, book.framed, function, paths), owners
 
 
 def _parameter_names(book: Book) -> list[dict[int, str]]:

@@ -24,6 +24,7 @@ class _Current(threading.local):
 
     call: Call | None = None
     silent: bool = False
+    cursor: Cursor | None = None  # where range nodes are in a graph that runs as it is
     unfinished: Callable[[], None] | None = None  # closes the range of a backward that is under way
 
 

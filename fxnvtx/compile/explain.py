@@ -1,0 +1,53 @@
+"""What became of each region that was compiled in this process."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from dataclasses import dataclass, field
+
+__all__ = ["CompiledRegion", "note", "regions"]
+
+SHOWN = 6
+
+
+@dataclass
+class CompiledRegion:
+    """`path`: "kernels" (ranges around kernel launches), "pieces" (one compiled piece per module), "nodes" (range nodes
+    in the graph that runs) or "region" (one range around the whole). `reason`: why not "kernels", empty otherwise.
+    `owners`: paths of the modules in the region, relative to `name`; `unknown`: launches whose owner is not known."""
+
+    name: str
+    backend: str
+    path: str
+    reason: str = ""
+    owners: list[str] = field(default_factory=list)
+    launches: int = 0
+    unknown: int = 0
+
+    def __str__(self) -> str:
+        shown = ", ".join(self.owners[:SHOWN]) + (", ..." if len(self.owners) > SHOWN else "")
+        text = f"compiled region {self.name} ({self.backend}): path {self.path}, {len(self.owners)} modules"
+        if shown:
+            text += f" [{shown}]"
+        if self.launches:
+            text += f", {self.launches} launch sites"
+        if self.unknown:
+            text += f", {self.unknown} of them cannot be attributed"
+        return f"{text}; {self.reason}" if self.reason else text
+
+
+_regions: deque[CompiledRegion] = deque(maxlen=1000)
+_lock = threading.Lock()
+
+
+def note(region: CompiledRegion) -> CompiledRegion:
+    with _lock:
+        _regions.append(region)
+    return region
+
+
+def regions() -> list[CompiledRegion]:
+    """The last 1000 regions compiled with the fxnvtx backend, the oldest first."""
+    with _lock:
+        return list(_regions)
