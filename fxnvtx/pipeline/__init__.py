@@ -4,6 +4,7 @@ from .args import ServerArgs
 from .batch import Batch
 from .composed import ComposedPipeline
 from .executor import PipelineExecutor, SyncExecutor
+from .parallel import ParallelExecutor
 from .profiler import RequestMetrics, StageProfiler
 from .residency import ComponentResidencyManager, ComponentUse
 from .run import PIPELINES, Result, run
@@ -15,6 +16,7 @@ __all__ = [
     "ComponentResidencyManager",
     "ComponentUse",
     "ComposedPipeline",
+    "ParallelExecutor",
     "PipelineExecutor",
     "PipelineStage",
     "RequestMetrics",

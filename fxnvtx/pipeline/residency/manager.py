@@ -19,7 +19,7 @@ from ..steps import StepWindows
 from .account import ByteAccount
 from .attach import Attachments, unwrapped
 from .marks import ResidencyRanges
-from .place import Place, default_place
+from .place import MemoryPlace, Place, default_place
 from .strategies import Strategy, strategy_class
 from .uses import ComponentUse, Timeline
 
@@ -415,12 +415,17 @@ class ComponentResidencyManager:
             known.bring_back(inner)
             del self._strategies[inner]
             del known
-        if self._place is None:
-            self._place = default_place(self.args.residency_dir)
-        made = strategy_class(mode)(name, self._place, self.account, self.marks)
+        made = strategy_class(mode)(name, self._weights_place(), self.account, self.marks)
         made.refresh(inner)
         self._strategies[inner] = made
         return made
+
+    def _weights_place(self) -> Place:
+        if self._place is None:
+            self._place = default_place(self.args.residency_dir)
+        if isinstance(self._place, MemoryPlace) and self.args.residency_dir is not None:
+            self._place.folder = self.args.residency_dir  # for what is put away from here on
+        return self._place
 
     def _forget(self, name: str) -> None:
         """A component was replaced or left the pipeline: it gets its weights' ranges and hooks taken out."""

@@ -1,0 +1,224 @@
+"""What the ranks do in the parallel tests. Run in processes of their own: `spawn(world, scenario, folder)`."""
+
+import json
+import os
+import time
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+import fxnvtx
+from fxnvtx.pipeline import (
+    Batch,
+    ComponentUse,
+    ComposedPipeline,
+    ParallelExecutor,
+    PipelineStage,
+    ServerArgs,
+    StageParallelism,
+    reference,
+)
+from fxnvtx.pipeline.collective import Group
+
+RANGES = ServerArgs(enable_layerwise_nvtx_marker=True)
+
+
+class Told(Exception):
+    """An error that pickles."""
+
+
+class Untold(Exception):
+    """An error that does not: its constructor wants more than its text."""
+
+    def __init__(self, code, hint):
+        super().__init__(f"code {code}: {hint}")
+
+
+class Work(PipelineStage):
+    """Notes the rank that ran it; fails on one rank where told to."""
+
+    def __init__(self, parallelism, fails_on=None, error=None):
+        self.parallelism = parallelism
+        self.fails_on = fails_on
+        self.error = error
+
+    def component_uses(self, args, stage_name):
+        return [ComponentUse("net")]
+
+    def forward(self, batch, args):
+        rank = dist.get_rank()
+        if rank == self.fails_on and batch.extra.get("fail"):
+            raise self.error
+        with self.use_component("net") as net:
+            batch.latent = net(torch.full((1, 4), float(rank + 1)))
+        batch.extra["ran_on"] = rank
+        return batch
+
+
+class GatherThenFail(PipelineStage):
+    """One rank fails while the others are already waiting for it inside the stage."""
+
+    parallelism = StageParallelism.CFG_PARALLEL
+
+    def __init__(self, group, fails_on):
+        self.group = group
+        self.fails_on = fails_on
+
+    def forward(self, batch, args):
+        if self.group.rank == self.fails_on and batch.extra.get("fail"):
+            raise Told("failed before the gather")
+        batch.extra["gathered"] = [float(t) for t in self.group.gather_cfg(torch.tensor(float(self.group.rank)))]
+        return batch
+
+
+def pipeline_of(group, *stages):
+    pipeline = ComposedPipeline(RANGES, executor=ParallelExecutor(group))
+    torch.manual_seed(0)
+    pipeline.add_component("net", nn.Sequential(nn.Linear(4, 4), nn.GELU()))
+    for index, stage in enumerate(stages):
+        pipeline.add_stage(f"s{index}", stage)
+    return pipeline
+
+
+def every_type(group, _):
+    """Each parallelism type: who ran it, what everybody has afterwards, and every range."""
+    found = {}
+    for kind in StageParallelism:
+        pipeline = pipeline_of(group, Work(kind))
+        with fxnvtx.record() as recording:
+            batch = pipeline(Batch(extra={"given": group.rank}))
+        found[kind.name] = {
+            "ran_on": batch.extra.get("ran_on"),
+            "given": batch.extra["given"],
+            "latent": None if batch.latent is None else batch.latent.flatten().tolist(),
+            "stages": [s.name for s in batch.metrics.stages.values()],
+            "labels": [r.label for r in recording.ranges],
+            "payloads": {r.label: r.payload for r in recording.ranges},
+            "roots": [n.label for n in recording.tree()],
+            "balanced": recording.balanced,
+            "meta": recording.meta.get("rank"),
+        }
+    return found
+
+
+def failures(group, _):
+    """A stage that fails on one rank, for every type; the request after it works."""
+    found = {}
+    errors = {"told": Told("out of luck"), "untold": Untold(7, "no more"), "stop": KeyboardInterrupt("stop")}
+    for kind in StageParallelism:
+        everybody = kind in (StageParallelism.REPLICATED, StageParallelism.CFG_PARALLEL)
+        for rank in (0, group.size - 1) if everybody else (0,):
+            for name, error in errors.items():
+                pipeline = pipeline_of(group, Work(StageParallelism.REPLICATED), Work(kind, rank, error))
+                with fxnvtx.record() as recording:
+                    begin = time.monotonic()
+                    caught = _caught(lambda p=pipeline: p(Batch(extra={"fail": True})))
+                    caught["seconds"] = time.monotonic() - begin
+                caught["balanced"] = recording.balanced
+                caught["after"] = _caught(lambda p=pipeline: p(Batch()))
+                found[f"{kind.name} {rank} {name}"] = caught
+    return found
+
+
+def inside(group, _):
+    """A rank fails while the others wait for its part of a gather; one that catches the error is not believed."""
+    pipeline = pipeline_of(group, GatherThenFail(group, group.size - 1))
+    failed = _caught(lambda: pipeline(Batch(extra={"fail": True})))
+    after = pipeline(Batch()).extra["gathered"]
+    return {"failed": failed, "after": after}
+
+
+def loading(group, _):
+    """The weights of one rank cannot be put away: its residency fails before any stage."""
+    args = ServerArgs(residency={"net": "component-offload"}, residency_dir="/nowhere" if group.rank == 0 else None)
+    pipeline = ComposedPipeline(executor=ParallelExecutor(group))
+    pipeline.add_component("net", nn.Linear(4, 4))
+    pipeline.add_stage("s", Work(StageParallelism.REPLICATED))
+    return _caught(lambda: pipeline(Batch(), args))
+
+
+def images(group, _):
+    """The reference pipeline, its guidance passes shared among the ranks."""
+    pipeline = reference.build(RANGES, executor=ParallelExecutor(group))
+    with fxnvtx.record() as recording:
+        batch = pipeline(Batch(prompt="a fox", steps=2))
+    grouped = pipeline.run_grouped([Batch(prompt="a fox", steps=2, seed=s) for s in (0, 1)])
+    return {
+        "image": batch.image.flatten().tolist(),
+        "grouped": [b.image.flatten().tolist() for b in grouped],
+        "labels": [r.label for r in recording.ranges],
+        "balanced": recording.balanced,
+        "rank": recording.meta["rank"],
+    }
+
+
+def lost(group, _):
+    """Rank 1 goes away without a word."""
+    if group.rank == 1:
+        os._exit(0)
+    pipeline = pipeline_of(group, Work(StageParallelism.REPLICATED))
+    begin = time.monotonic()
+    caught = _caught(lambda: pipeline(Batch()))
+    return {**caught, "seconds": time.monotonic() - begin}
+
+
+def unpicklable(group, _):
+    """A batch that cannot be sent fails on every rank."""
+    pipeline = pipeline_of(group, Work(StageParallelism.MAIN_RANK_ONLY_AND_SEND_TO_OTHERS))
+    return _caught(lambda: pipeline(Batch(extra={"no": lambda: None})))
+
+
+def different(group, _):
+    """Ranks with different pipelines are told so."""
+    kind = StageParallelism.REPLICATED if group.rank else StageParallelism.MAIN_RANK_ONLY
+    return _caught(lambda: pipeline_of(group, Work(kind))(Batch()))
+
+
+def _caught(work):
+    try:
+        work()
+    except BaseException as error:
+        return {"type": type(error).__name__, "text": str(error)}
+    return {"type": None, "text": ""}
+
+
+def _rank(rank, world, scenarios, cfg_size, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+    )
+    found = {}
+    try:
+        group = Group(cfg_size, timeout_s=60)
+        for name in scenarios:
+            found[name] = globals()[name](group, folder)
+    except BaseException:
+        found["crash"] = traceback.format_exc()
+    Path(folder, f"{rank}.json").write_text(json.dumps(found))
+    os._exit(0)  # a rank that lost the others cannot shut down with them
+
+
+def spawn(world, scenarios, folder, cfg_size=None):
+    """The findings of every rank, by rank."""
+    processes = mp.start_processes(
+        _rank, (world, scenarios, cfg_size, str(folder)), nprocs=world, join=False, start_method="spawn"
+    )
+    deadline = time.monotonic() + 150
+    while not processes.join(timeout=5):
+        if time.monotonic() > deadline:
+            for process in processes.processes:
+                process.kill()
+            raise AssertionError("the ranks hang")
+    found = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(world) if _wrote(folder, rank)]
+    for rank in found:
+        assert "crash" not in rank, rank["crash"]
+    return found
+
+
+def _wrote(folder, rank):
+    return Path(folder, f"{rank}.json").exists()
