@@ -28,11 +28,11 @@ from fxnvtx.pipeline.collective import Group
 RANGES = ServerArgs(enable_layerwise_nvtx_marker=True)
 
 
-class Told(Exception):
+class ToldError(Exception):
     """An error that pickles."""
 
 
-class Untold(Exception):
+class UntoldError(Exception):
     """An error that does not: its constructor wants more than its text."""
 
     def __init__(self, code, hint):
@@ -71,7 +71,7 @@ class GatherThenFail(PipelineStage):
 
     def forward(self, batch, args):
         if self.group.rank == self.fails_on and batch.extra.get("fail"):
-            raise Told("failed before the gather")
+            raise ToldError("failed before the gather")
         batch.extra["gathered"] = [float(t) for t in self.group.gather_cfg(torch.tensor(float(self.group.rank)))]
         return batch
 
@@ -109,7 +109,7 @@ def every_type(group, _):
 def failures(group, _):
     """A stage that fails on one rank, for every type; the request after it works."""
     found = {}
-    errors = {"told": Told("out of luck"), "untold": Untold(7, "no more"), "stop": KeyboardInterrupt("stop")}
+    errors = {"told": ToldError("out of luck"), "untold": UntoldError(7, "no more"), "stop": KeyboardInterrupt("stop")}
     for kind in StageParallelism:
         everybody = kind in (StageParallelism.REPLICATED, StageParallelism.CFG_PARALLEL)
         for rank in (0, group.size - 1) if everybody else (0,):

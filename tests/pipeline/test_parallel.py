@@ -55,8 +55,8 @@ def test_ranges_are_balanced_and_carry_their_rank(found):
 
 def test_a_failure_is_the_same_error_on_every_rank_within_seconds(found):
     names = {
-        "told": ("Told", "out of luck"),
-        "untold": ("PipelineError", "Untold: code 7: no more"),
+        "told": ("ToldError", "out of luck"),
+        "untold": ("PipelineError", "UntoldError: code 7: no more"),
         "stop": ("KeyboardInterrupt", "stop"),
     }
     cases = found[0]["failures"]
@@ -72,7 +72,7 @@ def test_a_failure_is_the_same_error_on_every_rank_within_seconds(found):
 
 def test_a_rank_that_fails_while_the_others_wait_inside_the_stage(found):
     for result in found:
-        assert result["inside"]["failed"] == {"type": "Told", "text": "failed before the gather"}
+        assert result["inside"]["failed"] == {"type": "ToldError", "text": "failed before the gather"}
         assert result["inside"]["after"] == [float(rank) for rank in range(len(found))]
 
 

@@ -54,10 +54,13 @@ class LayerwiseOffload(Strategy):
         self._hooks: list[RemovableHandle] = []
         self._dtype: torch.dtype | None = None
 
+    def pieces(self) -> list[Piece]:
+        return [self.outside, *self.blocks]
+
     def refresh(self, module: nn.Module) -> None:
         blocks = find_blocks(module)
         pieces = {id(ref()): piece for ref, piece in zip(self._modules, self.blocks, strict=True)}
-        known = {k: s for piece in (self.outside, *self.blocks) for k, s in piece.known().items()}
+        known = {k: s for piece in self.pieces() for k, s in piece.known().items()}
         tensors = [module_tensors(block) for _, block in blocks]
         seen_in: dict[object, set[int]] = {}
         for index, found in enumerate(tensors):
@@ -72,11 +75,13 @@ class LayerwiseOffload(Strategy):
             for path, block in blocks
         ]
         for gone in pieces.values():
-            gone.cancel()
+            gone.cancel()  # before its storages may be taken over by others
         self.blocks, self._modules = kept, [weakref.ref(block) for _, block in blocks]
         for piece, found in zip(kept, tensors, strict=True):
             piece.update([t for t in found if _storage_key(t, known) not in shared], known)
         self.outside.update(outside, known)
+        for gone in pieces.values():
+            gone.dispose()
 
     def before_use(self, module: nn.Module, dtype: torch.dtype | None) -> None:
         self._unhook()
@@ -92,17 +97,21 @@ class LayerwiseOffload(Strategy):
                 self._hook(block, index)
 
     def wait_for_use(self, module: nn.Module, dtype: torch.dtype | None) -> None:
-        try:
-            self.outside.wait()
-            self.outside.load(dtype)
-        except BaseException:
-            self._unhook()
-            raise
+        self.outside.wait()
+        self.outside.load(dtype)
 
     def finish_use(self, module: nn.Module) -> None:
         self._unhook()
         self.refresh(module)
         self._release("noticed")
+
+    def give_up(self, module: nn.Module) -> None:
+        self._unhook()
+        self._dtype = None
+        for piece in self.pieces():
+            piece.cancel()
+            if piece.kept:
+                piece.offload("noticed")
 
     def prefetch(self, module: nn.Module, dtype: torch.dtype | None) -> None:
         self.outside.prefetch(dtype)
@@ -113,7 +122,7 @@ class LayerwiseOffload(Strategy):
         return sum(p.nbytes - p.resident_bytes for p in (self.outside, *self.blocks[:1]) if not p.pending)
 
     def finish_request(self, module: nn.Module) -> None:
-        for piece in (self.outside, *self.blocks):
+        for piece in self.pieces():
             piece.cancel()
 
     def update(self, module: nn.Module, change: Callable[[nn.Module], None], in_use: bool) -> None:
@@ -140,7 +149,7 @@ class LayerwiseOffload(Strategy):
 
     def bring_back(self, module: nn.Module) -> None:
         self._unhook()
-        for piece in (self.outside, *self.blocks):
+        for piece in self.pieces():
             piece.wait()
             piece.load(None)
 

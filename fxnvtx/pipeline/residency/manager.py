@@ -79,7 +79,7 @@ class ComponentResidencyManager:
         self.attachments = Attachments()
         self.marks = ResidencyRanges()
         self._place = place
-        self._strategies: weakref.WeakKeyDictionary[nn.Module, Strategy] = weakref.WeakKeyDictionary()
+        self._strategies: dict[int, tuple[weakref.ref[nn.Module], Strategy]] = {}  # by the id of the module
         self._seen: dict[str, weakref.ref[nn.Module]] = {}
         self._keys: dict[tuple[str, str, str | None], weakref.ref[nn.Module]] = {}
         self._requests: list[_Request] = []
@@ -135,10 +135,9 @@ class ComponentResidencyManager:
             return
         request = self._requests[-1]
         try:
-            while request.active:
-                self._finish(request.active[-1])
+            self._finish_down_to(request, 0)
             if len(self._requests) == 1:
-                for module, strategy in list(self._strategies.items()):
+                for module, strategy in self._known_strategies():
                     strategy.finish_request(module)
         finally:
             self._leave_request()
@@ -212,8 +211,8 @@ class ComponentResidencyManager:
         try:
             yield module
         finally:
-            while active in request.active:
-                self._finish(request.active[-1])
+            if active in request.active:
+                self._finish_down_to(request, request.active.index(active))
         self._prefetch_next(request)
 
     def update_component(self, component: str, change: Callable[[nn.Module], None]) -> None:
@@ -294,10 +293,11 @@ class ComponentResidencyManager:
         """Put all weights of a component into compute memory and take no further part in where they are."""
         with self._lock:
             module = self._module(component)
-            strategy = self._strategies.get(unwrapped(module))
+            strategy = self._strategy_of(module)
             if strategy is not None:
                 strategy.bring_back(unwrapped(module))
-                del self._strategies[unwrapped(module)]
+                del self._strategies[id(unwrapped(module))]
+                strategy.dispose()
 
     # --------------------------------------------------------------------------------------------------- details
 
@@ -319,13 +319,28 @@ class ComponentResidencyManager:
             return
         strategy = self._strategy(use.component, module)
         inner = unwrapped(module)
-        if not self._in_use(module):
-            strategy.refresh(inner)
-            self._make_room(strategy)
+        if self._in_use(module):
+            strategy.wait_for_use(inner, use.dtype)
+            return
+        strategy.refresh(inner)
+        self._make_room(strategy)
+        try:
             strategy.before_use(inner, use.dtype)
             strategy.wait_for_use(inner, use.dtype)
-        else:
-            strategy.wait_for_use(inner, use.dtype)
+        except BaseException:
+            strategy.give_up(inner)
+            raise
+
+    def _finish_down_to(self, request: _Request, depth: int) -> None:
+        """End the innermost uses until `depth` are left: all of them, whatever fails. Raises the first failure."""
+        failure: BaseException | None = None
+        while len(request.active) > depth:
+            try:
+                self._finish(request.active[-1])
+            except BaseException as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
 
     def _finish(self, active: _Active) -> None:
         """End one use: its ranges first, then its weights; an outer use of the same module gets both back."""
@@ -341,7 +356,7 @@ class ComponentResidencyManager:
         if seen is not None and seen() is not module and not self._in_use(module):
             self.attachments.remove(module)  # it was replaced while it was in use
         outer = next((a for r in reversed(self._requests) for a in reversed(r.active) if a.module is module), None)
-        strategy = self._strategies.get(unwrapped(module))
+        strategy = self._strategy_of(module)
         if outer is None:
             if strategy is not None:
                 strategy.finish_use(unwrapped(module))
@@ -366,7 +381,7 @@ class ComponentResidencyManager:
     def _committed_bytes(self) -> int:
         """Resident bytes, with what the uses that go on may still bring in."""
         still_to_come = 0
-        for module, strategy in list(self._strategies.items()):
+        for module, strategy in self._known_strategies():
             if strategy.offloads and self._in_use(module):
                 still_to_come += max(0, strategy.bound_bytes - self.account.of(strategy.component))
         return self.account.resident_bytes + still_to_come
@@ -374,7 +389,7 @@ class ComponentResidencyManager:
     def _make_room(self, strategy: Strategy) -> None:
         """Give up prefetches for other components where they and this use together exceed the bound."""
         needed = max(0, strategy.bound_bytes - self.account.of(strategy.component))
-        for module, other in list(self._strategies.items()):
+        for module, other in self._known_strategies():
             if self._committed_bytes() + needed <= self.bound_bytes or self.args.performance_mode == "speed":
                 return
             if other is not strategy and not self._in_use(module):
@@ -408,17 +423,32 @@ class ComponentResidencyManager:
     def _strategy(self, name: str, module: nn.Module) -> Strategy:
         inner = unwrapped(module)
         mode = self.args.residency_mode(name, self.kinds.get(name, "other"))
-        known = self._strategies.get(inner)
-        if known is not None and known.mode == mode:
+        known = self._strategy_of(module)
+        if known is not None and (known.mode == mode or self._in_use(module)):
             return known
         if known is not None:
             known.bring_back(inner)
-            del self._strategies[inner]
-            del known
+            known.dispose()
         made = strategy_class(mode)(name, self._weights_place(), self.account, self.marks)
         made.refresh(inner)
-        self._strategies[inner] = made
+        self._strategies[id(inner)] = weakref.ref(inner), made
         return made
+
+    def _strategy_of(self, module: nn.Module) -> Strategy | None:
+        inner = unwrapped(module)
+        return next((s for m, s in self._known_strategies() if m is inner), None)
+
+    def _known_strategies(self) -> list[tuple[nn.Module, Strategy]]:
+        """Of all modules that are still there; those of modules that are gone are taken off the account."""
+        found = []
+        for key, (ref, strategy) in list(self._strategies.items()):
+            module = ref()
+            if module is None:
+                del self._strategies[key]
+                strategy.dispose()
+            else:
+                found.append((module, strategy))
+        return found
 
     def _weights_place(self) -> Place:
         if self._place is None:

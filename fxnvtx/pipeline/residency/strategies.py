@@ -49,6 +49,10 @@ class Strategy:
         """The use is over: let go of what this strategy does not keep."""
         raise NotImplementedError
 
+    def give_up(self, module: nn.Module) -> None:
+        """Loading failed: leave the weights where they were before it."""
+        raise NotImplementedError
+
     def prefetch(self, module: nn.Module, dtype: torch.dtype | None) -> None:
         """A use is near: begin to bring in what it will need first."""
 
@@ -68,6 +72,15 @@ class Strategy:
         """Leave the module as if it had never been managed: all weights there, as they were made."""
         raise NotImplementedError
 
+    def pieces(self) -> list[Piece]:
+        """What moves by itself."""
+        raise NotImplementedError
+
+    def dispose(self) -> None:
+        """The module is gone."""
+        for piece in self.pieces():
+            piece.dispose()
+
     @property
     def bound_bytes(self) -> int:
         """The most that this component may hold in compute memory."""
@@ -83,6 +96,9 @@ class _Whole(Strategy):
         super().__init__(component, place, account, ranges)
         self.piece = Piece(component, component, place, account, ranges)
 
+    def pieces(self) -> list[Piece]:
+        return [self.piece]
+
     def refresh(self, module: nn.Module) -> None:
         self.piece.update(module_tensors(module))
 
@@ -97,6 +113,9 @@ class _Whole(Strategy):
     def finish_use(self, module: nn.Module) -> None:
         self.refresh(module)
         self.piece.offload(self.keep)
+
+    def give_up(self, module: nn.Module) -> None:
+        self.piece.cancel()  # a load that fails has changed nothing
 
     def prefetch(self, module: nn.Module, dtype: torch.dtype | None) -> None:
         self.piece.prefetch(dtype)

@@ -29,6 +29,11 @@ def module_tensors(module: nn.Module) -> list[Tensor]:
     return list(found.values())
 
 
+def version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place, as far as autograd noticed."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 @dataclass(frozen=True)
 class _View:
     """How one tensor lies in its storage."""
@@ -54,7 +59,7 @@ class Stored:
         self.held = 0 if self.strange else self.nbytes  # bytes in compute memory now
         self.pointer = storage.data_ptr()
         self.views = [
-            _View(weakref.ref(t), t.dtype, tuple(t.size()), tuple(t.stride()), int(t.storage_offset()), t._version)
+            _View(weakref.ref(t), t.dtype, tuple(t.size()), tuple(t.stride()), int(t.storage_offset()), version(t))
             for t in tensors
         ]
 
@@ -75,7 +80,7 @@ class Stored:
         return dtype
 
     def changed(self) -> bool:
-        return any(t._version != v.version for t, v in self.alive())
+        return any(version(t) != v.version for t, v in self.alive())
 
     def bytes_now(self) -> Tensor:
         """The storage as flat bytes, without a copy."""
@@ -110,7 +115,6 @@ class Piece:
         self._pending: Transfer | None = None
         self._pending_for: list[tuple[Stored, torch.dtype | None]] = []
         self._counted = 0
-        weakref.finalize(self, _forget, account, component, self.__dict__)
 
     # ---------------------------------------------------------------------------------------------- what there is
 
@@ -148,6 +152,11 @@ class Piece:
     @property
     def resident_bytes(self) -> int:
         return sum(s.held for s in self.stored)
+
+    @property
+    def kept(self) -> bool:
+        """Whether all of it has a host copy, so that letting it go needs no room."""
+        return all(s.slot is not None for s in self.stored)
 
     @property
     def pending(self) -> bool:
@@ -206,6 +215,12 @@ class Piece:
             if stored.resident and stored.slot is not None and stored.alive():
                 self._save(stored, "all")
 
+    def dispose(self) -> None:
+        """The module is gone: so are its weights, from the account too."""
+        self.cancel()
+        self.stored = []
+        self._recount()
+
     def offload(self, keep: str) -> None:
         """Let the memory go. `keep`: what happens to changes made to the weights meanwhile. "all": every change is
         written to the host copy; "noticed": those that autograd's version counter saw."""
@@ -223,9 +238,9 @@ class Piece:
     # ------------------------------------------------------------------------------------------------- details
 
     def _secure(self, missing: list[tuple[Stored, torch.dtype | None]]) -> None:
-        """Resident storages about to be converted or moved need a host copy of the original first."""
-        for stored, _ in missing:
-            if stored.resident and stored.cast is None:
+        """Resident storages about to be converted need a host copy of the original first."""
+        for stored, cast in missing:
+            if stored.resident and stored.cast is None and cast is not None:
                 self._save(stored, "all")
 
     def _save(self, stored: Stored, keep: str) -> None:
@@ -239,7 +254,7 @@ class Piece:
             stored.slot.write(stored.bytes_now())
         else:
             return
-        stored.views = [_View(v.tensor, v.dtype, v.size, v.stride, v.offset, t._version) for t, v in stored.alive()]
+        stored.views = [_View(v.tensor, v.dtype, v.size, v.stride, v.offset, version(t)) for t, v in stored.alive()]
 
     def _fetch(self, missing: list[tuple[Stored, torch.dtype | None]]) -> list[Tensor]:
         """New memory with the bytes of the host copies; all of it, or an exception and none."""
@@ -247,11 +262,13 @@ class Piece:
         counted = 0
         try:
             for stored, cast in missing:
-                assert stored.slot is not None
                 flat = self.place.allocate(stored.nbytes)
                 counted += flat.nbytes
                 self.account.add(self.component, flat.nbytes)
-                stored.slot.read(flat)
+                if stored.slot is not None:
+                    stored.slot.read(flat)
+                else:
+                    flat.copy_(stored.bytes_now())  # from another device, and to stay
                 if cast is not None:
                     converted = flat.view(stored.views[0].dtype).to(cast)
                     counted += converted.nbytes
@@ -279,9 +296,3 @@ class Piece:
 
 def _nbytes(missing: list[tuple[Stored, torch.dtype | None]]) -> int:
     return sum(stored.nbytes for stored, _ in missing)
-
-
-def _forget(account: ByteAccount, component: str, state: dict[str, object]) -> None:
-    counted = state.get("_counted", 0)
-    assert isinstance(counted, int)
-    account.add(component, -counted)
