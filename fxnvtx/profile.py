@@ -189,9 +189,13 @@ def _built_in(job: Job) -> Run:
         nvtx_depth=job.depth,
         residency=job.residency,
     )
-    built = pipeline.build(job.pipeline, args, size=job.size, compile=job.compile)
+    built = pipeline.PIPELINES[job.pipeline](args, size=job.size, compile=job.compile)
 
     def run(is_warmup: bool, on_step: Callable[[int, int], None] | None) -> Any:
-        return built.generate(job.prompt, steps=job.steps, seed=job.seed, is_warmup=is_warmup, on_step=on_step)
+        if is_warmup:
+            return built(pipeline.Batch(prompt=job.prompt, steps=1, refine_steps=1, seed=job.seed, is_warmup=True))
+        return pipeline.run(
+            job.pipeline, prompt=job.prompt, steps=job.steps, seed=job.seed, pipeline=built, on_step=on_step
+        )
 
     return run

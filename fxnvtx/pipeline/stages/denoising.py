@@ -69,7 +69,7 @@ class DenoisingStage(PipelineStage):
                 with self.step(step_label(index, timestep), index):
                     now = timesteps[index].to(latent.device).expand(latent.shape[0])
                     velocity = self.predict_noise(dit, latent, now, batch, guidance, index)
-                    with self.ranged("scheduler_step", "step"):
+                    with self.ranged("scheduler_step"):
                         latent = scheduler.step(velocity, index, latent)
                 if told is not None:
                     told()
@@ -84,7 +84,7 @@ class DenoisingStage(PipelineStage):
         assert batch.negative_embedding is not None
         guided = guidance.applies(step)
         group = running().group
-        with self.ranged("predict_noise", "step", 2 if guided else 1):
+        with self.ranged("predict_noise", payload=2 if guided else 1):
             if not guided:
                 return self._pass("conditional", dit, latent, timestep, batch.embedding)
             if group is None or group.cfg_size == 1:
@@ -99,7 +99,7 @@ class DenoisingStage(PipelineStage):
             return guidance.combine(passes[0], passes[1])
 
     def _pass(self, name: str, dit: nn.Module, latent: Tensor, timestep: Tensor, text: Embedding) -> Tensor:
-        with self.ranged(f"predict_noise.{name}", "step"):
+        with self.ranged(f"predict_noise.{name}"):
             if self.dtype is None:
                 found: Tensor = dit(latent, timestep, *text)
                 return found
