@@ -128,17 +128,23 @@ class Compute:
                 "SELECT 1 FROM temp.fx_op WHERE pid = ? AND kind IN (0, 3) LIMIT 1", (pid,)
             ).fetchone()
             kernels = row is not None
+        kernel_times: list[sqlite3.Cursor] = []
         for thread in self._moves.distinct("thread"):
             rows = self._moves.sorted_by("start", where="WHERE thread = ?", values=(thread,))
             moves = ((start, end, node) for _thread, start, end, node in rows)
             if kernels:
-                compute: Iterable[tuple[int, int]] = self._connection.execute(
+                cursor = self._connection.execute(
                     "SELECT start, end FROM temp.fx_op WHERE pid = ? AND kind IN (0, 3) ORDER BY start", (pid,)
                 )
+                kernel_times.append(cursor)
+                compute: Iterable[tuple[int, int]] = cursor
             else:
                 others = self._modules.sorted_by("start", where="WHERE thread != ?", values=(thread,))
                 compute = ((start, end) for _thread, start, end in others)
             self._settle_one(moves, compute)
+        for cursor in kernel_times:
+            cursor.close()
+        self._modules.stop_reading()
         self._moves.drop()
         self._modules.drop()
 

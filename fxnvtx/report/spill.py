@@ -20,6 +20,7 @@ class Spill:
         self._waiting: list[tuple[Any, ...]] = []
         self._count = 0
         self._made = False
+        self._reading: list[sqlite3.Cursor] = []
 
     def __len__(self) -> int:
         return self._count
@@ -35,7 +36,9 @@ class Spill:
             return iter(())
         self._flush()
         sql = f"SELECT * FROM temp.{self._name} {where} ORDER BY {', '.join(columns)}"
-        return self._connection.execute(sql, values)
+        cursor = self._connection.execute(sql, values)
+        self._reading.append(cursor)
+        return cursor
 
     def distinct(self, column: str) -> list[Any]:
         if not self._count:
@@ -45,8 +48,15 @@ class Spill:
             row[0] for row in self._connection.execute(f"SELECT DISTINCT {column} FROM temp.{self._name} ORDER BY 1")
         ]
 
+    def stop_reading(self) -> None:
+        """A cursor that was not read to its end keeps every temporary table of the connection locked."""
+        for cursor in self._reading:
+            cursor.close()
+        self._reading.clear()
+
     def drop(self) -> None:
         self._waiting.clear()
+        self.stop_reading()
         if self._made:
             self._connection.execute(f"DROP TABLE temp.{self._name}")
             self._made = False
