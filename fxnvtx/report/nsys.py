@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Iterator
-from heapq import merge
 from pathlib import Path
 from typing import Any
 
@@ -220,13 +219,13 @@ class Reader:
         shared = Shared(self.connection)
         compute = Compute(self.connection)
         filler = _Filler(self, part.tree, graph, shared, compute)
+        if graph.captured:
+            # first, because the thread that replays may come before the one that captured
+            Sweep(Tree(), filler.captured).run(self.spans(pid, PUSH_POP), graph.points())
         sweep = Sweep(part.tree, filler.launch, compute.watch)
-        calls = launches(self.connection, self.schema, pid, seen)
-        points = merge(calls, graph.points(), key=lambda p: p[:3]) if graph.captured else calls
-        sweep.run(self.spans(pid, PUSH_POP), points)
+        sweep.run(self.spans(pid, PUSH_POP), launches(self.connection, self.schema, pid, seen))
         for op in strays(self.connection, pid, seen):
             filler.add(part.tree.child(part.tree.root, NO_LAUNCH), op)
-        filler.replay()
         shared.settle()
         compute.settle(pid if self.schema.kernel else None)
         part.tree.total()
@@ -273,15 +272,17 @@ class _Filler:
         self.compute = compute
         self.count = 0
         self.where: dict[int, Node] = {}  # captured graph node -> the range it was captured in
-        self.held: list[tuple[Node, int, Op]] = []
+        self.placed: dict[tuple[int, int], Node] = {}  # (launching node, captured graph node) -> where it counts
         self.names: dict[tuple[int, int], str] = {}
 
-    def launch(self, node: Node, both: Node | None, what: list[Op] | int) -> tuple[int, int] | None:
-        if type(what) is int:
-            self.where[what] = node
-            return None
+    def captured(self, node: Node, both: Node | None, what: int) -> None:
+        """A call made a graph node while its graph was captured: remember the range around it."""
+        self.where[what] = node
+
+    def launch(self, node: Node, both: Node | None, what: list[Op]) -> tuple[int, int] | None:
+        """Count what a call launched for the range around it."""
         first = last = None
-        for op in what:  # type: ignore[union-attr]
+        for op in what:
             if op[6] is not None and self.graph is not None:
                 self._replayed(node, op)
             elif op[3] == GRAPH and self.graph is not None:
@@ -290,7 +291,7 @@ class _Filler:
                 self.add(node, op)
             if both is not None:
                 both.gap_self += op[9]
-                both = node  # within one launch, the launch's own range holds them all
+            both = node  # within one launch, the launch's own range holds them all
             if first is None or op[1] < first:
                 first = op[1]
             if last is None or op[2] > last:
@@ -323,15 +324,8 @@ class _Filler:
         if origin is None:
             self.add(self.tree.child(node, BEFORE if self.graph.known else NO_TABLE), op)
             return
-        captured = self.where.get(origin)
-        if captured is not None:
-            self.add(place(self.tree, node, captured, BEFORE), op)
-        else:
-            # the thread that captured comes later in the sweep
-            self.held.append((node, origin, op))
-
-    def replay(self) -> None:
-        """Place what waited for the thread on which its graph was captured."""
-        for node, origin, op in self.held:
-            self.add(place(self.tree, node, self.where.get(origin), BEFORE), op)
-        self.held.clear()
+        key = (id(node), origin)
+        target = self.placed.get(key)
+        if target is None:
+            target = self.placed[key] = place(self.tree, node, self.where.get(origin), BEFORE)
+        self.add(target, op)

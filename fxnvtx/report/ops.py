@@ -35,7 +35,8 @@ def _source(table: Table, kind: int, name: str, size: str) -> str:
     return (
         f"SELECT correlationId AS corr, globalPid AS pid, deviceId AS device, start, end, {kind} AS kind,"
         f" {name} AS name, {table.pick('graphNodeId')} AS node, {size} AS size"
-        f" FROM {table.sql} WHERE end >= start"
+        # a graph whose times could not be collected has two zeros (CUPTI's CUpti_ActivityGraphTrace2)
+        f" FROM {table.sql} WHERE end >= start AND end > 0"
     )
 
 

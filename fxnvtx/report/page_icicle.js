@@ -1,5 +1,6 @@
 "use strict";
-// The icicle: every range as wide as its time. Only what is at least half a pixel wide is visited.
+// The icicle: every range as wide as its time. What no pixel is left for is not visited, so the cost of a picture
+// depends on the window and not on the capture.
 const icicle = (() => {
   const canvas = document.getElementById("icicle");
   const box = document.getElementById("icicle-box");
@@ -43,12 +44,17 @@ const icicle = (() => {
     paint.textBaseline = "middle";
     drawn = [];
     const scale = width / (view[1] - view[0]);
-    const todo = [model.root];
+    const todo = [model.root], reached = [];   // reached: per level, up to where boxes are drawn
     while (todo.length) {
       const i = todo.pop();
-      const x0 = Math.max(0, (left[i] - view[0]) * scale), x1 = Math.min(width, (right[i] - view[0]) * scale);
-      if (x1 - x0 < 0.5) continue;
       const level = depths[i] - depths[model.root];
+      let x0 = Math.max(0, (left[i] - view[0]) * scale), x1 = Math.min(width, (right[i] - view[0]) * scale);
+      if (x1 <= x0) continue;
+      if (x1 - x0 < 1) {   // of what shares a pixel, the first stands for all
+        if (x1 <= (reached[level] ?? 0) + 0.5) continue;
+        x0 = Math.max(x0, reached[level] ?? 0); x1 = Math.min(width, x0 + 1);
+      }
+      reached[level] = Math.max(reached[level] ?? 0, x1);
       box1(i, x0, x1, level, colors);
       for (let k = kids[i].length - 1; k >= 0; k--) todo.push(kids[i][k]);
     }

@@ -106,7 +106,7 @@ const table = (() => {
     row.dataset.index = String(index);
     if (isNode) {
       const fold = document.createElement("span");
-      fold.className = "fold"; fold.style.marginLeft = `${Math.min(depths[item] - depths[model.root], 24) * 14}px`;
+      fold.className = "fold"; fold.style.marginLeft = `${Math.min(depths[item] - Math.max(1, depths[model.root]), 24) * 14}px`;
       fold.textContent = kids[item].length ? (open[item] || model.hits ? "▾" : "▸") : "";
       name.append(fold);
       row.setAttribute("aria-level", String(depths[item]));
