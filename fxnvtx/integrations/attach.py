@@ -1,0 +1,246 @@
+"""Bring what is instrumented of a pipeline in line with what the pipeline is made of now."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+from ..control import controls_of, sync
+from ..errors import FxnvtxError, SelectionError
+from ..instrument import instrument, log_once, uninstrument
+from . import calls, components
+from .bound import Bound, Options, Pipe, bind, find, lock, patches, pipes, unbind
+from .patches import Wrap, definer, instance_override
+from .residency import hold_residency, release_residency
+from .scene import here
+from .tiles import tile_around
+
+__all__ = ["attach", "detach", "pipe_of", "refresh"]
+
+
+def pipe_of(thing: Any) -> Pipe | None:
+    """The record of an instrumented pipeline."""
+    bound = find(thing)
+    return bound.pipe if bound is not None and bound.role == "pipeline" else None
+
+
+def attach(pipe: Any, options: Options, name: str, outer: Pipe | None = None) -> Pipe:
+    """Instrument a pipeline, or bring one up to date. Raises what `fxnvtx.instrument` raises for its components."""
+    with lock:
+        record = pipe_of(pipe)
+        if record is None:
+            record = Pipe(weakref.ref(pipe), options, name, outer)
+            own = bind(pipe, name, record, "pipeline")
+            record.finalizer = weakref.finalize(pipe, _release, record)
+            record.finalizer.atexit = False
+            try:
+                _check(options, pipe)
+                _hold_pipeline(pipe, own)
+                _scan(pipe, record, force=True)
+            except BaseException:
+                detach(pipe)
+                raise
+        else:
+            _check(options, pipe)
+            changed, record.options = record.options != options, options
+            _hold_pipeline(pipe, record.parts[id(pipe)])
+            _scan(pipe, record, force=changed)
+        hold_residency()
+        return record
+
+
+def refresh(record: Pipe) -> None:
+    """At the beginning of a request: take in what was replaced. Never raises: the request has to run."""
+    pipe = record.ref()
+    if pipe is None:
+        return
+    try:
+        with lock:
+            hold_residency()
+            _hold_pipeline(pipe, record.parts[id(pipe)])
+            _scan(pipe, record, force=False)
+    except FxnvtxError as error:
+        log_once(f"diffusers {record.name}", str(error))
+
+
+def detach(pipe: Any) -> None:
+    """Take everything out again."""
+    with lock:
+        record = pipe_of(pipe)
+        if record is None:
+            return
+        if record.finalizer is not None:
+            record.finalizer.detach()
+        _release(record)
+
+
+def _release(record: Pipe) -> None:
+    with lock:
+        for nested in record.nested:
+            detach(nested())
+        record.nested = []
+        for key, bound in list(record.parts.items()):
+            _drop(key, bound)
+        if not pipes():
+            release_residency()
+
+
+def _drop(key: int, bound: Bound) -> None:
+    last = unbind(key, bound)
+    part = bound.ref()
+    if part is not None and last and bound.role == "module":
+        uninstrument(part)
+
+
+def _check(options: Options, pipe: Any) -> None:
+    named = list(components.named_modules(pipe))
+    for what, patterns in (("include", options.include), ("exclude", options.exclude)):
+        for glob in components.unmatched(patterns, named):
+            names = ", ".join(name for name, _ in named)
+            raise SelectionError(f"{what}={glob!r} matches no module of any component ({names})")
+
+
+# ------------------------------------------------------------------------------------------------ the parts
+
+
+def _scan(pipe: Any, record: Pipe, force: bool) -> None:
+    wanted: dict[int, tuple[str, str, Any]] = {
+        id(part): (role, name, part) for role, name, part in components.parts_of(pipe)
+    }
+    for name, block in components.blocks_of(pipe):
+        wanted.setdefault(id(block), ("block", name, block))
+    wanted[id(pipe)] = ("pipeline", record.name, pipe)
+    for nested in [n for n in record.nested if (part := n()) is None or id(part) not in wanted]:
+        record.nested.remove(nested)
+        detach(nested())
+    for key, bound in list(record.parts.items()):
+        now = wanted.get(key)
+        if now is None or bound.ref() is not now[2] or bound.name != now[1]:
+            _drop(key, bound)
+    for key, (role, name, part) in wanted.items():
+        if part is pipe:
+            continue
+        if role == "pipeline":
+            if pipe_of(part) is None:
+                attach(part, record.options, name, record)
+                record.nested.append(weakref.ref(part))
+            continue
+        known = record.parts.get(key)
+        bound = known or bind(part, name, record, role)
+        _hold_part(part, bound)
+        if role == "module" and record.options.layers and (known is None or force or _altered(part, bound)):
+            _instrument(part, bound, record.options)
+        elif role == "module" and record.options.layers:
+            _set_arounds(part, bound)  # the user may have instrumented it anew
+        elif role == "module" and _altered(part, bound):
+            bound.paths = _paths(part)
+
+
+def _instrument(component: nn.Module, bound: Bound, options: Options) -> None:
+    instrument(
+        component,
+        bound.name,
+        path=options.path,
+        depth=options.depth,
+        include=components.applicable(options.include, bound.name, component),
+        exclude=components.applicable(options.exclude, bound.name, component),
+        shapes=options.shapes,
+    )
+    bound.paths = _paths(component)
+    _set_arounds(component, bound)
+
+
+def _set_arounds(component: nn.Module, bound: Bound) -> None:
+    control = controls_of(component)
+    if control is not None and not control.arounds:
+        control.arounds = _arounds(component, bound)
+        control.set_enabled(bound.pipe.shown)
+        if control.arounds:
+            sync()
+
+
+def _arounds(component: nn.Module, bound: Bound) -> dict[str, Any]:
+    """What the component's slots ask for: the pass of a denoiser, the tile of a VAE's parts."""
+    found: dict[str, Any] = {}
+    if components.is_denoiser(bound.name):
+        found[""] = _pass_around(bound.name)
+    if any(callable(getattr(component, name, None)) for name in components.TILED_METHODS):
+        found.update((name, tile_around(name)) for name, child in component.named_children() if child is not None)
+    return found
+
+
+def _pass_around(name: str) -> Callable[[tuple[Any, ...], dict[str, Any]], tuple[Any, object] | None]:
+    def around(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, object] | None:
+        passes = here.passes
+        if passes is None or here.named_pass:
+            return None
+        number = passes[name] = passes.get(name, -1) + 1
+        return calls.pass_label(number), number
+
+    return around
+
+
+def _paths(component: nn.Module) -> dict[int, tuple[weakref.ref[Any], str]]:
+    return {id(module): (weakref.ref(module), path) for path, module in component.named_modules()}
+
+
+def _altered(component: nn.Module, bound: Bound) -> bool:
+    """Whether modules were replaced since (a LoRA was loaded or fused)."""
+    count = 0
+    for module in component.modules():
+        found = bound.paths.get(id(module))
+        if found is None or found[0]() is not module:
+            return True
+        count += 1
+    return count != len(bound.paths)
+
+
+# ------------------------------------------------------------------------------------------------ their methods
+
+
+def _hold_pipeline(pipe: Any, own: Bound) -> None:
+    _hold(pipe, own, "__call__", calls.request(refresh))
+    _hold(pipe, own, "progress_bar", calls.bar_method)
+    for name in components.stages_of(pipe):
+        _hold(pipe, own, name, calls.stage(name))
+
+
+def _hold_part(part: Any, bound: Bound) -> None:
+    for name, wrap in _methods(part, bound):
+        _hold(part, bound, name, wrap)
+
+
+def _methods(part: Any, bound: Bound) -> Iterator[tuple[str, Wrap]]:
+    if bound.role == "scheduler":
+        yield "step", calls.scheduler_step
+    elif bound.role == "block":
+        yield "__call__", calls.stage("__call__")
+        yield "progress_bar", calls.bar_method
+    elif bound.role == "module":
+        yield "cache_context", calls.cache_context
+        for name in components.ROOT_METHODS:
+            yield name, calls.root_method(name)
+        for name in components.TILED_METHODS:
+            yield name, calls.tiled_method(name)
+
+
+def _hold(thing: Any, bound: Bound, name: str, wrap: Wrap) -> None:
+    """Have the method wrapped for this object, where it comes from: its own dict, or the class that defines it."""
+    if any(held.name == name and _current(held, thing) for held in bound.held):
+        return
+    owner = thing if instance_override(thing, name) and name != "__call__" else definer(type(thing), name)
+    if owner is None:
+        return
+    held = patches.hold(owner, name, wrap)
+    if held is not None:
+        bound.held.append(held)
+
+
+def _current(held: Any, thing: Any) -> bool:
+    """Whether calls of the object still reach this wrapper."""
+    if instance_override(thing, held.name):
+        return held.owner is thing and vars(thing)[held.name] is held.wrapper
+    return held.owner is not thing

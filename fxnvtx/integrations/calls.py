@@ -1,0 +1,239 @@
+"""The wrappers: what runs instead of a pipeline's, component's, scheduler's or block's method.
+
+Each asks first whether somebody listens and whether the object is known; if not it only passes the call on. None of
+them can fail on its own account, and each closes what it opened whatever the call raises.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any
+
+from .. import ranges as _ranges
+from ..compile.invisible import hide_from_dynamo
+from ..ranges import Label, Open, label, pop, push
+from .bars import follow
+from .bound import Bound, find
+from .scene import Request, here
+from .tiles import Tiling
+
+__all__ = [
+    "bar_method",
+    "cache_context",
+    "pass_label",
+    "request",
+    "root_method",
+    "scheduler_step",
+    "stage",
+    "tiled_method",
+]
+
+DISTINCT_REQUEST_LABELS = 1 << 16
+Refresh = Callable[[Any], None]
+Method = Callable[..., Any]
+# diffusers' names of the passes of classifier-free guidance, in full; any other name of a pass is kept as it is
+PASSES = {"cond": "conditional", "uncond": "unconditional", "cond_uncond": "conditional_unconditional"}
+
+
+def shown(thing: Any) -> Bound | None:
+    bound = find(thing)
+    return bound if bound is not None and bound.pipe.shown else None
+
+
+def request(refresh: Refresh) -> Callable[[Method], Method]:
+    """Around a pipeline's call. A pipeline that another one calls as its component is a stage of that request."""
+
+    def wrap(original: Method) -> Method:
+        if inspect.isgeneratorfunction(original):
+
+            def stream(self: Any, *args: Any, **kwargs: Any) -> Any:
+                bound = shown(self) if _ranges.active else None
+                if bound is None or _under_way(bound):
+                    return (yield from original(self, *args, **kwargs))
+                entry = push(_request_label(bound), type(self).__name__)
+                try:
+                    return (yield from original(self, *args, **kwargs))
+                finally:
+                    pop(entry)
+
+            return stream
+
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            bound = shown(self) if _ranges.active else None
+            if bound is None or _under_way(bound):
+                return original(self, *args, **kwargs)
+            refresh(bound.pipe)
+            outer, passes = here.request, here.passes
+            entry = push(_request_label(bound), type(self).__name__)
+            here.request = running = Request(bound.pipe, outer)
+            here.passes = None
+            try:
+                return original(self, *args, **kwargs)
+            finally:
+                running.close()
+                here.request, here.passes = outer, passes
+                pop(entry)
+
+        return call
+
+    return wrap
+
+
+def _under_way(bound: Bound) -> bool:
+    running = here.request
+    while running is not None:
+        if running.pipe is bound.pipe:
+            return True
+        running = running.outer
+    return False
+
+
+def _request_label(bound: Bound) -> Label:
+    if here.request is not None:
+        return label(bound.pipe.name, "stage")
+    return label(f"request#{next(bound.pipe.numbers) % DISTINCT_REQUEST_LABELS}", "request")
+
+
+def _ranged(text: Callable[[Any, Bound], Label], name: str) -> Callable[[Method], Method]:
+    """A range around a method of a known object; once, where a method calls the one it overrides."""
+
+    def wrap(original: Method) -> Method:
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            bound = shown(self) if _ranges.active else None
+            key = (id(self), name)
+            if bound is None or key in here.inside:
+                return original(self, *args, **kwargs)
+            entry = push(text(self, bound))
+            here.inside.add(key)
+            try:
+                return original(self, *args, **kwargs)
+            finally:
+                here.inside.discard(key)
+                pop(entry)
+
+        return call
+
+    return wrap
+
+
+def stage(name: str) -> Callable[[Method], Method]:
+    """Around a pipeline's method that is a stage (`encode_prompt`), or a modular block's call."""
+    made = label(name, "stage")
+    return _ranged(lambda _, bound: made if bound.role == "pipeline" else label(bound.name, "stage"), name)
+
+
+def root_method(name: str) -> Callable[[Method], Method]:
+    """Around a component's method that bypasses its forward: `vae.decode`."""
+    return _ranged(lambda _, bound: label(f"{bound.name}.{name}", "stage"), name)
+
+
+def scheduler_step(original: Method) -> Method:
+    """Around a scheduler's step, also a step of the copies that a pipeline makes of its scheduler."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        key = (id(self), "step")
+        if not _ranges.active or key in here.inside or not _steps_here(self):
+            return original(self, *args, **kwargs)
+        entry = push(label("scheduler_step", "step"))
+        here.inside.add(key)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            here.inside.discard(key)
+            pop(entry)
+
+    return call
+
+
+def _steps_here(scheduler: Any) -> bool:
+    if here.request is not None:
+        return here.request.pipe.shown
+    return shown(scheduler) is not None
+
+
+class _Pass(AbstractContextManager[Any]):
+    """A cache context of diffusers with a range around it: it says which pass of guidance this is."""
+
+    def __init__(self, inner: Any, text: Label) -> None:
+        self.inner = inner
+        self.text = text
+        self.entry: Open | None = None
+
+    def __enter__(self) -> Any:
+        self.entry = push(self.text)
+        here.named_pass += 1
+        try:
+            return self.inner.__enter__()
+        except BaseException:
+            self._leave()
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> Any:
+        try:
+            return self.inner.__exit__(kind, value, trace)
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        here.named_pass -= 1
+        pop(self.entry)
+
+
+def cache_context(original: Method) -> Method:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        inner = original(self, *args, **kwargs)
+        if not _ranges.active or shown(self) is None:
+            return inner
+        name = args[0] if args else kwargs.get("name")
+        return _Pass(inner, label(f"predict_noise.{PASSES.get(str(name), name)}", "step"))
+
+    return call
+
+
+def pass_label(number: int) -> Label:
+    """Of the number-th call of a denoiser within a step, where nothing tells what the pass is for."""
+    return label(f"predict_noise.pass_{number}" if number else "predict_noise", "step")
+
+
+def tiled_method(name: str) -> Callable[[Method], Method]:
+    """Around tiled_decode and tiled_encode: from then on calls of the VAE's parts are told apart by their tile."""
+
+    def wrap(original: Method) -> Method:
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            bound = shown(self) if _ranges.active else None
+            if bound is None:
+                return original(self, *args, **kwargs)
+            outer = here.tiling
+            entry = push(label(f"{bound.name}.{name}", "stage"))
+            here.tiling = Tiling(bound.name, args[0] if args else next(iter(kwargs.values()), None))
+            try:
+                return original(self, *args, **kwargs)
+            finally:
+                here.tiling = outer
+                pop(entry)
+
+        return call
+
+    return wrap
+
+
+def bar_method(original: Method) -> Method:
+    """What progress_bar() returns gets followed: it is where a pipeline says that a step is over."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        bar = original(self, *args, **kwargs)
+        if not _ranges.active or shown(self) is None:
+            return bar
+        iterable = args[0] if args else kwargs.get("iterable")
+        return follow(bar, iterable, kwargs.get("desc"))
+
+    return call
+
+
+for _function in (shown, _under_way, _request_label, _steps_here, _Pass.__enter__, _Pass.__exit__, _Pass._leave):
+    hide_from_dynamo(_function.__code__)

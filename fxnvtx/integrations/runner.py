@@ -1,0 +1,127 @@
+"""`fxnvtx profile --pipeline diffusers:<Class>`: a pipeline of that class, and one request after the other."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from ..profile import Job
+
+__all__ = ["Picture", "runner"]
+
+OnStep = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What a request made: an image, uint8 [height, width, 3], or a video, uint8 [frames, height, width, 3]."""
+
+    image: torch.Tensor | None = None
+    video: torch.Tensor | None = None
+
+
+def runner(class_name: str, job: Job) -> Callable[[bool, OnStep | None], Picture]:
+    """(is_warmup, on_step) -> Picture. on_step(done, total) is called after each step; a warm-up shows no ranges.
+
+    Without job.model the pipeline has tiny random weights; with it, the folder is loaded. Raises ConfigError.
+    """
+    from . import diffusers as _api
+
+    pipe, arguments = _load(class_name, job) if job.model else _tiny(class_name, job)
+    _api.instrument(pipe, depth=job.depth, layers=not job.stages_only)
+    if job.compile:
+        _denoiser(pipe).compile(backend="fxnvtx")
+    accepted = inspect.signature(type(pipe).__call__).parameters
+    arguments.update(num_inference_steps=job.steps, output_type="np")
+
+    def run(is_warmup: bool, on_step: OnStep | None) -> Picture:
+        given = dict(arguments, generator=torch.Generator().manual_seed(job.seed))
+        if on_step is not None and "callback_on_step_end" in accepted:
+            given["callback_on_step_end"] = _telling(on_step, job.steps)
+        _api.set_enabled(pipe, not is_warmup)
+        try:
+            made = pipe(**given)
+        finally:
+            _api.set_enabled(pipe, True)
+        if on_step is not None:
+            on_step(job.steps, job.steps)
+        return picture_of(made)
+
+    return run
+
+
+def _telling(on_step: OnStep, steps: int) -> Callable[..., dict[str, Any]]:
+    def told(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        on_step(step + 1, steps)
+        return tensors
+
+    return told
+
+
+def _library() -> Any:
+    try:
+        import diffusers
+    except ImportError as error:
+        raise ConfigError(f"diffusers cannot be imported ({error}): pip install fxnvtx[diffusers]") from error
+    return diffusers
+
+
+def _tiny(class_name: str, job: Job) -> tuple[Any, dict[str, Any]]:
+    from .tiny import TINY
+
+    if class_name not in TINY:
+        raise ConfigError(
+            f"there are no tiny weights for {class_name or 'an empty name'}: use one of {', '.join(TINY)}, "
+            "or give a local folder with --model"
+        )
+    _library()
+    pipe, arguments = TINY[class_name](job.prompt, job.seed)
+    return pipe, dict(arguments)
+
+
+def _load(class_name: str, job: Job) -> tuple[Any, dict[str, Any]]:
+    diffusers = _library()
+    kind = getattr(diffusers, class_name, None)
+    if not isinstance(kind, type) or not hasattr(kind, "from_pretrained"):
+        raise ConfigError(f"diffusers {diffusers.__version__} has no pipeline {class_name!r}")
+    folder = Path(str(job.model))
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is no folder: --model takes what save_pretrained wrote")
+    try:
+        pipe = kind.from_pretrained(str(folder), local_files_only=True)  # type: ignore[attr-defined]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{class_name} cannot be loaded from {folder}: {str(error).splitlines()[0]}") from error
+    if torch.cuda.is_available():
+        pipe.to("cuda")
+    accepted = inspect.signature(type(pipe).__call__).parameters
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, {"prompt": job.prompt} if "prompt" in accepted else {"class_labels": [1]}
+
+
+def _denoiser(pipe: Any) -> Any:
+    for name in ("transformer", "unet"):
+        found = getattr(pipe, name, None)
+        if isinstance(found, torch.nn.Module):
+            return found
+    raise ConfigError(f"{type(pipe).__name__} has neither transformer nor unet to compile: leave --compile out")
+
+
+def picture_of(made: Any) -> Picture:
+    """The first image or video of what a pipeline returned: [batch, (frames,) height, width, channels], 0 to 1."""
+    try:
+        first = torch.as_tensor(made[0][0])
+    except (TypeError, ValueError, KeyError, IndexError):
+        return Picture()
+    if first.ndim not in (3, 4) or first.shape[-1] not in (1, 3):
+        return Picture()
+    shown = (torch.nan_to_num(first.float()) * 255).round().clamp(0, 255).to(torch.uint8)
+    shown = shown.expand(*shown.shape[:-1], 3).contiguous()
+    return Picture(image=shown) if shown.ndim == 3 else Picture(video=shown)

@@ -1,0 +1,42 @@
+"""What runs on this thread: the request, its loops, and the step in which a component is called."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from .bound import Pipe
+
+__all__ = ["Closing", "Request", "Scene", "here"]
+
+
+class Closing(Protocol):
+    def close(self) -> None: ...
+
+
+class Request:
+    """One call of a pipeline."""
+
+    def __init__(self, pipe: Pipe, outer: Request | None) -> None:
+        self.pipe = pipe
+        self.outer = outer
+        self.open: list[Closing] = []  # loops under way, the innermost last
+
+    def close(self) -> None:
+        """End what the pipeline left open: a loop that an exception left is closed before its request is."""
+        while self.open:
+            self.open.pop().close()
+
+
+class Scene(threading.local):
+    def __init__(self) -> None:
+        self.request: Request | None = None
+        self.passes: dict[str, int] | None = None  # component -> its calls so far in the current step
+        self.named_pass = 0  # cache contexts open: they name the pass
+        self.inside: set[tuple[int, str]] = set()  # (object, method) under way: a method that calls super()'s
+        self.tiling: Any = None
+        self.timesteps: Any = None
+
+
+here = Scene()
