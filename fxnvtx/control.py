@@ -104,6 +104,11 @@ class Control:
     def label(self, fqn: str) -> Label:
         return label(self.text(fqn), "module")
 
+    def note_kind(self, entry: Entry) -> None:
+        """Leave the module's class where recordings look for it."""
+        for fqn in {entry.fqn, *entry.by_parent.values()}:
+            _ranges.kinds[self.text(fqn)] = entry.kind.__name__
+
     def labels_by_parent(self, entry: Entry) -> dict[str, Label] | None:
         if len(entry.by_parent) < 2:
             return None
@@ -261,6 +266,7 @@ def _place(module: nn.Module, control: Control, entry: Entry, level: Level | Non
     if entry.parent is None and not slot.shapes:
         entry_point = slot.call_root
     module.__dict__[SLOT] = entry_point
+    control.note_kind(entry)
 
 
 def _remove(module: nn.Module) -> None:

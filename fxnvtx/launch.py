@@ -115,7 +115,7 @@ def run_command(
         finally:
             recording.stop()
             if rows and recording.ranges:
-                click.echo(render_text(from_recording(recording), "tree", limit=rows), err=True)
+                click.echo(render_text(from_recording(recording), "tree", fold=True, limit=rows), err=True)
             if output is not None:
                 recording.save(output / "recording.json")
                 chrome.write(recording, output / "trace.json")

@@ -118,7 +118,7 @@ def _in_process(job: Job, output: Path, rows: int) -> None:
     with _progress(job.steps) as on_step, record() as recording:
         result = run(False, on_step)
     recording.meta["pipeline"] = job.pipeline
-    click.echo(render_text(from_recording(recording), "tree", limit=rows))
+    click.echo(render_text(from_recording(recording), "tree", fold=True, limit=rows))
     recording.save(output / "recording.json")
     _write_trace(recording, output / "trace.json")
     names = ["recording.json", "trace.json", *_write_picture(result, output)]

@@ -107,6 +107,7 @@ class Label:
 
 
 _labels: dict[tuple[str, str, int], Label] = {}
+kinds: dict[str, str] = {}  # label text -> class of the module it names, for those who show ranges by class
 
 
 def label(text: str, category: str | None = None, color: int | None = None) -> Label:
@@ -114,8 +115,12 @@ def label(text: str, category: str | None = None, color: int | None = None) -> L
     is captured have crashed Nsight Systems, and `--capture-range=nvtx` matches registered strings only."""
     if type(text) is not str:
         raise LabelError(f"a range label must be a str, not {type(text).__name__}; pass str(...) of it")
+    if category is not None and type(category) is not str:
+        raise LabelError(f"a range category must be a str, not {type(category).__name__}")
+    if color is not None and type(color) is not int:
+        raise LabelError(f"a range color must be an int 0xAARRGGBB, not {type(color).__name__}")
     kind = category or "module"
-    key = (text, kind, CATEGORIES.get(kind, 0xFFBBBBBB) if color is None else color)
+    key = (text, kind, CATEGORIES.get(kind, 0xFFBBBBBB) if color is None else color & 0xFFFFFFFF)
     found = _labels.get(key)
     if found is None:
         # NVTX takes C strings: a NUL would cut the label, a lone surrogate cannot be encoded.

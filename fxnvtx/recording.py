@@ -95,6 +95,8 @@ class Recording:
         if self._frozen is None:
             self._frozen, self._frozen_marks = self._snapshot(), self._snapshot_marks()
             self._opened, self._marked = [], []
+            labels = {r.label for r in self._frozen}
+            self.meta["classes"] = {label: _ranges.kinds[label] for label in sorted(labels & _ranges.kinds.keys())}
 
     @property
     def ranges(self) -> list[Range]:
@@ -118,18 +120,21 @@ class Recording:
         """Write JSON: {"format", "version", "meta", "ranges": [[label, category, payload, thread_id, depth,
         start_ns, end_ns, leaked], ...], "marks": [...]}."""
         rows = [
-            [r.label, r.category, r.payload, r.thread_id, r.depth, r.start_ns, r.end_ns, r.leaked] for r in self.ranges
+            [r.label, r.category, _jsonable(r.payload), r.thread_id, r.depth, r.start_ns, r.end_ns, r.leaked]
+            for r in self.ranges
         ]
-        marks = [[m.label, m.category, m.payload, m.thread_id, m.time_ns] for m in self.marks]
+        marks = [[m.label, m.category, _jsonable(m.payload), m.thread_id, m.time_ns] for m in self.marks]
         document = {
             "format": FORMAT,
             "version": VERSION,
-            "meta": self.meta,
+            "meta": _jsonable(self.meta),
             "strays": self.strays,
             "ranges": rows,
             "marks": marks,
         }
         target = Path(path)
+        if not target.name:
+            raise OutputError(f"cannot write the recording to {str(path)!r}: it names no file")
         partial = target.with_name(target.name + ".part")
         try:
             with open(partial, "w", encoding="utf-8") as file:
@@ -147,7 +152,7 @@ class Recording:
             document = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise CaptureError(f"cannot read {path}: {error.strerror or error}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CaptureError(f"{path} is not an fxnvtx recording: it is no JSON ({error})") from error
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise CaptureError(f"{path} is not an fxnvtx recording: write one with Recording.save()")
@@ -157,21 +162,21 @@ class Recording:
             )
         recording = cls()
         try:
-            recording.meta = dict(document["meta"])
-            recording.strays = int(document["strays"])
-            recording._frozen = [Range(*row) for row in document["ranges"]]
-            recording._frozen_marks = [RangeMark(*row) for row in document["marks"]]
+            recording.meta = dict(_checked(document["meta"], dict))
+            recording.strays = _checked(document["strays"], int)
+            recording._frozen = [_read_range(*row) for row in _checked(document["ranges"], list)]
+            recording._frozen_marks = [_read_mark(*row) for row in _checked(document["marks"], list)]
         except (KeyError, TypeError, ValueError) as error:
-            raise CaptureError(f"{path} is a damaged fxnvtx recording: {error!r}") from error
+            raise CaptureError(f"{path} is a damaged fxnvtx recording: {error!r}; record it again") from error
         return recording
 
     def _snapshot(self) -> list[Range]:
         entries = sorted(self._opened, key=lambda e: e.start_ns)  # stable: a thread's own order survives ties
-        enclosing: dict[int, list[int]] = {}
+        enclosing: dict[int, list[_ranges.Open]] = {}
         found = []
         for entry in entries:
             levels = enclosing.setdefault(entry.thread_id, [])
-            while levels and levels[-1] >= entry.level:
+            while levels and (levels[-1].level >= entry.level or _over(levels[-1], entry.start_ns)):
                 levels.pop()
             text = entry.label
             found.append(
@@ -186,12 +191,58 @@ class Recording:
                     entry.leaked,
                 )
             )
-            levels.append(entry.level)
+            levels.append(entry)
         return found
 
     def _snapshot_marks(self) -> list[RangeMark]:
         marks = sorted(self._marked, key=lambda m: m.time_ns)
         return [RangeMark(m.label.text, m.label.category, m.payload, m.thread_id, m.time_ns) for m in marks]
+
+
+def _over(entry: _ranges.Open, now: int) -> bool:
+    return entry.end_ns is not None and entry.end_ns < now
+
+
+def _jsonable(value: Any) -> Any:
+    """The value, or its repr where JSON has no form for it: a strange payload must not cost the recording."""
+    if value is None or type(value) in {str, int, float, bool}:
+        return value
+    try:
+        json.dumps(value, default=repr)
+    except (TypeError, ValueError, RecursionError):
+        return repr(value)
+    return value
+
+
+def _checked(value: Any, *kinds: type | None) -> Any:
+    if type(value) not in kinds and not (value is None and None in kinds):
+        raise ValueError(f"{str(value)[:40]!r} in an unexpected place")
+    return value
+
+
+def _read_range(
+    label: str, category: str, payload: Any, thread_id: int, depth: int, start: int, end: int | None, leaked: bool
+) -> Range:
+    for value in (thread_id, depth, start):
+        _checked(value, int)
+    if depth < 0:
+        raise ValueError(f"depth {depth}")
+    return Range(
+        _checked(label, str),
+        _checked(category, str),
+        payload,
+        thread_id,
+        depth,
+        start,
+        _checked(end, int, None),
+        _checked(leaked, bool),
+    )
+
+
+def _read_mark(label: str, category: str, payload: Any, thread_id: int, time: int) -> RangeMark:
+    return RangeMark(
+        _checked(label, str), _checked(category, str), payload, _checked(thread_id, int), _checked(time, int)
+    )
 
 
 def build_tree(ranges: list[Range]) -> list[Node]:
