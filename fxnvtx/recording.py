@@ -214,8 +214,8 @@ def _jsonable(value: Any) -> Any:
     return value
 
 
-def _checked(value: Any, *kinds: type | None) -> Any:
-    if type(value) not in kinds and not (value is None and None in kinds):
+def _checked(value: Any, *kinds: type) -> Any:
+    if type(value) not in kinds:
         raise ValueError(f"{str(value)[:40]!r} in an unexpected place")
     return value
 
@@ -234,7 +234,7 @@ def _read_range(
         thread_id,
         depth,
         start,
-        _checked(end, int, None),
+        _checked(end, int, type(None)),
         _checked(leaked, bool),
     )
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pickle
 
 import pytest
-from .tools import labels
 from hypothesis import given
 from hypothesis import strategies as st
 
 import fxnvtx
 from fxnvtx.errors import FxnvtxError, LabelError
 from fxnvtx.ranges import CATEGORIES, label
+
+from .tools import labels
 
 
 @given(st.text(max_size=40))
@@ -68,6 +69,16 @@ def test_a_label_that_is_no_text_is_refused_in_one_line(bad):
         assert isinstance(caught.value, FxnvtxError)
         assert "\n" not in str(caught.value)
         assert "str" in str(caught.value)
+
+
+@pytest.mark.parametrize("bad", [{"category": 3}, {"category": ["step"]}, {"color": "red"}, {"color": [1]}])
+def test_options_of_the_wrong_type_are_refused(bad):
+    with pytest.raises(LabelError) as caught:
+        fxnvtx.range("r", **bad)
+    assert next(iter(bad)) in str(caught.value)
+    with fxnvtx.record() as recording, fxnvtx.range("r", color=-1), fxnvtx.range("r", color=2**40):
+        pass
+    assert recording.balanced
 
 
 def test_categories_and_payloads_reach_the_recording():

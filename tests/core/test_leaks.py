@@ -6,12 +6,13 @@ import asyncio
 import gc
 import threading
 
-from .tools import labels, shape
 from hypothesis import given
 from hypothesis import strategies as st
 
 import fxnvtx
 from fxnvtx.ranges import label, local, pop, push
+
+from .tools import labels, shape
 
 
 def test_an_outer_pop_closes_what_was_leaked_inside():
@@ -122,7 +123,8 @@ def test_a_generator_finalized_by_another_thread_pops_nothing_there():
         with fxnvtx.range("here"):
             pass
         assert local.stack == []  # swept by its own thread at its next turn
-    assert shape(recording.tree()) == (("g", ()), ("there", ()), ("here", ())) and recording.balanced
+    assert shape(recording.tree()) == (("g", ()), ("there", ()), ("here", ()))
+    assert recording.balanced
 
 
 def test_asyncio_tasks_that_interleave_leave_the_stack_clean():

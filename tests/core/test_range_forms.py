@@ -7,10 +7,11 @@ import inspect
 import threading
 
 import pytest
-from .tools import labels, shape
 
 import fxnvtx
 from fxnvtx.ranges import local
+
+from .tools import labels, shape
 
 
 class Stop(BaseException):

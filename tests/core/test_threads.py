@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import threading
 
-from .tools import in_process, shape
-
 import fxnvtx
 from fxnvtx.ranges import local
+
+from .tools import in_process, shape
 
 
 def test_eight_threads_nest_independently():
