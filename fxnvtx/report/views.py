@@ -171,7 +171,7 @@ def _grouped(root: Node, side: Node, classes: dict[str, str], chosen: Selection,
     if chosen.by in {"request", "stage", "step"}:
         found.extend(_summary(found, chosen.by))
         return found
-    found.sort(key=lambda row: (row.kind == "unknown", -(row.gpu if gpu else row.cpu), row.name))
+    found.sort(key=lambda row: (row.kind == "unknown", -(row.gpu if gpu else row.cpu)))  # stable: outer ones first
     return found
 
 
