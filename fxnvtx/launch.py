@@ -15,11 +15,11 @@ import click
 import torch
 from torch import nn
 
-from . import instrument as _instrument
 from .cli import writable_folder
 from .compile.invisible import dynamo_active, hide_from_dynamo
 from .control import entry_of
 from .errors import ConfigError, FxnvtxError
+from .instrument import instrument, log_once, unwrapped
 
 __all__ = ["factory_runner", "instrument_everything", "run_command"]
 
@@ -36,8 +36,8 @@ def instrument_everything(depth: int | None = None, path: str = "auto") -> Itera
     """While this runs, a module that is called from outside any other module is instrumented just before its call.
 
     diffusers pipelines get their request, stages and steps as well, and what the program compiles with Inductor is
-    compiled with the backend "fxnvtx". Replaces nn.Module.__call__ and torch.compile for the time being: that is what it
-    takes where no line may be added to the program.
+    compiled with the backend "fxnvtx". Replaces nn.Module.__call__ and torch.compile for the time being: that is what
+    it takes where no line may be added to the program.
     """
     original = nn.Module.__call__
 
@@ -71,12 +71,12 @@ def instrument_everything(depth: int | None = None, path: str = "auto") -> Itera
 
 
 def _meet(module: nn.Module, depth: int | None, path: str) -> None:
-    inner = _instrument.unwrapped(module)
+    inner = unwrapped(module)
     if entry_of(inner) is None and not isinstance(inner, nn.modules.loss._Loss):
         try:
-            _instrument.instrument(inner, depth=depth, path=path)
+            instrument(inner, depth=depth, path=path)
         except FxnvtxError as error:  # the script must go on
-            _instrument.log_once(type(inner).__name__, str(error))
+            log_once(type(inner).__name__, str(error))
 
 
 hide_from_dynamo(_meet.__code__)
