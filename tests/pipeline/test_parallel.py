@@ -1,8 +1,5 @@
 """Two and four gloo processes: every parallelism type, failures on any rank, ranges that carry their rank."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -10,8 +7,7 @@ from fxnvtx.errors import PipelineError
 from fxnvtx.models import generate
 from fxnvtx.pipeline import ParallelExecutor, StageParallelism
 
-sys.path.insert(0, str(Path(__file__).parent))  # spawned processes import the same file
-import ranks
+from . import ranks
 
 pytestmark = pytest.mark.slow
 SCENARIOS = ["every_type", "failures", "inside", "loading", "unpicklable", "different", "images"]

@@ -18,9 +18,8 @@ from ..args import ServerArgs
 from ..steps import StepWindows
 from .account import ByteAccount
 from .attach import Attachments, unwrapped
-from .marks import ResidencyRanges
-from .place import MemoryPlace, Place, default_place
-from .strategies import Strategy, strategy_class
+from .holdings import Holdings
+from .place import Place
 from .uses import ComponentUse, Timeline
 
 __all__ = ["ComponentResidencyManager", "UsesComponents"]
@@ -75,11 +74,8 @@ class ComponentResidencyManager:
         self.components = components
         self.kinds = kinds if kinds is not None else {}
         self.args = args or ServerArgs()
-        self.account = ByteAccount()
         self.attachments = Attachments()
-        self.marks = ResidencyRanges()
-        self._place = place
-        self._strategies: dict[int, tuple[weakref.ref[nn.Module], Strategy]] = {}  # by the id of the module
+        self.holdings = Holdings(self.kinds, self.args, place, self._in_use)
         self._seen: dict[str, weakref.ref[nn.Module]] = {}
         self._keys: dict[tuple[str, str, str | None], weakref.ref[nn.Module]] = {}
         self._requests: list[_Request] = []
@@ -109,9 +105,9 @@ class ComponentResidencyManager:
             ]
             for use in uses:
                 self._module(use.component)
-            self.args = args
+            self.args = self.holdings.args = args
             self._requests.append(_Request(args, wanted, Timeline(uses), windows=args.step_windows()))
-            self.marks.enabled = wanted
+            self.holdings.marks.enabled = wanted
             try:
                 self.refresh_pipeline()
             except BaseException:
@@ -137,7 +133,7 @@ class ComponentResidencyManager:
         try:
             self._finish_down_to(request, 0)
             if len(self._requests) == 1:
-                for module, strategy in self._known_strategies():
+                for module, strategy in self.holdings.known():
                     strategy.finish_request(module)
         finally:
             self._leave_request()
@@ -156,7 +152,7 @@ class ComponentResidencyManager:
             for name in self.components:
                 module = self._module(name)
                 if isinstance(module, nn.Module) and not self._in_use(module):
-                    strategy = self._strategy(name, module)
+                    strategy = self.holdings.strategy(name, module)
                     strategy.refresh(unwrapped(module))
                     strategy.finish_use(unwrapped(module))
 
@@ -220,10 +216,10 @@ class ComponentResidencyManager:
         one part of it after the other where only parts may be in memory, and what it changes is kept."""
         with self._lock:
             module = self._module(component)
-            strategy = self._strategy(component, module)
+            strategy = self.holdings.strategy(component, module)
             strategy.refresh(unwrapped(module))
             if not self._in_use(module):
-                self._make_room(strategy)
+                self.holdings.make_room(strategy, self.components)
             with torch.no_grad():
                 strategy.update(unwrapped(module), change, self._in_use(module))
 
@@ -271,6 +267,11 @@ class ComponentResidencyManager:
     # ------------------------------------------------------------------------------------------------------ state
 
     @property
+    def account(self) -> ByteAccount:
+        """How many weight bytes are in compute memory."""
+        return self.holdings.account
+
+    @property
     def current_stage_name(self) -> str | None:
         """The stage that runs now, where a request is under way."""
         return self._requests[-1].stage if self._requests else None
@@ -284,20 +285,12 @@ class ComponentResidencyManager:
         """What resident weight bytes stay under, as long as uses do not nest: the components that stay, and the
         largest one (for layer-wise offloading: two blocks and what lies outside the blocks) of those that do not."""
         with self._lock:
-            modules = {name: self._module(name) for name in self.components}
-            found = [self._strategy(n, m) for n, m in modules.items() if isinstance(m, nn.Module)]
-            offloading = [s.bound_bytes for s in found if s.offloads]
-            return sum(s.bound_bytes for s in found if not s.offloads) + max(offloading, default=0)
+            return self.holdings.bound_bytes({name: self._module(name) for name in self.components})
 
     def bring_back(self, component: str) -> None:
         """Put all weights of a component into compute memory and take no further part in where they are."""
         with self._lock:
-            module = self._module(component)
-            strategy = self._strategy_of(module)
-            if strategy is not None:
-                strategy.bring_back(unwrapped(module))
-                del self._strategies[id(unwrapped(module))]
-                strategy.dispose()
+            self.holdings.bring_back(self._module(component))
 
     # --------------------------------------------------------------------------------------------------- details
 
@@ -317,13 +310,13 @@ class ComponentResidencyManager:
     def _load(self, use: ComponentUse, module: Any) -> None:
         if not isinstance(module, nn.Module):
             return
-        strategy = self._strategy(use.component, module)
+        strategy = self.holdings.strategy(use.component, module)
         inner = unwrapped(module)
         if self._in_use(module):
             strategy.wait_for_use(inner, use.dtype)
             return
         strategy.refresh(inner)
-        self._make_room(strategy)
+        self.holdings.make_room(strategy, self.components)
         try:
             strategy.before_use(inner, use.dtype)
             strategy.wait_for_use(inner, use.dtype)
@@ -356,7 +349,7 @@ class ComponentResidencyManager:
         if seen is not None and seen() is not module and not self._in_use(module):
             self.attachments.remove(module)  # it was replaced while it was in use
         outer = next((a for r in reversed(self._requests) for a in reversed(r.active) if a.module is module), None)
-        strategy = self._strategy_of(module)
+        strategy = self.holdings.of(module)
         if outer is None:
             if strategy is not None:
                 strategy.finish_use(unwrapped(module))
@@ -372,28 +365,8 @@ class ComponentResidencyManager:
         module = self._module(use.component)
         if self._in_use(module) or not isinstance(module, nn.Module):
             return
-        strategy = self._strategy(use.component, module)
-        needed = strategy.prefetch_bytes()
-        room = self.bound_bytes - self._committed_bytes()
-        if needed and (needed <= room or request.args.performance_mode == "speed"):
-            strategy.prefetch(unwrapped(module), use.dtype)
-
-    def _committed_bytes(self) -> int:
-        """Resident bytes, with what the uses that go on may still bring in."""
-        still_to_come = 0
-        for module, strategy in self._known_strategies():
-            if strategy.offloads and self._in_use(module):
-                still_to_come += max(0, strategy.bound_bytes - self.account.of(strategy.component))
-        return self.account.resident_bytes + still_to_come
-
-    def _make_room(self, strategy: Strategy) -> None:
-        """Give up prefetches for other components where they and this use together exceed the bound."""
-        needed = max(0, strategy.bound_bytes - self.account.of(strategy.component))
-        for module, other in self._known_strategies():
-            if self._committed_bytes() + needed <= self.bound_bytes or self.args.performance_mode == "speed":
-                return
-            if other is not strategy and not self._in_use(module):
-                other.finish_request(module)
+        strategy = self.holdings.strategy(use.component, module)
+        self.holdings.prefetch(strategy, module, use.dtype, self.components)
 
     def _declared(
         self, request: _Request, component: str | ComponentUse, phase: str | None, dtype: torch.dtype | None
@@ -420,43 +393,6 @@ class ComponentResidencyManager:
             self._seen[name] = weakref.ref(module)
         return module
 
-    def _strategy(self, name: str, module: nn.Module) -> Strategy:
-        inner = unwrapped(module)
-        mode = self.args.residency_mode(name, self.kinds.get(name, "other"))
-        known = self._strategy_of(module)
-        if known is not None and (known.mode == mode or self._in_use(module)):
-            return known
-        if known is not None:
-            known.bring_back(inner)
-            known.dispose()
-        made = strategy_class(mode)(name, self._weights_place(), self.account, self.marks)
-        made.refresh(inner)
-        self._strategies[id(inner)] = weakref.ref(inner), made
-        return made
-
-    def _strategy_of(self, module: nn.Module) -> Strategy | None:
-        inner = unwrapped(module)
-        return next((s for m, s in self._known_strategies() if m is inner), None)
-
-    def _known_strategies(self) -> list[tuple[nn.Module, Strategy]]:
-        """Of all modules that are still there; those of modules that are gone are taken off the account."""
-        found = []
-        for key, (ref, strategy) in list(self._strategies.items()):
-            module = ref()
-            if module is None:
-                del self._strategies[key]
-                strategy.dispose()
-            else:
-                found.append((module, strategy))
-        return found
-
-    def _weights_place(self) -> Place:
-        if self._place is None:
-            self._place = default_place(self.args.residency_dir)
-        if isinstance(self._place, MemoryPlace) and self.args.residency_dir is not None:
-            self._place.folder = self.args.residency_dir  # for what is put away from here on
-        return self._place
-
     def _forget(self, name: str) -> None:
         """A component was replaced or left the pipeline: it gets its weights' ranges and hooks taken out."""
         ref = self._seen.pop(name, None)
@@ -478,4 +414,4 @@ class ComponentResidencyManager:
 
     def _leave_request(self) -> None:
         self._requests.pop()
-        self.marks.enabled = bool(self._requests) and self._requests[-1].use_nvtx
+        self.holdings.marks.enabled = bool(self._requests) and self._requests[-1].use_nvtx
