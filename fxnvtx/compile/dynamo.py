@@ -61,4 +61,4 @@ def compile_pieces(
     fake_mode = detect_fake_mode(example_inputs) or FakeTensorMode()
     split.SubmodCompiler(whole, compiler, fake_mode).run(*example_inputs)
     whole.recompile()
-    return cast("Callable[..., Any]", whole.forward)
+    return whole.forward

@@ -7,7 +7,7 @@ not needed for it. A torch without these entry points gets the answers of a torc
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 try:
@@ -15,7 +15,7 @@ try:
 except ImportError:  # a torch built without Dynamo
     _eval_frame = None  # type: ignore[assignment]
 
-__all__ = ["dynamo_active", "hide_from_dynamo"]
+__all__ = ["dynamo_active", "hide_from_dynamo", "hide_module"]
 
 _set_strategy = getattr(_eval_frame, "set_code_exec_strategy", None)
 _Strategy = getattr(_eval_frame, "_FrameExecStrategy", None)
@@ -42,3 +42,18 @@ def hide_from_dynamo(code: types.CodeType) -> None:
 def dynamo_active() -> bool:
     """Whether Dynamo watches the frames that this thread enters now: inside a compiled call, or being compiled."""
     return _callback() is not None
+
+
+def hide_module(namespace: Mapping[str, Any]) -> None:
+    """Hide every function and method that a module defines; `namespace` is its globals()."""
+    own = namespace["__name__"]
+    for found in list(namespace.values()):
+        if getattr(found, "__module__", None) != own:
+            continue
+        for member in (found, *(vars(found).values() if isinstance(found, type) else ())):
+            function = getattr(member, "__func__", getattr(member, "fget", member))
+            if isinstance(function, types.FunctionType):
+                hide_from_dynamo(function.__code__)
+
+
+hide_module(globals())

@@ -14,6 +14,7 @@ from torch import nn
 from ..control import Control, Entry, controls, entry_of
 from ..names import Selection, is_callable_module
 from ..ranges import Label, label
+from .invisible import hide_module
 
 __all__ = ["Binding", "Names", "family"]
 
@@ -164,3 +165,6 @@ def fused_text(names: list[str], unknown: bool) -> str:
     if unknown:
         shown.append(UNKNOWN)
     return f"fused({', '.join(shown)})"
+
+
+hide_module(globals())  # autograd and compiled code call this with Dynamo watching

@@ -9,6 +9,7 @@ import torch
 
 from .. import ranges as _ranges
 from ..ranges import push
+from .invisible import hide_module
 from .region import Call, Region
 from .runtime import BACKWARD, Table, close, current
 
@@ -125,3 +126,6 @@ class Backward:
             close(entry)
         if self.before:
             current.call, current.silent = self.before.pop()
+
+
+hide_module(globals())  # autograd and compiled code call this with Dynamo watching

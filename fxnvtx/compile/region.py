@@ -12,6 +12,7 @@ from torch import nn
 
 from ..control import Control, controls
 from ..ranges import label, local, push
+from .invisible import hide_module
 from .naming import Binding, Names
 
 __all__ = ["Anchor", "Call", "Region", "families"]
@@ -246,3 +247,6 @@ class Call:
         if entry is not None:
             entry.owner = self.control
         return [entry]
+
+
+hide_module(globals())  # autograd and compiled code call this with Dynamo watching

@@ -169,12 +169,21 @@ def _all_nodes(graph_module: GraphModule) -> Iterator[Node]:
             yield from module.graph.nodes
 
 
+def _operation(node: Node) -> str:
+    """A name that is the same in every process (the text of a function has its address in it)."""
+    target = node.target
+    if isinstance(target, str):
+        return target
+    name = getattr(target, "__qualname__", None) or getattr(target, "__name__", None) or type(target).__name__
+    return f"{getattr(target, '__module__', '')}.{name}"
+
+
 def digest(start: str, graph_module: GraphModule, owners: Owners) -> str:
     """Equal for graphs whose generated code may be shared: the same operations, owned by the same paths."""
     found = hashlib.sha256(f"fxnvtx tables {FORMAT} {start}".encode())
     for node in _all_nodes(graph_module):
         if node.op not in ("placeholder", "output", "get_attr"):
-            found.update(repr((node.op, str(node.target), owners.chains(node))).encode())
+            found.update(repr((node.op, _operation(node), owners.chains(node))).encode())
     return found.hexdigest()[:32]
 
 

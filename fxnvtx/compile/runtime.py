@@ -14,6 +14,7 @@ from typing import Any
 
 from .. import ranges as _ranges
 from ..ranges import HANDLE, Label, close_tuple, label, local, nvtx_pop, nvtx_push, pop, push
+from .invisible import hide_module
 from .region import Call, families
 
 __all__ = ["Cursor", "Table", "current"]
@@ -147,3 +148,6 @@ def close(entry: Any) -> None:
             close_tuple(stack, entry)
     else:
         pop(entry)
+
+
+hide_module(globals())  # autograd and compiled code call this with Dynamo watching
