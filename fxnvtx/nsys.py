@@ -31,8 +31,7 @@ def nsys_version(nsys: str) -> str:
 def capture(command: Sequence[str], target: Path, *, cuda: bool = False) -> Path:
     """Run `command` under nsys; writes target.nsys-rep and target.sqlite and returns the latter.
 
-    What the command prints goes where ours goes. Raises ToolError with the last words of nsys, or the command's own
-    exit code.
+    What the command and nsys print is kept for the error message alone. Raises ToolError with the last of it.
     """
     nsys = find_nsys()
     if nsys is None:
@@ -43,13 +42,20 @@ def capture(command: Sequence[str], target: Path, *, cuda: bool = False) -> Path
         options.append("--cuda-graph-trace=node")
     try:
         done = subprocess.run(
-            [nsys, "profile", *options, "-o", str(target), *command], stderr=subprocess.PIPE, text=True
+            [nsys, "profile", *options, "-o", str(target), *command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
         )
     except OSError as error:
         raise ToolError(f"{nsys} does not run: {error}") from error
     exported = target.with_name(target.name + ".sqlite")
+    words = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+    own = [line for line in words if line.startswith("fxnvtx: ")]  # the command failed, and said why
+    if own:
+        raise ToolError(own[-1].removeprefix("fxnvtx: "))
     if done.returncode or not exported.is_file():
-        words = [line for line in (done.stderr or "").strip().splitlines() if line.strip()]
-        last = words[-1].strip() if words else f"exit code {done.returncode}"
+        last = words[-1] if words else f"exit code {done.returncode}"
         raise ToolError(f"nsys profile failed: {last}; try again with --no-nsys")
     return exported

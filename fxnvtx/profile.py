@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ from .errors import ConfigError
 __all__ = ["profile_command"]
 
 BUILT_IN = ("reference", "two-stage")
+TREE = "tree.txt"
 
 
 @dataclass
@@ -98,19 +101,23 @@ def _residency(given: tuple[str, ...]) -> dict[str, str]:
 def _under_nsys(output: Path) -> None:
     """Run the same command once more as a child of nsys; the recorder and the capture then tell of the same run."""
     import torch
+    from rich.console import Console
 
     from .nsys import capture
 
     words = [word for word in sys.argv[1:] if word != "--nsys"]
     target = output / "capture"
-    capture([sys.executable, "-m", "fxnvtx", *words, "--no-nsys"], target, cuda=torch.cuda.is_available())
+    os.environ.setdefault("COLUMNS", str(shutil.get_terminal_size((120, 24)).columns))
+    with Console(stderr=True).status("running under nsys, then exporting"):
+        capture([sys.executable, "-m", "fxnvtx", *words, "--no-nsys"], target, cuda=torch.cuda.is_available())
+    click.echo((output / TREE).read_text(encoding="utf-8"), nl=False)
     click.echo(f"  {target}.nsys-rep   open in Nsight Systems, or: fxnvtx report {target}.sqlite")
     click.echo("  captures hold the environment of this machine: fxnvtx report --scrub before you share one")
 
 
 def _in_process(job: Job, output: Path, rows: int) -> None:
     from .recording import record
-    from .report import from_recording, render_text
+    from .report import chrome, from_recording, render_text
 
     run = _runner(job)
     for _ in range(job.warmup):
@@ -118,12 +125,13 @@ def _in_process(job: Job, output: Path, rows: int) -> None:
     with _progress(job.steps) as on_step, record() as recording:
         result = run(False, on_step)
     recording.meta["pipeline"] = job.pipeline
-    click.echo(render_text(from_recording(recording), "tree", fold=True, limit=rows))
     recording.save(output / "recording.json")
-    _write_trace(recording, output / "trace.json")
-    names = ["recording.json", "trace.json", *_write_picture(result, output)]
-    click.echo(f"wrote {', '.join(names)} to {output}/")
-    click.echo(f"  the whole table: fxnvtx report {output}/recording.json")
+    chrome.write(recording, output / "trace.json")
+    names = ["recording.json", "trace.json", TREE, *_write_picture(result, output)]
+    shown = render_text(from_recording(recording), "tree", fold=True, limit=rows)
+    shown += f"wrote {', '.join(names)} to {output}/\n  the whole table: fxnvtx report {output}/recording.json\n"
+    (output / TREE).write_text(shown, encoding="utf-8")
+    click.echo(shown, nl=False)
 
 
 @contextmanager
@@ -134,12 +142,6 @@ def _progress(steps: int) -> Iterator[Callable[[int, int], None]]:
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("denoising", total=steps)
         yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def _write_trace(recording: Any, path: Path) -> None:
-    from .report import chrome
-
-    chrome.write(recording, path)
 
 
 def _write_picture(result: Any, output: Path) -> list[str]:
