@@ -55,12 +55,12 @@ const icicle = (() => {
         x0 = Math.max(x0, reached[level] ?? 0); x1 = Math.min(width, x0 + 1);
       }
       reached[level] = Math.max(reached[level] ?? 0, x1);
-      box1(i, x0, x1, level, colors);
+      boxed(i, x0, x1, level, colors);
       for (let k = kids[i].length - 1; k >= 0; k--) todo.push(kids[i][k]);
     }
   }
 
-  function box1(i, x0, x1, level, colors) {
+  function boxed(i, x0, x1, level, colors) {
     const y = level * ROW, wide = x1 - x0;
     const hits = model.hits;
     drawn.push([x0, x1, level, i]);
@@ -72,9 +72,9 @@ const icicle = (() => {
       paint.strokeStyle = colors.ink; paint.lineWidth = 2;
       paint.strokeRect(x0 + 1, y + 1, Math.max(1, wide - 3), ROW - 3);
     }
-    if (wide > 34) {
+    if (wide > 24) {
       paint.fillStyle = colors.ink;
-      paint.fillText(fit(i === 0 ? "everything" : nameOf(i), wide - 12), x0 + 6, y + ROW / 2);
+      paint.fillText(fit(i === 0 ? "everything" : i === model.root ? nameOf(i) : relative(i), wide - 12), x0 + 6, y + ROW / 2);
     }
     paint.globalAlpha = 1;
   }
@@ -89,11 +89,16 @@ const icicle = (() => {
     }
     return wide;
   }
-  // A module's last part tells most: cut the beginning.
+  // Inside "transformer.blocks.0" the box of "transformer.blocks.0.attn" need only say "attn".
+  function relative(node) {
+    const text = nameOf(node), above = nameOf(tree.parent[node]);
+    return text.startsWith(above + ".") ? text.slice(above.length + 1) : text;
+  }
+
   function fit(text, room) {
     if (wideOf(text) <= room) return text;
-    const dot = text.lastIndexOf(".");
-    if (dot > 0 && wideOf("…" + text.slice(dot)) <= room) return "…" + text.slice(dot);
+    const last = text.slice(text.lastIndexOf(".") + 1);
+    if (last !== text && !last.includes(" ") && wideOf("…" + last) <= room) return "…" + last;
     let low = 0, high = text.length;
     while (low < high) { const half = (low + high + 1) >> 1; wideOf(text.slice(0, half) + "…") <= room ? (low = half) : (high = half - 1); }
     return low ? text.slice(0, low) + "…" : "";

@@ -8,6 +8,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,6 +23,16 @@ def find_chromium() -> str | None:
     return None
 
 
+# Chromium reads file descriptor 3 and writes 4
+_PUT_PIPES = """
+import os, sys
+read, write = os.dup(int(sys.argv[1])), os.dup(int(sys.argv[2]))
+read, write = (os.dup(f) if f in (3, 4) else f for f in (read, write))
+os.dup2(read, 3), os.dup2(write, 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+
+
 class Browser:
     """One page. `requests`: every URL it asked for. `errors`: console errors and uncaught exceptions."""
 
@@ -31,9 +42,8 @@ class Browser:
         self._profile = tempfile.TemporaryDirectory(prefix="fxnvtx-chromium-", ignore_cleanup_errors=True)
         to_browser, self._write = os.pipe()
         self._read, from_browser = os.pipe()
-        # Chromium reads file descriptor 3 and writes 4; a shell puts the pipes there
         command = [
-            "sh", "-c", f'exec "$@" 3<&{to_browser} 4>&{from_browser}', "sh", binary,
+            sys.executable, "-c", _PUT_PIPES, str(to_browser), str(from_browser), binary,
             "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
             "--disable-component-update", "--disable-sync", "--disable-extensions", "--hide-scrollbars",
             "--remote-debugging-pipe", f"--user-data-dir={self._profile.name}", f"--window-size={width},{height}",

@@ -1,0 +1,280 @@
+"""The HTML page in a real headless Chromium: zoom, search, sort, theme, keyboard; and it never asks the network."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fxnvtx.recording import Range, Recording
+from fxnvtx.report import from_recording, load, render_html
+
+from .browser import Browser, find_chromium
+from .captures import Capture
+from .samples import pipeline
+
+needs_browser = pytest.mark.skipif(find_chromium() is None, reason="no Chromium on the PATH")
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("page")
+    path = folder / "report.html"
+    path.write_text(render_html(load(pipeline(folder / "pipeline.sqlite").close())), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Browser]:
+    browser = Browser()
+    try:
+        yield browser
+    finally:
+        browser.close()
+
+
+@pytest.fixture
+def browser(running: Browser, page: Path) -> Iterator[Browser]:
+    running.requests.clear()
+    running.errors.clear()
+    running.theme("light")
+    running.open(page)
+    running.run("localStorage.clear()")
+    yield running
+    assert running.errors == []
+    outside = [url for url in running.requests if not url.startswith(("file://", "data:"))]
+    assert outside == []
+
+
+def settled(browser: Browser) -> None:
+    """A zoom takes 170 ms."""
+    time.sleep(0.25)
+
+
+def node(browser: Browser, name: str) -> int:
+    return int(browser.run(f"fxnvtx.tree.name.findIndex((n) => fxnvtx.data.names[n] === {json.dumps(name)})"))
+
+
+def center(browser: Browser, index: int) -> tuple[float, float]:
+    browser.run("document.getElementById('icicle').scrollIntoView({block: 'center'})")
+    x, y = browser.run(
+        f"(() => {{ const r = fxnvtx.icicle.rectOf({index}), c = document.getElementById('icicle').getBoundingClientRect();"
+        " return [c.x + r.x + r.width / 2, c.y + r.y + r.height / 2]; })()"
+    )
+    return x, y
+
+
+@needs_browser
+def test_click_zooms_and_escape_zooms_out(browser: Browser) -> None:
+    step = node(browser, "denoising_step_1_t999")
+    before = browser.run(f"fxnvtx.icicle.rectOf({step}).width")
+    browser.click(*center(browser, step))
+    settled(browser)
+    assert browser.run("fxnvtx.model.root") == step
+    width = browser.run("document.getElementById('icicle').clientWidth")
+    assert browser.run(f"fxnvtx.icicle.rectOf({step}).width") == pytest.approx(width, abs=1)
+    assert before < width / 4
+    crumbs = browser.run("[...document.querySelectorAll('#crumbs button')].map((b) => b.textContent)")
+    assert crumbs == ["everything", "request#0", "denoising_step_1_t999"]
+    browser.run("document.getElementById('icicle').focus()")
+    browser.key("Escape")
+    assert browser.run("fxnvtx.nameOf(fxnvtx.model.root)") == "request#0"
+    browser.click_on("#crumbs button")
+    assert browser.run("fxnvtx.model.root") == 0
+
+
+@needs_browser
+def test_keyboard_walks_the_icicle(browser: Browser) -> None:
+    browser.run("document.getElementById('icicle').focus()")
+    for key in ("ArrowDown", "ArrowDown", "ArrowRight", "ArrowRight"):
+        browser.key(key)
+    assert browser.run("fxnvtx.nameOf(fxnvtx.model.at)").startswith("denoising_step_")
+    browser.key("ArrowUp")
+    assert browser.run("fxnvtx.nameOf(fxnvtx.model.at)").startswith("request#")
+    assert "calls" in browser.run("document.getElementById('pointed').textContent")
+    browser.key("Enter")
+    assert browser.run("fxnvtx.nameOf(fxnvtx.model.root)").startswith("request#")
+
+
+@needs_browser
+def test_search_counts_and_filters(browser: Browser) -> None:
+    browser.key("/", "/")
+    assert browser.run("document.activeElement.id") == "search"
+    browser.type("attn")
+    browser.wait("document.getElementById('found').textContent !== ''")
+    # 2 requests x 4 steps x 3 blocks, each with attn and fused(norm, attn): 24 * 36 us of 24 * 46 us and two copies of 30 us
+    said = browser.run("document.getElementById('found').textContent")
+    assert said == "48 found, 74.2%"
+    names = browser.run("[...document.querySelectorAll('#rows .row.hit')].map((r) => r.firstChild.textContent)")
+    assert names
+    assert all("attn" in name for name in names)
+    assert not browser.run("[...document.querySelectorAll('#rows .row')].some((r) => r.textContent.includes('.norm'))")
+    browser.key("Escape")
+    assert browser.run("document.getElementById('found').textContent") == ""
+    assert browser.run("fxnvtx.model.hits") is None
+
+
+@needs_browser
+def test_sorting_by_click_and_keyboard(browser: Browser) -> None:
+    browser.click_on("#views [data-key='module']")
+    browser.click_on("[data-sort='calls']")
+    column = (
+        "[...document.querySelectorAll('#rows .row')].map((r) => Number(r.children[1].textContent.replaceAll(',', '')))"
+    )
+    values = browser.run(column)
+    assert values == sorted(values, reverse=True)
+    assert browser.run("document.querySelector('[data-sort=calls]').parentElement.ariaSort") == "descending"
+    browser.click_on("[data-sort='calls']")
+    values = browser.run(column)
+    assert values == sorted(values)
+    browser.run("document.querySelector('[data-sort=name]').focus()")
+    browser.key("Enter", "\r")
+    names = browser.run("[...document.querySelectorAll('#rows .row')].map((r) => r.firstChild.textContent)")
+    assert names == sorted(names)
+    assert len(names) == 10
+
+
+@needs_browser
+def test_tree_rows_fold_by_keyboard(browser: Browser) -> None:
+    before = browser.run("fxnvtx.table.size")
+    browser.run("document.getElementById('table').focus()")
+    browser.key("ArrowDown")
+    browser.key("ArrowLeft")
+    assert browser.run("fxnvtx.table.size") < before
+    browser.key("ArrowRight")
+    assert browser.run("fxnvtx.table.size") == before
+
+
+@needs_browser
+def test_themes_and_their_contrast(browser: Browser) -> None:
+    seen = []
+    for _ in range(2):
+        seen.append(browser.run("document.documentElement.dataset.theme"))
+        for category in ("request", "step", "module", "residency", "unknown", "kernel"):
+            ink, fill = browser.run(f"[themeNow().ink, fillOf({json.dumps(category)})]")
+            assert contrast(ink, fill) >= 4.5, (seen[-1], category)
+        page = browser.run(
+            "['--ink', '--dim', '--page', '--panel'].map((n) =>"
+            " getComputedStyle(document.documentElement).getPropertyValue(n).trim())"
+        )
+        assert contrast(page[0], page[2]) >= 7
+        assert contrast(page[1], page[3]) >= 4.5
+        browser.click_on("#theme")
+    assert seen == ["light", "dark"]
+    assert browser.run("document.documentElement.dataset.theme") == "light"
+    assert browser.run("localStorage.getItem('fxnvtx-theme')") == "light"
+
+
+@needs_browser
+def test_the_system_theme_is_followed(browser: Browser, page: Path) -> None:
+    browser.theme("dark")
+    browser.open(page)
+    assert browser.run("document.documentElement.dataset.theme") == "dark"
+
+
+def contrast(one: str, two: str) -> float:
+    """WCAG's contrast ratio."""
+
+    def light(color: str) -> float:
+        color = color.lstrip("#")
+        parts = [int(color[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+        red, green, blue = (p / 12.92 if p <= 0.03928 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    high, low = sorted((light(one), light(two)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+@needs_browser
+def test_measure_and_step_chart(browser: Browser) -> None:
+    said = "document.getElementById('steps-said').textContent"
+    assert browser.run(said) == "8 steps, min 138.0 µs, median 138.0 µs (dashed), max 138.0 µs"
+    browser.click_on("#measures [data-key='cpu']")
+    assert "138.0" not in browser.run(said)
+    place = browser.run(
+        "(() => { const c = document.getElementById('steps'); c.scrollIntoView({block: 'center'});"
+        " const r = c.getBoundingClientRect(); return [r.x + 70 + (r.width - 82) * 2.5 / 8, r.y + 60]; })()"
+    )
+    browser.click(*place)
+    settled(browser)
+    assert browser.run("fxnvtx.nameOf(fxnvtx.model.root)") == "denoising_step_2_t998"
+
+
+@needs_browser
+def test_a_hundred_thousand_rows_stay_usable(browser: Browser, tmp_path: Path) -> None:
+    recording = Recording()
+    ranges, now = [], 0
+    for step in range(100):
+        begin = now
+        place = len(ranges)
+        for block in range(999):
+            ranges.append(Range(f"net.blocks.{block}.layer", "module", None, 1, 1, now, now + 50 + block % 7))
+            now += 60
+        ranges.insert(place, Range(f"denoising_step_{step}_t{step}", "step", None, 1, 0, begin, now))
+        now += 10
+    recording._frozen, recording._frozen_marks = ranges, []
+    path = tmp_path / "big.html"
+    path.write_text(render_html(from_recording(recording)), encoding="utf-8")
+    start = time.monotonic()
+    browser.open(path)
+    opened = time.monotonic() - start
+    assert browser.run("fxnvtx.tree.parent.length") == 100_001
+    # the first picture: what the window can show, not what the file holds
+    settled(browser)
+    assert 0 < browser.run("fxnvtx.icicle.drawn") < 10_000
+    assert browser.run("document.querySelectorAll('#rows .row').length") < 100
+    took = browser.run(
+        "(() => { const t = performance.now(); document.getElementById('search').value = 'blocks.99';"
+        " search('blocks.99'); fxnvtx.table.rebuild(); return performance.now() - t; })()"
+    )
+    drawing = browser.run(
+        "(async () => { const t = performance.now(); for (let i = 0; i < 10; i++) { fxnvtx.icicle.refresh();"
+        " await new Promise(requestAnimationFrame); } return (performance.now() - t) / 10; })()"
+    )
+    scrolling = browser.run(
+        "(async () => { const box = document.getElementById('table'); const t = performance.now();"
+        " for (let i = 0; i < 20; i++) { box.scrollTop = i * 9000; await new Promise(requestAnimationFrame); }"
+        " return (performance.now() - t) / 20; })()"
+    )
+    # generous: what matters is that no step takes time per row
+    assert opened < 20
+    assert took < 1500
+    assert drawing < 250
+    assert scrolling < 250
+
+
+@needs_browser
+def test_names_cannot_break_out_of_the_page(browser: Browser, tmp_path: Path) -> None:
+    capture = Capture(tmp_path / "evil.sqlite")
+    evil = "</script><script>window.broken = 1</script><img src=x onerror='window.broken = 1'> __SCRIPT__ <!--"
+    capture.range(0, 10, evil)
+    path = tmp_path / "evil.html"
+    path.write_text(render_html(load(capture.close())), encoding="utf-8")
+    browser.open(path)
+    assert browser.run("fxnvtx.nameOf(1)") == evil
+    assert browser.run("window.broken === undefined")
+    assert browser.run("document.querySelector('#rows .row').firstChild.title") == evil
+
+
+@needs_browser
+def test_a_capture_without_anything_opens(browser: Browser, tmp_path: Path) -> None:
+    path = tmp_path / "zero.html"
+    path.write_text(render_html(load(Capture(tmp_path / "zero.sqlite").close())), encoding="utf-8")
+    browser.open(path)
+    assert "holds no push/pop range" in browser.run("document.getElementById('notes').textContent")
+
+
+def test_the_page_is_one_file_that_refers_to_nothing(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert not re.findall(r"(?:src|href)\s*=\s*[\"'](?!data:)", text)
+    assert "http://" not in text
+    assert "https://" not in text
+    assert "default-src 'none'" in text
+    data = json.loads(re.search(r'<script id="data"[^>]*>(.*?)</script>', text, re.DOTALL)[1])  # type: ignore[index]
+    parents = data["tree"]["parent"]
+    assert all(parent < index for index, parent in enumerate(parents) if index), "a parent stands before its children"
+    assert {len(column) for column in data["tree"].values()} == {len(parents)}
