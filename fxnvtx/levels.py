@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from . import graph as _graph
 from .compile.invisible import hide_from_dynamo
 from .ranges import HANDLE, label, nvtx_pop, nvtx_push, unwind
-from .slot import SLOT, Slot, in_range
+from .slot import SLOT, Slot, calls_plainly, in_range
 from .soundness import Facts, Refused, read_forward
 
 __all__ = ["Level", "Refused", "trace_level"]
@@ -53,7 +53,7 @@ class Level:
         return tuple(item for text in made for item in ((text,), text.attributes))
 
 
-_cache: weakref.WeakKeyDictionary[type, dict[Any, Level | Refused]] = weakref.WeakKeyDictionary()
+_cache: weakref.WeakKeyDictionary[type, dict[Any, Level | str]] = weakref.WeakKeyDictionary()
 
 
 def trace_level(module: nn.Module, ranged: Sequence[str]) -> Level:
@@ -62,6 +62,9 @@ def trace_level(module: nn.Module, ranged: Sequence[str]) -> Level:
     Raises Refused with the reason. Modules of one class that look alike share one Level.
     """
     function, facts = read_forward(module)
+    for child in ranged:
+        if not calls_plainly(module.get_submodule(child)):
+            raise Refused(f"{child} overrides __call__, which must run around its range")
     key = (
         function,
         tuple(sorted((n, type(v), v) for n, v in facts.scalars.items())) if facts.scalars else (),
@@ -76,10 +79,10 @@ def trace_level(module: nn.Module, ranged: Sequence[str]) -> Level:
         try:
             found = _trace(module, function, facts, frozenset(ranged))
         except Refused as refused:
-            found = refused
+            found = str(refused)  # not the exception: its traceback would keep the module alive
         known[key] = found
-    if isinstance(found, Refused):
-        raise found
+    if isinstance(found, str):
+        raise Refused(found)
     return found
 
 
@@ -155,7 +158,8 @@ class _Tracer(fx.Tracer):
     def _direct(module: nn.Module, path: str) -> bool:
         """Whether `path` can be reached by this level's own forward: a child, or an item of a container child."""
         parts = path.split(".")
-        return len(parts) == 1 or (len(parts) == 2 and isinstance(module._modules.get(parts[0]), nn.ModuleList))
+        loops = (nn.ModuleList, nn.Sequential)
+        return len(parts) == 1 or (len(parts) == 2 and isinstance(module._modules.get(parts[0]), loops))
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -242,8 +246,7 @@ def _guard(
         tests.append(f"type({looped}) is not _t{index} or tuple({looped}._modules) != _k{index}")
     for index, (dotted, value) in enumerate(facts.functions.items()):
         scope[f"_f{index}"] = value
-        if len(dotted) <= 4 and all(part.isidentifier() for part in dotted):
-            tests.append(f"_g[{dotted[0]!r}]{''.join('.' + p for p in dotted[1:])} is not _f{index}")
+        tests.append(f"_g[{dotted[0]!r}]{''.join('.' + p for p in dotted[1:])} is not _f{index}")
     body = [f"    if {test}:\n        return False" for test in tests]
     exec("\n".join([*lines, *body, "    return True"]), scope)
     checked = scope["holds"]

@@ -192,6 +192,17 @@ class Slot:
         return _silent_slot, (self.module,)
 
 
+class OuterSlot(Slot):
+    """For a class that overrides `__call__`: a generated forward must not step past it to the slot's body."""
+
+    __slots__ = ()
+
+
+def calls_plainly(module: nn.Module) -> bool:
+    """Whether calling the module does what nn.Module does, and nothing around it."""
+    return type(module).__call__ is nn.Module.__call__
+
+
 def _silent_slot(module: nn.Module) -> Slot:
     from .control import Control
 
@@ -201,7 +212,7 @@ def _silent_slot(module: nn.Module) -> Slot:
 def slot_of(module: nn.Module) -> Slot | None:
     """The slot in place on this module, if it is one of ours."""
     found = module.__dict__.get(SLOT)
-    if type(found) is MethodType and type(found.__self__) is Slot:
+    if type(found) is MethodType and isinstance(found.__self__, Slot):
         return found.__self__
     return None
 

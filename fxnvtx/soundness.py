@@ -9,6 +9,7 @@ every call (`Facts`). Anything else is refused with the reason, and the hooks pa
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import textwrap
 import types
@@ -95,7 +96,41 @@ def _parse(function: types.FunctionType) -> ast.FunctionDef:
         raise Refused("the source of forward is not available") from None
     if not isinstance(tree, ast.FunctionDef) or tree.decorator_list:
         raise Refused("forward is decorated or asynchronous")
+    if not _is_source_of(function):
+        raise Refused("the source of forward is not what runs: its file was changed after the import")
     return tree
+
+
+def _is_source_of(function: types.FunctionType) -> bool:
+    """Whether the file, as it is now, compiles to the code that runs: inspect reads it anew, Python does not."""
+    original = function.__code__
+    made = _compiled("".join(inspect.findsource(function)[0])).get((original.co_name, original.co_firstlineno))
+    return (
+        made is not None
+        and made.co_code == original.co_code
+        and made.co_names == original.co_names
+        and made.co_varnames == original.co_varnames
+        and _constants(made) == _constants(original)
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(text: str) -> dict[tuple[str, int], types.CodeType]:
+    """All functions in a file, by name and first line. The whole file: the compiler looks at its imports."""
+    try:
+        todo = [compile(text, "<source>", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)]
+    except (SyntaxError, ValueError):
+        return {}
+    found: dict[tuple[str, int], types.CodeType] = {}
+    while todo:
+        code = todo.pop()
+        found[code.co_name, code.co_firstlineno] = code
+        todo.extend(c for c in code.co_consts if isinstance(c, types.CodeType))
+    return found
+
+
+def _constants(code: types.CodeType) -> list[str]:
+    return [repr(c) for c in code.co_consts if not isinstance(c, types.CodeType)]
 
 
 class _Reader:
@@ -105,6 +140,7 @@ class _Reader:
         self.self_name = self_name
         self.local = names
         self.modules: set[str] = set()  # local names that a for loop binds to child modules
+        self.containers: set[str] = set()  # local names that may hold a list or dict which this forward made
         self.facts = Facts()
 
     # -------------------------------------------------------------------------------------------- statements
@@ -121,22 +157,24 @@ class _Reader:
         elif isinstance(node, ast.Assign):
             self.expression(node.value)
             for target in node.targets:
-                self.bind(target)
+                self.bind(target, self.makes_container(node.value))
         elif isinstance(node, ast.AnnAssign) and node.value is not None:
             self.expression(node.value)
-            self.bind(node.target)
+            self.bind(node.target, self.makes_container(node.value))
         elif isinstance(node, ast.For):
             self.loop(node)
         elif not isinstance(node, ast.Pass):
             raise Refused(f"forward has {_words(node)} in line {node.lineno}")
 
-    def bind(self, target: ast.expr) -> None:
+    def bind(self, target: ast.expr, container: bool) -> None:
         if isinstance(target, ast.Name):
             self.local.add(target.id)
             self.modules.discard(target.id)
+            if container:  # never taken back: in a loop the earlier line runs again
+                self.containers.add(target.id)
         elif isinstance(target, (ast.Tuple, ast.List)):
             for item in target.elts:
-                self.bind(item)
+                self.bind(item, container)
         else:
             raise Refused(f"forward assigns to {ast.unparse(target)}")
 
@@ -219,9 +257,11 @@ class _Reader:
             self.expression(keyword.value)
         function = node.func
         if isinstance(function, ast.Name) and function.id in self.modules:
+            self.hands_over(node)
             return
         own = self.attribute_of_self(function)
         if own is not None:
+            self.hands_over(node)
             if own not in self.module._modules or self.module._modules[own] is None:
                 raise Refused(f"forward calls self.{own}, which is no child module")
             return
@@ -237,6 +277,24 @@ class _Reader:
             self.expression(function)  # a tensor method
         else:
             raise Refused(f"forward calls {ast.unparse(function)}")
+
+    def hands_over(self, node: ast.Call) -> None:
+        """A child may write into a list or dict that this forward made; the graph would show it a copy."""
+        for argument in (*node.args, *(k.value for k in node.keywords)):
+            for part in ast.walk(argument):
+                if isinstance(part, ast.Name) and part.id in self.containers:
+                    raise Refused(f"forward keeps {part.id}, a list or dict that it passes to {ast.unparse(node.func)}")
+
+    def makes_container(self, node: ast.expr) -> bool:
+        """Whether a value may be, or hold, a list or dict that this forward made. Calls of children and of torch give
+        what stays symbolic; a method of such a container (`copy`, `setdefault`) may give anything of it."""
+        if isinstance(node, ast.Call):
+            return isinstance(node.func, ast.Attribute) and self.makes_container(node.func.value)
+        if isinstance(node, (ast.List, ast.Dict)):
+            return True
+        if isinstance(node, ast.Name):
+            return node.id in self.containers
+        return any(self.makes_container(child) for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr))
 
     def symbolic(self, node: ast.AST) -> bool:
         """Whether an argument mentions anything that stays symbolic while tracing."""
