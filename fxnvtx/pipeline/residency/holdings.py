@@ -94,7 +94,7 @@ class Holdings:
         if self.args.performance_mode == "speed":
             return
         bound = self.bound_bytes(components)
-        needed = max(0, strategy.bound_bytes - self.account.of(strategy.component))
+        needed = max(0, strategy.bound_bytes - strategy.committed_bytes)
         for module, other in self.known():
             if self._committed_bytes() + needed <= bound:
                 return
@@ -102,12 +102,10 @@ class Holdings:
                 other.finish_request(module)
 
     def _committed_bytes(self) -> int:
-        """Resident bytes, with what the uses that go on may still bring in."""
-        still_to_come = 0
-        for module, strategy in self.known():
-            if strategy.offloads and self._in_use(module):
-                still_to_come += max(0, strategy.bound_bytes - self.account.of(strategy.component))
-        return self.account.resident_bytes + still_to_come
+        """What is in memory or on its way, with what the uses that go on may still bring in."""
+        return sum(
+            max(s.committed_bytes, s.bound_bytes if s.offloads and self._in_use(m) else 0) for m, s in self.known()
+        )
 
     def _weights_place(self) -> Place:
         if self._place is None:

@@ -76,6 +76,11 @@ class Strategy:
         """What moves by itself."""
         raise NotImplementedError
 
+    @property
+    def committed_bytes(self) -> int:
+        """What is in memory, and what is on its way there."""
+        return sum(piece.committed_bytes for piece in self.pieces())
+
     def dispose(self) -> None:
         """The module is gone."""
         for piece in self.pieces():

@@ -162,6 +162,11 @@ class Piece:
     def pending(self) -> bool:
         return self._pending is not None
 
+    @property
+    def committed_bytes(self) -> int:
+        """What is in memory, and what is on its way there, counted yet or not."""
+        return self.resident_bytes + _nbytes(self._pending_for)
+
     def missing(self, dtype: torch.dtype | None = None) -> list[tuple[Stored, torch.dtype | None]]:
         """What must be brought in, or in again with another dtype, before a use with `dtype`."""
         wanted = ((s, s.wants(dtype)) for s in self.stored)
