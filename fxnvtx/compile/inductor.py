@@ -307,9 +307,9 @@ def _with_ranges(base: Any) -> Any:
         rows = [owners_of(row) for row in self.fxnvtx_rows]
         self.header.writeline("import fxnvtx.ranges as _fxnvtx_ranges")
         self.header.writeline("from fxnvtx.compile.runtime import Table as _fxnvtx_Table")
-        self.header.writeline(f"{name} = _fxnvtx_Table({self.fxnvtx.key!r}, {self.fxnvtx_backward}, {rows!r})")
-        tensors = [n for n in self.get_graph_input_names() if n.startswith("primals_")] if self.fxnvtx_backward else []
-        self.lines.insert(0, begin_line(name, tensors))
+        below = hasattr(self, "subgraph_name") and getattr(self, "partition_signatures", None) is None
+        self.header.writeline(f"{name} = _fxnvtx_Table({self.fxnvtx.key!r}, {self.fxnvtx_backward}, {rows!r}, {below})")
+        self.lines.insert(0, begin_line(name, _telling(self, below)))
 
     def generate_return(self: Any, output_refs: list[str]) -> None:
         base.generate_return(self, output_refs)
@@ -328,6 +328,15 @@ def _with_ranges(base: Any) -> Any:
         if hasattr(base, name):
             methods[name] = _calling_below(base, name, owner_line)
     return type(f"{base.__name__}WithRanges", (base,), methods)
+
+
+def _telling(wrapper: Any, below: bool) -> list[str]:
+    """Arguments that may be parameters and so tell which block this call is for: those of a subgraph, which may serve
+    several, and of a backward, whose forward call may not have been seen."""
+    names = list(wrapper.get_graph_input_names())
+    if below:
+        return names
+    return [n for n in names if n.startswith("primals_")] if wrapper.fxnvtx_backward else []
 
 
 def _calling_below(base: Any, name: str, owner_line: Any) -> Any:

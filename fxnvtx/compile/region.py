@@ -40,6 +40,7 @@ class Region:
     framed: bool  # anchor 0 is the module whose method was compiled
     function: str | None  # name of the compiled function, where it is no method of a module
     paths: list[str]  # of its modules, for people
+    repeats: bool = False  # a subgraph in it is called more than once
     bound: dict[Any, Call] = field(default_factory=dict)
 
     @property

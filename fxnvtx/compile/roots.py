@@ -7,11 +7,14 @@ being compiled, below the instrumented models, below the modules that the frame'
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 import types
 import weakref
 from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -24,7 +27,6 @@ from .region import Anchor, Region
 
 __all__ = ["Book", "digest", "read_graph"]
 
-FORMAT = 1  # of the tables in generated code; part of every cache key
 _RESUMED = re.compile(r"(?:torch_dynamo_resume_in_)+(.*?)(?:_at_\d+)+$")
 _LAST_NAME = re.compile(r"([^.\[\]'\"]+)['\"]?\]*$")
 
@@ -178,9 +180,21 @@ def _operation(node: Node) -> str:
     return f"{getattr(target, '__module__', '')}.{name}"
 
 
+@functools.cache
+def _writers() -> bytes:
+    """What writes into generated code. Another version of it must not find this version's cache entries."""
+    found = hashlib.sha256()
+    for name in ("inductor.py", "owners.py"):
+        try:
+            found.update(Path(__file__).with_name(name).read_bytes())
+        except OSError:  # not on disk (a zip): the version of the package has to do
+            found.update(metadata.version("fxnvtx").encode())
+    return found.digest()
+
+
 def digest(start: str, graph_module: GraphModule, owners: Owners) -> str:
     """Equal for graphs whose generated code may be shared: the same operations, owned by the same paths."""
-    found = hashlib.sha256(f"fxnvtx tables {FORMAT} {start}".encode())
+    found = hashlib.sha256(_writers() + start.encode())
     for node in _all_nodes(graph_module):
         if node.op not in ("placeholder", "output", "get_attr"):
             found.update(repr((node.op, _operation(node), owners.chains(node))).encode())
@@ -204,7 +218,22 @@ def read_graph(graph_module: GraphModule, frame: Frame, tensors: list[Any]) -> t
     if not book.framed and frame.own_code and frame.name:
         function = f"{frame.name}()"
     paths = list(dict.fromkeys(s.path or book.anchors[s.anchor].kind.__name__ for s in book.steps()))
-    return Region(digest("", graph_module, owners), book.anchors, book.framed, function, paths), owners
+    key = digest("", graph_module, owners)
+    return Region(key, book.anchors, book.framed, function, paths, _repeats(graph_module)), owners
+
+
+def _repeats(graph_module: GraphModule) -> bool:
+    """Whether a subgraph is called at several places, and so has the owners of its first call written down."""
+    for module in graph_module.modules():
+        if isinstance(module, GraphModule):
+            called = [
+                n.args[0].target
+                for n in module.graph.nodes
+                if n.op == "call_function" and n.args and isinstance(n.args[0], Node) and n.args[0].op == "get_attr"
+            ]
+            if len(set(called)) < len(called):
+                return True
+    return False
 
 
 def _parameter_names(book: Book) -> list[dict[int, str]]:

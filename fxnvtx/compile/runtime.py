@@ -16,6 +16,7 @@ from .. import ranges as _ranges
 from ..ranges import HANDLE, Label, close_tuple, label, local, nvtx_pop, nvtx_push, pop, push
 from .invisible import hide_module
 from .region import Call, families
+from .shared import moved_row, moves_of
 
 __all__ = ["Cursor", "Table", "current"]
 
@@ -57,23 +58,24 @@ class Resolved:
 class Table:
     """The owners of one generated function. Rows as `owners.owners_of` writes them."""
 
-    def __init__(self, key: str, backward: bool, rows: list[Any]) -> None:
+    def __init__(self, key: str, backward: bool, rows: list[Any], below: bool = False) -> None:
         self.key = key
         self.backward = backward
         self.rows = rows
+        self.below = below  # the function is a subgraph's: one for all its calls
         self._resolved: dict[Any, tuple[Resolved, Any]] = {}
 
     def enter(self, *tensors: Any) -> Cursor | None:
         """Called at the start of the generated function, while somebody listens. `tensors`: those of its arguments
-        that may be parameters, for a backward graph that starts without its forward call having been seen."""
+        that may be parameters, where these are needed to tell whose call it is."""
         call = current.call
         if call is not None and call.key == self.key:
-            return None if current.silent else Cursor(self.resolve(call), call, [])
+            return None if current.silent else Cursor(self.resolve(call, tensors), call, [])
         found = self._find(tensors)
         if found is None or found.silent:
             return None
         base = [open_range(BACKWARD, found.control)] if self.backward else []
-        return Cursor(self.resolve(found), found, base + found.open())
+        return Cursor(self.resolve(found, tensors), found, base + found.open())
 
     def _find(self, tensors: tuple[Any, ...]) -> Call | None:
         for reference in reversed(families.get(self.key, ())):
@@ -82,12 +84,14 @@ class Table:
                 return region.call_of(tensors)
         return None
 
-    def resolve(self, call: Call) -> Resolved:
-        found = self._resolved.get(call.signature)
+    def resolve(self, call: Call, tensors: tuple[Any, ...]) -> Resolved:
+        moved = moves_of(self.rows, call, tensors) if self.below else None
+        signature = (call.signature, moved)
+        found = self._resolved.get(signature)
         if found is None:
             names = call.names()
-            found = (Resolved([names.levels(row) for row in self.rows]), call)
-            self._resolved[call.signature] = found
+            found = (Resolved([names.levels(moved_row(row, moved)) for row in self.rows]), call)
+            self._resolved[signature] = found
         return found[0]
 
 

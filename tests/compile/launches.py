@@ -8,6 +8,8 @@ those of the tensors that were really passed.
 from __future__ import annotations
 
 import contextlib
+import functools
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -71,6 +73,18 @@ def witness(fail_at: int | None = None) -> Iterator[list[Launch]]:
             setattr(extern_kernels, name, timing(name, kernel))
             back = (setattr, (extern_kernels, name, kernel)) if own else (delattr, (extern_kernels, name))
             undo.append(lambda b=back: b[0](*b[1]))
+    for kind in (torch._ops.OpOverload, torch._ops.OpOverloadPacket):
+        original = kind.__call__
+
+        def call(self: Any, *args: Any, __original: Any = original, **kwargs: Any) -> Any:
+            name = str(self)
+            caller = sys._getframe(1).f_globals
+            if "extern_kernels" not in caller or "async_compile" in caller or name.startswith("inductor._"):
+                return __original(self, *args, **kwargs)  # not generated code, or a view that launches nothing
+            return timing(name, functools.partial(__original, self))(*args, **kwargs)
+
+        kind.__call__ = call
+        undo.append(lambda k=kind, o=original: setattr(k, "__call__", o))
     for module in generated_modules():
         for name, kernel in kernels_of(module).items():
             setattr(module, name, timing(name, kernel))

@@ -1,0 +1,207 @@
+"""Every kind of launch that generated code knows: matmuls, fallbacks, custom operators, subgraphs, partitions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import fxnvtx
+
+from .launches import enclosing, innermost, witness
+from .models import Mlp
+
+pytestmark = pytest.mark.slow
+
+
+@torch.library.custom_op("fxnvtx_tests::negate", mutates_args=())
+def negate(x: torch.Tensor) -> torch.Tensor:
+    return -x
+
+
+@negate.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("fxnvtx_tests::negate_", mutates_args=("x",))
+def negate_(x: torch.Tensor) -> None:
+    x.neg_()
+
+
+class Call(nn.Module):
+    """A module that does one thing."""
+
+    def __init__(self, function, *parts):
+        super().__init__()
+        self.function = function
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def _inplace(self, x):
+    y = x * 2
+    negate_(y)
+    return y
+
+
+# module name -> (what it does, part of the operator's name that must be launched inside it)
+KINDS = {
+    "sorting": (lambda self, x: x.sort(dim=-1).values, "sort"),
+    "topping": (lambda self, x: x.topk(8, dim=-1).values, "topk"),
+    "product": (lambda self, x: torch.bmm(x[None], x.t()[None])[0] @ x, "bmm"),
+    "scatter": (lambda self, x: x.scatter_reduce(0, x.long() % 8, x, "prod"), "scatter"),
+    "placing": (lambda self, x: x.index_put((x.argmax(0) % 4,), x.new_ones(8), accumulate=True), "index_put"),
+    "custom": (lambda self, x: negate(x), "fxnvtx_tests.negate"),
+    "inplace": (_inplace, "fxnvtx_tests.negate_"),
+    "attention": (
+        lambda self, x: nn.functional.scaled_dot_product_attention(x[None, None], x[None, None], x[None, None])[0, 0],
+        "attention",
+    ),
+    "factors": (lambda self, x: torch.linalg.qr(x)[0] * x, "linalg_qr"),
+}
+
+
+class Kinds(nn.Module):
+    def __init__(self):
+        super().__init__()
+        for name, (function, _) in KINDS.items():
+            setattr(self, name, Call(function))
+        self.conv = nn.Conv1d(1, 1, 3, padding=1)
+        self.lookup = nn.Embedding(8, 8)
+
+    def forward(self, x):
+        for name in KINDS:
+            x = getattr(self, name)(x)
+        x = self.conv(x[:, None])[:, 0]
+        return x + self.lookup(torch.arange(len(x)))
+
+
+def test_fallbacks_of_every_kind():
+    model = fxnvtx.instrument(Kinds(), "net", path="hooks").eval()
+    x = torch.randn(8, 8)
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="fxnvtx", fullgraph=True)
+        compiled(x)
+        with witness() as launches, fxnvtx.record() as recording:
+            compiled(x)
+    assert recording.balanced
+    assert all(enclosing(recording, n) for n in launches)
+    names = [n.name for n in launches]
+    for module, (_, operator) in KINDS.items():
+        found = [n for n in launches if operator and operator in n.name]
+        assert found or not operator, (module, names)
+        for launch in found:
+            if operator == "fxnvtx_tests.negate" and "negate_" in launch.name:
+                continue
+            assert innermost(recording, launch) == f"net.{module}", (launch.name, innermost(recording, launch))
+    convolutions = [n for n in launches if "conv" in n.name]
+    assert [innermost(recording, n) for n in convolutions] == ["net.conv"]
+
+
+class Branching(nn.Module):
+    """cond and while_loop: the bodies are functions of their own in the generated code."""
+
+    def __init__(self):
+        super().__init__()
+        self.yes = nn.Linear(8, 11)
+        self.no = nn.Linear(8, 13)
+        self.step = nn.Linear(8, 8)
+        self.last = nn.Linear(8, 17)
+
+    def forward(self, x):
+        def true(x):
+            return self.yes(x).sum(-1, keepdim=True) + x
+
+        def false(x):
+            return self.no(x).sum(-1, keepdim=True) - x
+
+        x = torch.cond(x.sum() > 0, true, false, (x,))
+
+        def going(i, x):
+            return i < 3
+
+        def body(i, x):
+            return i + 1, torch.relu(self.step(x))
+
+        _, x = torch._higher_order_ops.while_loop(going, body, (torch.tensor(0), x))
+        return self.last(x)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_control_flow(sign):
+    model = fxnvtx.instrument(Branching(), "net")
+    x = sign * torch.rand(5, 8)
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="fxnvtx", fullgraph=True)
+        expected = compiled(x)
+        with witness() as launches, fxnvtx.record() as recording:
+            assert torch.equal(compiled(x), expected)
+    assert recording.balanced
+    owners = {8: "net.step", 11: "net.yes", 13: "net.no", 17: "net.last"}
+    matmuls = [n for n in launches if n.name in ("mm", "addmm")]
+    for launch in matmuls:
+        width = next((n for n in (11, 13, 17) if any(n in s for s in launch.shapes)), 8)
+        assert innermost(recording, launch) == owners[width]
+    seen = [innermost(recording, n) for n in matmuls]
+    assert seen == [("net.yes" if sign > 0 else "net.no"), "net.step", "net.step", "net.step", "net.last"]
+    assert all(enclosing(recording, n) for n in launches)
+
+
+class Nested(nn.Module):
+    """One subgraph serves all blocks (nested_compile_region): the same function is called once for each."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Mlp(8, 11, 13) for _ in range(3)])
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = _region(block, x)
+        return x
+
+
+@torch.compiler.nested_compile_region
+def _region(block, x):
+    return block(x)
+
+
+def test_a_subgraph_that_serves_several_blocks():
+    model = fxnvtx.instrument(Nested(), "net")
+    x = torch.randn(5, 8)
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="fxnvtx", fullgraph=True)
+        expected = compiled(x)
+        with witness() as launches, fxnvtx.record() as recording:
+            assert torch.equal(compiled(x), expected)
+    matmuls = [n for n in launches if n.name in ("mm", "addmm")]
+    seen = [innermost(recording, n) for n in matmuls]
+    assert seen == [f"net.blocks.{b}.{m}" for b in range(3) for m in ("up", "mid", "down")]
+
+
+def test_partitions():
+    """A custom operator that must not be captured cuts the generated code into functions."""
+    model = fxnvtx.instrument(Cut(), "net")
+    x = torch.randn(5, 8)
+    patch = {"graph_partition": True, "custom_should_partition_ops": ["fxnvtx_tests::negate"]}
+    with torch.no_grad(), torch._inductor.config.patch(patch):
+        compiled = torch.compile(model, backend="fxnvtx", fullgraph=True)
+        expected = compiled(x)
+        with witness() as launches, fxnvtx.record() as recording:
+            assert torch.equal(compiled(x), expected)
+    seen = [(n.name, innermost(recording, n)) for n in launches if "cpp" not in n.name]
+    assert [s for _, s in seen] == ["net.before", "net.cut", "net.after"], seen
+    assert all(enclosing(recording, n) for n in launches)
+
+
+class Cut(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.before = nn.Linear(8, 11)
+        self.cut = Call(lambda self, x: negate(x))
+        self.after = nn.Linear(11, 13)
+
+    def forward(self, x):
+        return self.after(self.cut(self.before(x).relu())).relu()
