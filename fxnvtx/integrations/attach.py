@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 
 from ..control import controls_of, sync
-from ..errors import FxnvtxError, SelectionError
+from ..errors import SelectionError
 from ..instrument import instrument, log_once, uninstrument
 from . import calls, components
-from .bound import Bound, Options, Pipe, bind, find, lock, patches, pipes, unbind
+from .bound import Bound, Options, Pipe, bind, find, lock, methods, pipes, unbind
 from .patches import Wrap, definer, instance_override
 from .residency import hold_residency, release_residency
 from .scene import here
@@ -62,8 +62,8 @@ def refresh(record: Pipe) -> None:
             hold_residency()
             _hold_pipeline(pipe, record.parts[id(pipe)])
             _scan(pipe, record, force=False)
-    except FxnvtxError as error:
-        log_once(f"diffusers {record.name}", str(error))
+    except Exception as error:  # whatever somebody's component does when it is read
+        log_once(f"diffusers {record.name}", f"{record.name}: not brought up to date: {error}")
 
 
 def detach(pipe: Any) -> None:
@@ -91,7 +91,7 @@ def _release(record: Pipe) -> None:
 def _drop(key: int, bound: Bound) -> None:
     last = unbind(key, bound)
     part = bound.ref()
-    if part is not None and last and bound.role == "module":
+    if part is not None and last and bound.layers:
         uninstrument(part)
 
 
@@ -131,12 +131,22 @@ def _scan(pipe: Any, record: Pipe, force: bool) -> None:
         known = record.parts.get(key)
         bound = known or bind(part, name, record, role)
         _hold_part(part, bound)
-        if role == "module" and record.options.layers and (known is None or force or _altered(part, bound)):
-            _instrument(part, bound, record.options)
-        elif role == "module" and record.options.layers:
-            _set_arounds(part, bound)  # the user may have instrumented it anew
-        elif role == "module" and _altered(part, bound):
-            bound.paths = _paths(part)
+        if role == "module":
+            _layers(part, bound, record.options, anew=known is None or force)
+
+
+def _layers(component: nn.Module, bound: Bound, options: Options, anew: bool) -> None:
+    """The component's own range and those of its layers, or none of them."""
+    altered = anew or _altered(component, bound)
+    if options.layers and altered:
+        _instrument(component, bound, options)
+    elif options.layers:
+        _set_arounds(component, bound)  # the user may have instrumented it anew
+    elif altered:
+        bound.paths = _paths(component)
+        if bound.layers:
+            bound.layers = False
+            uninstrument(component)
 
 
 def _instrument(component: nn.Module, bound: Bound, options: Options) -> None:
@@ -149,6 +159,7 @@ def _instrument(component: nn.Module, bound: Bound, options: Options) -> None:
         exclude=components.applicable(options.exclude, bound.name, component),
         shapes=options.shapes,
     )
+    bound.layers = True
     bound.paths = _paths(component)
     _set_arounds(component, bound)
 
@@ -234,7 +245,7 @@ def _hold(thing: Any, bound: Bound, name: str, wrap: Wrap) -> None:
     owner = thing if instance_override(thing, name) and name != "__call__" else definer(type(thing), name)
     if owner is None:
         return
-    held = patches.hold(owner, name, wrap)
+    held = methods.hold(owner, name, wrap)
     if held is not None:
         bound.held.append(held)
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from threading import get_ident
 from typing import Any
 
-from ..compile.invisible import hide_from_dynamo
 from ..ranges import Label, Open, label, pop, push
 from .scene import Request, here
 
@@ -44,6 +44,7 @@ class Loop:
         self.opened: Open | None = None
         self.entry: Open | None = None
         self.running = False
+        self.thread = get_ident()
 
     def begin(self, total: Any, timesteps: Sequence[float] | None) -> None:
         self.total = total if type(total) is int else None
@@ -68,7 +69,8 @@ class Loop:
         if self.entry is not None:
             pop(self.entry)
             self.entry = None
-            here.passes = self.passes
+            if self.thread == get_ident():  # not where an abandoned generator is collected on another thread
+                here.passes = self.passes
 
     def advance(self, steps: int) -> None:
         """`steps` more are done; the next one begins unless that was the last."""
@@ -118,7 +120,6 @@ def _followed_class(kind: type) -> type:
         original = getattr(kind, name, None)
         if callable(original):
             members[name] = make(original)
-            hide_from_dynamo(members[name].__code__)
     return type(kind.__name__, (kind,), members)
 
 
@@ -183,7 +184,7 @@ def _iter(original: Any) -> Any:
 
 def _number(item: Any) -> float | None:
     """A number that can be read without waiting for a device."""
-    if type(item) in (int, float):
+    if isinstance(item, (int, float)) and not isinstance(item, bool):
         return float(item)
     device = getattr(item, "device", None)
     if getattr(device, "type", None) == "cpu" and getattr(item, "ndim", 1) == 0 and not item.is_complex():
@@ -207,18 +208,3 @@ def _known_timesteps(frame: Any, total: Any) -> list[float] | None:
     except (TypeError, ValueError, RuntimeError, AttributeError):
         return None
     return None if any(number is None for number in numbers) else [float(n) for n in numbers if n is not None]
-
-
-for _function in (
-    follow,
-    step_text,
-    Loop.begin,
-    Loop.begin_step,
-    Loop._label,
-    Loop.end_step,
-    Loop.advance,
-    Loop.close,
-    _number,
-    _known_timesteps,
-):
-    hide_from_dynamo(_function.__code__)

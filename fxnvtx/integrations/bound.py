@@ -13,10 +13,10 @@ from ..names import DEFAULT_EXCLUDE
 from .patches import Held, Patches
 from .scene import here
 
-__all__ = ["Bound", "Options", "Pipe", "bind", "find", "lock", "patches", "pipes", "unbind"]
+__all__ = ["Bound", "Options", "Pipe", "bind", "find", "lock", "methods", "pipes", "unbind"]
 
 lock = threading.RLock()
-patches = Patches()
+methods = Patches()
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class Bound:
     pipe: Pipe
     role: str  # pipeline, module, scheduler, block
     held: list[Held] = field(default_factory=list)
+    layers: bool = False  # instrumented by us
     # of a component: id -> (module, its path), as of when it was instrumented
     paths: dict[int, tuple[weakref.ref[Any], str]] = field(default_factory=dict)
 
@@ -101,7 +102,7 @@ def unbind(key: int, bound: Bound) -> bool:
     with lock:
         bound.pipe.parts.pop(key, None)
         for held in bound.held:
-            patches.release(held)
+            methods.release(held)
         bound.held = []
         left = [b for b in _known.get(key, ()) if b is not bound]
         if left:

@@ -13,7 +13,6 @@ from types import TracebackType
 from typing import Any
 
 from .. import ranges as _ranges
-from ..compile.invisible import hide_from_dynamo
 from ..ranges import Label, Open, label, pop, push
 from .bars import follow
 from .bound import Bound, find
@@ -233,7 +232,3 @@ def bar_method(original: Method) -> Method:
         return follow(bar, iterable, kwargs.get("desc"))
 
     return call
-
-
-for _function in (shown, _under_way, _request_label, _steps_here, _Pass.__enter__, _Pass.__exit__, _Pass._leave):
-    hide_from_dynamo(_function.__code__)

@@ -15,9 +15,18 @@ from ..control import controls_of
 from ..errors import InstrumentError
 from ..names import DEFAULT_EXCLUDE, Pattern
 from . import attach as _attach
+from . import bars as _bars
+from . import bound as _bound
+from . import calls as _calls
+from . import components as _components
+from . import patches as _patches
+from . import residency as _residency
+from . import scene as _scene
+from . import tiles as _tiles
 from . import watching as _watching
 from .bound import Options, Pipe
 from .components import is_pipeline, named_modules
+from .hidden import hide_module
 from .runner import Picture, runner
 
 __all__ = ["Picture", "instrument", "runner", "set_enabled", "uninstrument", "unwatch", "watch"]
@@ -103,3 +112,7 @@ def watch(*, depth: int | None = None, path: str = "auto", layers: bool = True) 
 def unwatch() -> None:
     """Stop watching; pipelines that are instrumented by now stay so."""
     _watching.unwatch()
+
+
+for _module in (_attach, _bars, _bound, _calls, _components, _patches, _residency, _scene, _tiles, _watching):
+    hide_module(_module)

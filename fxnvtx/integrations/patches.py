@@ -14,8 +14,6 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from ..compile.invisible import hide_from_dynamo
-
 __all__ = ["Held", "Patches", "Wrap", "definer", "instance_override"]
 
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -64,9 +62,8 @@ class Patches:
                 original = vars(owner).get(name)
                 if not _wrappable(original, isinstance(owner, type)):
                     return None
-                wrapper = wrap(original)
+                wrapper = wrap(original) if isinstance(owner, type) else _for_object(owner, original, wrap)
                 functools.update_wrapper(wrapper, original)
-                hide_from_dynamo(wrapper.__code__)
                 held = self._held[key] = Held(owner, name, original, wrapper)
                 if isinstance(owner, type):
                     setattr(owner, name, wrapper)
@@ -86,6 +83,17 @@ class Patches:
 
     def __len__(self) -> int:
         return len(self._held)
+
+
+def _for_object(owner: Any, original: Callable[..., Any], wrap: Wrap) -> Callable[..., Any]:
+    """What lies in an object's own dict is called without the object."""
+    wrapper = wrap(lambda _, *args, **kwargs: original(*args, **kwargs))
+    me = weakref.ref(owner)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(me(), *args, **kwargs)
+
+    return call
 
 
 def _wrappable(found: Any, of_class: bool) -> bool:

@@ -16,7 +16,7 @@ from torch import nn
 
 from .. import ranges as _ranges
 from ..ranges import label, pop, push
-from .bound import Bound, patches, pipes
+from .bound import Bound, methods, pipes
 from .components import named_modules, unwrapped
 from .patches import Held
 
@@ -31,14 +31,14 @@ def hold_residency() -> None:
     for module, kind, method, wrap in _METHODS:
         owner = getattr(sys.modules.get(module), kind, None)
         if isinstance(owner, type) and (owner, method) not in known:
-            held = patches.hold(owner, method, wrap)
+            held = methods.hold(owner, method, wrap)
             if held is not None:
                 _held.append(held)
 
 
 def release_residency() -> None:
     while _held:
-        patches.release(_held.pop())
+        methods.release(_held.pop())
 
 
 def nbytes(tensors: Iterable[Any]) -> int:

@@ -36,6 +36,9 @@ def runner(class_name: str, job: Job) -> Callable[[bool, OnStep | None], Picture
     from . import diffusers as _api
 
     pipe, arguments = _load(class_name, job) if job.model else _tiny(class_name, job)
+    if torch.cuda.is_available():
+        pipe.to("cuda")
+        arguments = {k: v.to("cuda") if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
     _api.instrument(pipe, depth=job.depth, layers=not job.stages_only)
     if job.compile:
         _denoiser(pipe).compile(backend="fxnvtx")
@@ -99,8 +102,6 @@ def _load(class_name: str, job: Job) -> tuple[Any, dict[str, Any]]:
         pipe = kind.from_pretrained(str(folder), local_files_only=True)  # type: ignore[attr-defined]
     except (OSError, ValueError) as error:
         raise ConfigError(f"{class_name} cannot be loaded from {folder}: {str(error).splitlines()[0]}") from error
-    if torch.cuda.is_available():
-        pipe.to("cuda")
     accepted = inspect.signature(type(pipe).__call__).parameters
     pipe.set_progress_bar_config(disable=True)
     return pipe, {"prompt": job.prompt} if "prompt" in accepted else {"class_labels": [1]}

@@ -10,9 +10,8 @@ import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..errors import FxnvtxError
 from ..instrument import log_once
-from .bound import Options, patches
+from .bound import Options, methods
 from .components import is_pipeline
 from .patches import Held
 
@@ -68,7 +67,7 @@ class _Watch:
         kind, method = _BUILDERS[module]
         owner = getattr(sys.modules[module], kind, None)
         if isinstance(owner, type):
-            held = patches.hold(owner, method, self.wrap)
+            held = methods.hold(owner, method, self.wrap)
             if held is not None:
                 self.held.append(held)
 
@@ -87,8 +86,8 @@ class _Watch:
             return
         try:
             attach.attach(pipe, self.options, type(pipe).__name__)
-        except FxnvtxError as error:  # the program must go on
-            log_once(f"watch {type(pipe).__name__}", str(error))
+        except Exception as error:  # the program must go on
+            log_once(f"watch {type(pipe).__name__}", f"{type(pipe).__name__} is not instrumented: {error}")
 
 
 _now: _Watch | None = None
@@ -114,5 +113,5 @@ def unwatch() -> None:
     if _now.finder in sys.meta_path:
         sys.meta_path.remove(_now.finder)
     for held in _now.held:
-        patches.release(held)
+        methods.release(held)
     _now = None

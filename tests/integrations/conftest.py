@@ -1,0 +1,33 @@
+"""What holds after every test of this folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+try:
+    import diffusers
+except ImportError:  # each test file skips itself, with the reason
+    pass
+else:
+    diffusers.utils.logging.set_verbosity_error()
+
+
+@pytest.fixture(autouse=True)
+def clean() -> Iterator[None]:
+    """Whatever a test does, the next one finds no instrumented pipeline, no patched class and an empty stack."""
+    from fxnvtx.integrations import attach, bound
+    from fxnvtx.ranges import local
+
+    yield
+    assert not local.stack
+    for record in bound.pipes():
+        pipe: Any = record.ref()
+        if pipe is not None:
+            attach.detach(pipe)
+    assert len(bound.methods) == 0
