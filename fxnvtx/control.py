@@ -43,6 +43,7 @@ def _after_fork() -> None:
 # A child must not inherit a lock whose owner it does not have.
 os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
 _registered: dict[int, Control] = {}  # by id(root), in the order of instrument() calls; a later one wins a module
+_orphaned: list[Control] = []  # their model died, children of it may live on with slots in place
 _current: dict[int, tuple[Control, Entry]] = {}  # by id(module): who names it, as of the last sync
 
 
@@ -92,6 +93,10 @@ class Control:
             Entry(weakref.ref(n.module), type(n.module), n.fqn, n.parent, n.by_parent, n.also) for n in named
         ]
         return named
+
+    def modules(self) -> list[nn.Module]:
+        """The modules that have a range and are still alive."""
+        return [m for e in self.entries if (m := e.module()) is not None]
 
     def text(self, fqn: str) -> str:
         return label_text(self.name, self.kind, fqn)
@@ -183,6 +188,7 @@ def register(model: nn.Module, control: Control) -> None:
     def forget(_: object, key: int = key, control: Control = control) -> None:
         if _registered.get(key) is control:
             del _registered[key]
+            _orphaned.append(control)  # any thread may be in sync() just now, so no more than this
 
     control.model = weakref.ref(model, forget)
     with lock:
@@ -231,6 +237,8 @@ def sync(leaving: list[nn.Module] | None = None) -> None:
         several = len(_registered) > 1
         for control in controls():
             control.refresh()
+        while _orphaned:
+            leaving = [*(leaving or ()), *_orphaned.pop().modules()]
         for module in leaving or ():
             if id(module) not in wanted:
                 _remove(module)

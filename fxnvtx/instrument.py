@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import TypeVar, cast
 
 from torch import fx, nn
+from torch.jit import _recursive
 
 from . import control as _control
 from . import graph as _graph
@@ -62,15 +63,16 @@ def instrument(
     if isinstance(model, fx.GraphModule):
         copy = _graph.insert_ranges(model, name, depth=depth, include=selection.include, exclude=selection.exclude)
         return cast(M, copy)
-    model = unwrapped(model)
-    control = Control(model, name, selection, path, bool(shapes))
+    inner = unwrapped(model)
+    control = Control(inner, name, selection, path, bool(shapes))
     control.scan()
     choose_paths(control)
-    previous = controls_of(model)
+    previous = controls_of(inner)
     if previous is not None:
         control.enabled = previous.enabled
     _keep_out_of_dynamos_sight()
-    attach(model, control)
+    _keep_out_of_torchscripts_sight()
+    attach(inner, control)
     return model
 
 
@@ -222,6 +224,13 @@ def log_once(key: str, text: str) -> None:
     if key not in _logged:
         _logged.add(key)
         _ranges.log.warning("%s", text)
+
+
+def _keep_out_of_torchscripts_sight() -> None:
+    """torch.jit.script converts whatever lies in a module's dict; the slot is none of its business."""
+    ignored = getattr(_recursive, "ignored_attributes", None)
+    if isinstance(ignored, list) and slot.SLOT not in ignored:
+        ignored.append(slot.SLOT)
 
 
 def _silence() -> str | None:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from types import MethodType
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import nn
 
 from . import ranges as _ranges
@@ -159,7 +160,7 @@ class Slot:
         key = (text, *shapes)
         shown = self.shown.get(key)
         if shown is None:
-            listed = ", ".join(str(list(s)) for s in shapes)  # type: ignore[call-overload]
+            listed = ", ".join(f"[{', '.join(map(str, s))}]" for s in shapes)  # type: ignore[call-overload]
             shown = self.shown[key] = _ranges.label(f"{text} in=[{listed}]")
         mark_now(shown)
 
@@ -168,7 +169,7 @@ class Slot:
         if self.shapes:
             self.show_shapes(args, kwargs)
         level, module = self.level, self.module
-        if level is None or dynamo_active() or not level.holds(module):
+        if level is None or dynamo_active() or _traced() or not level.holds(module):
             return self.plain(*args, **kwargs)
         stack = local.stack
         label = self.label
@@ -207,6 +208,16 @@ def _silent_slot(module: nn.Module) -> Slot:
     from .control import Control
 
     return Slot(module, Control.off(), None)
+
+
+_module_call = nn.Module.__call__
+_jit_state = torch._C._get_tracing_state
+
+
+def _traced() -> bool:
+    """Whether torch.fx (it replaces nn.Module.__call__ meanwhile) or torch.jit watches the calls of modules now: a
+    generated forward goes past the places where they look."""
+    return nn.Module.__call__ is not _module_call or _jit_state() is not None
 
 
 def slot_of(module: nn.Module) -> Slot | None:

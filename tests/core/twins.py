@@ -45,7 +45,7 @@ class Twins:
         return found
 
     def agree_in_value(self, *args: Any, **kwargs: Any) -> Any:
-        """As `agree`, for models whose children were replaced and that were not instrumented again: labels may be old."""
+        """As `agree`, where children were replaced and instrument() was not called again: labels may be old."""
         state = torch.get_rng_state()
         wanted = [outcome(self.plain, *args, **kwargs)]
         torch.set_rng_state(state)
