@@ -151,9 +151,9 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = arguments.keep or Path(tempfile.mkdtemp(prefix="fxnvtx-bench-"))
     folder.mkdir(parents=True, exist_ok=True)
-    print(
-        f"{'ranges':>12} {'kernels':>12} {'file':>9} {'read':>9} {'+ views':>9} {'peak':>9} {'over import':>12}  nsys stats"
-    )
+    titles = ("ranges", "kernels", "file", "read", "+ views", "peak", "over import")
+    widths = (12, 12, 10, 9, 9, 9, 12)
+    print(" ".join(f"{title:>{width}}" for title, width in zip(titles, widths, strict=True)), " nsys stats")
     try:
         for millions in (float(part) for part in arguments.millions.split(",")):
             path = folder / f"bench_{millions:g}.sqlite"

@@ -77,9 +77,9 @@ function search(query) {
 
 function time(ns) {
   const size = Math.abs(ns);
-  const [divisor, unit] = size < 1e3 ? [1, "ns"] : size < 1e6 ? [1e3, "µs"] : size < 1e9 ? [1e6, "ms"] : [1e9, "s"];
-  const scaled = ns / divisor;
-  return unit === "ns" ? `${Math.round(scaled)} ns` : `${scaled.toFixed(Math.abs(scaled) < 100 ? 2 : 1)} ${unit}`;
+  if (size < 999.5) return `${Math.round(ns)} ns`;
+  const [divisor, unit] = size < 999.95e3 ? [1e3, "µs"] : size < 999.95e6 ? [1e6, "ms"] : [1e9, "s"];
+  return `${(ns / divisor).toFixed(size < 99.995 * divisor ? 2 : 1)} ${unit}`;
 }
 const percent = (x) => `${(x * 100).toFixed(1)}%`;
 const whole = (x) => x.toLocaleString("en-US");

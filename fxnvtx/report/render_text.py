@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .report import Report
-from .units import middle, readable_bytes, readable_ns, readable_share
+from .units import readable_bytes, readable_ns, readable_share, shortened
 from .views import Row
 
 __all__ = ["render_text", "table_of"]
@@ -82,7 +82,8 @@ def table_of(report: Report, rows: list[Row], by: str, width: int, limit: int | 
         indent = "  " * row.depth if by == "tree" else ""
         if len(indent) > names // 2:
             indent = " " * (names // 2 - 3) + f"{row.depth}: "
-        label = Text(indent + middle(row.name, max(8, names - len(indent))), style=_STYLE.get(row.kind, ""))
+        above = row.path[-2] if by == "tree" and len(row.path) > 1 else ""
+        label = Text(indent + shortened(row.name, above, max(8, names - len(indent))), style=_STYLE.get(row.kind, ""))
         table.add_row(label, *(line[i] for i in chosen))
     return table
 

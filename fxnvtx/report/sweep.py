@@ -5,7 +5,7 @@ Nothing is kept per range or per launch, so memory depends on the number of dist
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from .labels import UNKNOWN, Name
@@ -48,116 +48,144 @@ class Sweep:
         self.crossing = 0
 
     def run(self, spans: Iterable[Span], points: Iterable[Point]) -> None:
-        tree, root = self.tree, self.tree.root
-        watch = self.watch
-        outside: Open = [0, root, 0, None, None, 0, None, 0]
-        stack: list[Open] = []
-        thread: int | None = None
-        modules = 0  # how deep the stack's outermost module range lies, 0 for none
-        crossed = False
-        low = 0  # the lowest the stack has been since the thread's last launch; -1: there was none yet
-        point_iterator: Iterator[Point] = iter(points)
-        point = next(point_iterator, None)
-        span_iterator: Iterator[Span] = iter(spans)
-        span = next(span_iterator, None)
-        while span is not None or point is not None:
-            if point is None:
-                take_span = True
-            elif span is None:
-                take_span = False
-            elif span[0] != point[0]:
-                take_span = span[0] < point[0]
-            else:
-                take_span = span[1] <= point[1]
-
-            if take_span:
-                at, start, end, name, payload, is_open = span  # type: ignore[misc]
-            else:
-                at, start, end, what = point  # type: ignore[misc]
-            if at != thread:
-                while stack:
-                    _close(stack.pop())
-                thread, low, crossed, modules = at, -1, False, 0
-            while stack and (stack[-1][0] < start or (stack[-1][0] == start and end > start)):
-                _close(stack.pop())
-            if crossed:
-                crossed = _drop_ended(stack, start)
+        tree, root, watch = self.tree, self.tree.root, self.watch
+        state = _Thread(self)
+        stack = state.stack
+        waiting = iter(points)
+        point = next(waiting, None)
+        for at, start, end, name, payload, is_open in spans:
+            while point is not None and (point[1] < start if point[0] == at else point[0] < at):
+                state.point(point)
+                point = next(waiting, None)
+            if at != state.thread:
+                state.enter(at)
+            while stack and ((top := stack[-1])[0] < start or (top[0] == start and end > start)):
+                del stack[-1]
+                if top[3] is not None:
+                    _close(top)
+            if state.crossed:
+                state.drop_ended(start)
             size = len(stack)
-            if size < low:
-                low = size
-            if size < modules:
-                modules = 0
-
-            if take_span:
-                span = next(span_iterator, None)
-                above = outside
-                if size:
-                    index = size - 1
-                    while index >= 0 and stack[index][0] < end:
-                        index -= 1
-                    if index >= 0:
-                        above = stack[index]
-                    if index < size - 1:
-                        crossed = True
-                        self.crossing += 1
-                parent: Node = above[1]
-                node = parent.kids.get(name)
-                if node is None:
-                    node = tree.child(parent, name)
-                length = end - start
-                node.calls += 1
-                node.cpu += length
-                node.cpu_self += length
-                if node.cpu_min is None:
-                    node.cpu_min = node.cpu_max = length
-                elif length < node.cpu_min:
-                    node.cpu_min = length
-                elif length > node.cpu_max:  # type: ignore[operator]
-                    node.cpu_max = length
-                if node.first is None or start < node.first:
-                    node.first = start
-                if is_open:
-                    node.open += 1
-                if payload is not None and type(payload) is int:
-                    node.payload += payload
-                if above is not outside:
-                    covered = above[2]
-                    if end > covered:
-                        parent.cpu_self -= end - (start if start > covered else covered)
-                        above[2] = end
-                stack.append([end, node, start, None, None, 0, above if above is not outside else None, start])
-                if watch is not None:
-                    if name.category == "residency":
-                        watch(node, at, start, end)
-                    elif not modules and name.category == "module":
-                        modules = size + 1
-                        watch(node, at, start, end)
+            if size < state.low:
+                state.low = size
+            if not size:
+                above: Open | None = None
+                parent: Node = root
             else:
-                point = next(point_iterator, None)
-                index = size - 1
-                while index >= 0 and stack[index][0] < end:
-                    index -= 1
-                inner: Open | None = stack[index] if index >= 0 else None
-                if inner is None:
-                    target = tree.child(root, OUTSIDE)
-                    shared = None if low < 0 else root
-                else:
-                    target = inner[1]
-                    if low < 0:
-                        shared = None
-                    else:
-                        depth = low if low < index + 1 else index + 1
-                        shared = stack[depth - 1][1] if depth else root
-                times = self.launch(target, shared, what)
-                if times is None:
-                    continue
-                low = index + 1
-                if inner is not None:
-                    _grow(inner, times[0], times[1], 1)
-                    if crossed:
-                        _grow_others(stack, inner, start, end, times)
+                above = stack[-1]
+                if above[0] < end:
+                    above = state.container(end)
+                parent = root if above is None else above[1]
+            node = parent.kids.get(name)
+            if node is None:
+                node = tree.child(parent, name)
+            length = end - start
+            node.calls += 1
+            node.cpu += length
+            node.cpu_self += length
+            if node.cpu_max is None:
+                node.cpu_min = node.cpu_max = length
+                node.first = start
+            elif length > node.cpu_max:
+                node.cpu_max = length
+            elif length < node.cpu_min:  # type: ignore[operator]
+                node.cpu_min = length
+            if is_open:
+                node.open += 1
+            if payload is not None and type(payload) is int:
+                node.payload += payload
+            if above is not None and end > above[2]:
+                parent.cpu_self -= end - (start if start > above[2] else above[2])
+                above[2] = end
+            stack.append([end, node, start, None, None, 0, above, start])
+            if watch is not None:
+                state.look(watch, node, at, start, end, size)
+        while point is not None:
+            state.point(point)
+            point = next(waiting, None)
+        state.enter(None)
+
+
+class _Thread:
+    """Where the sweep is: the open ranges of the thread it walks along."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        self.sweep = sweep
+        self.stack: list[Open] = []
+        self.thread: int | None = None
+        self.crossed = False
+        self.low = -1  # the lowest the stack has been since the thread's last launch; -1: there was none yet
+        self.modules = 0  # how deep the stack's outermost module range lies, 0 for none
+
+    def enter(self, thread: int | None) -> None:
+        """Leave the thread with all its ranges, and go on with another one."""
+        stack = self.stack
         while stack:
             _close(stack.pop())
+        self.thread, self.low, self.crossed, self.modules = thread, -1, False, 0
+
+    def drop_ended(self, start: int) -> None:
+        """Close what ended below something still open, which only crossing ranges do."""
+        stack = self.stack
+        ended = [entry for entry in stack if entry[0] < start]
+        for entry in reversed(ended):
+            _close(entry)
+        if ended:
+            stack[:] = [entry for entry in stack if entry[0] >= start]
+        self.crossed = bool(stack)
+
+    def container(self, end: int) -> Open | None:
+        """The innermost open range that reaches to `end`, where the innermost one of all does not."""
+        self.crossed = True
+        self.sweep.crossing += 1
+        for entry in reversed(self.stack):
+            if entry[0] >= end:
+                return entry
+        return None
+
+    def look(
+        self, watch: Callable[[Node, int, int, int], None], node: Node, at: int, start: int, end: int, size: int
+    ) -> None:
+        """Tell of residency ranges and of outermost module ranges."""
+        if size < self.modules:
+            self.modules = 0
+        category = node.name.category
+        if category == "residency":
+            watch(node, at, start, end)
+        elif not self.modules and category == "module":
+            self.modules = size + 1
+            watch(node, at, start, end)
+
+    def point(self, point: Point) -> None:
+        """Put a launch into the innermost range that contains it."""
+        at, start, end, what = point
+        if at != self.thread:
+            self.enter(at)
+        stack = self.stack
+        while stack and stack[-1][0] < start:
+            _close(stack.pop())
+        if self.crossed:
+            self.drop_ended(start)
+        size = len(stack)
+        low = self.low = min(size, self.low)
+        index = size - 1
+        while index >= 0 and stack[index][0] < end:
+            index -= 1
+        sweep = self.sweep
+        root = sweep.tree.root
+        shared: Node | None = None
+        if low >= 0:
+            depth = min(low, index + 1)
+            shared = stack[depth - 1][1] if depth else root
+        inner: Open | None = stack[index] if index >= 0 else None
+        times = sweep.launch(sweep.tree.child(root, OUTSIDE) if inner is None else inner[1], shared, what)
+        if times is None:
+            return
+        self.low = index + 1
+        if inner is not None:
+            _grow(inner, times[0], times[1], 1)
+            if self.crossed:
+                _grow_others(stack, inner, start, end, times)
 
 
 def _grow(entry: Open, first: int, last: int, launches: int) -> None:
@@ -183,16 +211,6 @@ def _grow_others(stack: list[Open], inner: Open, start: int, end: int, times: tu
                 other[3] = times[0]
             if other[4] is None or times[1] > other[4]:
                 other[4] = times[1]
-
-
-def _drop_ended(stack: list[Open], start: int) -> bool:
-    """Close what ended below something still open. Returns whether anything is open at all."""
-    ended = [entry for entry in stack if entry[0] < start]
-    if ended:
-        for entry in reversed(ended):
-            _close(entry)
-        stack[:] = [entry for entry in stack if entry[0] >= start]
-    return bool(stack)
 
 
 def _close(entry: Open) -> None:

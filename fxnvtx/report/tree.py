@@ -131,7 +131,7 @@ class Node:
             entry[2] += credit
 
     def is_unknown(self) -> bool:
-        return self.name.category == "unknown"
+        return self.name.category == "unknown" or self.name.text.startswith("owner unknown (")
 
     def __reduce__(self) -> tuple[Any, ...]:
         # a deep tree pickled by recursion would meet Python's limit
@@ -139,7 +139,7 @@ class Node:
 
 
 def _order(node: Node) -> tuple[bool, bool, int, str]:
-    return node.name.category == "unknown", node.first is None, node.first or 0, node.name.text
+    return node.is_unknown(), node.first is None, node.first or 0, node.name.text
 
 
 class Tree:

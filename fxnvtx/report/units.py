@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-__all__ = ["middle", "readable_bytes", "readable_ns", "readable_share"]
+__all__ = ["middle", "readable_bytes", "readable_ns", "readable_share", "shortened"]
 
 
 def readable_ns(value: float) -> str:
     """Nanoseconds with three or four significant digits and a unit."""
     size = abs(value)
-    for limit, divisor, unit in ((1e3, 1, "ns"), (1e6, 1e3, "us"), (1e9, 1e6, "ms"), (float("inf"), 1e9, "s")):
-        if size < limit:
-            scaled = value / divisor
-            if unit == "ns":
-                return f"{scaled:.0f} ns"
-            return f"{scaled:.2f} {unit}" if abs(scaled) < 100 else f"{scaled:.1f} {unit}"
+    if size < 999.5:
+        return f"{value:.0f} ns"
+    # limits at which rounding would give 100.00 or 1000.0
+    for divisor, unit in ((1e3, "us"), (1e6, "ms"), (1e9, "s")):
+        if size < 999.95 * divisor or unit == "s":
+            return f"{value / divisor:.2f} {unit}" if size < 99.995 * divisor else f"{value / divisor:.1f} {unit}"
     raise AssertionError("unreachable")
 
 
@@ -28,6 +28,13 @@ def readable_bytes(value: float) -> str:
 
 def readable_share(value: float) -> str:
     return f"{value * 100:.1f}%"
+
+
+def shortened(text: str, above: str, width: int) -> str:
+    """A range's name that fits: whole, or without what the range around it says already, or cut in its middle."""
+    if len(text) > width and above and text.startswith(f"{above}."):
+        text = "…" + text[len(above) :]
+    return middle(text, width)
 
 
 def middle(text: str, width: int) -> str:

@@ -12,7 +12,8 @@ VERSIONS = ("2022_4", "2023_4", "2026_2")
 _NEWER = {"greenContextId", "jsonTextId", "jsonText", "binaryData", "launchType", "virtualAddress", "copyCount"}
 GRAPH_TRACE = (
     "CREATE TABLE CUPTI_ACTIVITY_KIND_GRAPH_TRACE (start INTEGER NOT NULL, end INTEGER NOT NULL, deviceId INTEGER,"
-    " contextId INTEGER, streamId INTEGER, correlationId INTEGER, globalPid INTEGER, graphId INTEGER, graphExecId INTEGER)"
+    " contextId INTEGER, streamId INTEGER, correlationId INTEGER, globalPid INTEGER, graphId INTEGER,"
+    " graphExecId INTEGER)"
 )
 GRAPH_NODES = (
     "CREATE TABLE CUDA_GRAPH_NODE_EVENTS (start INTEGER NOT NULL, end INTEGER NOT NULL, eventClass INTEGER NOT NULL,"

@@ -203,6 +203,9 @@ def test_numbers_people_read() -> None:
     assert [readable_ns(value) for value in (0, 999, 1_000, 12_345, 1e6, 123.4e6, 1e9, 7.2e12)] == [
         "0 ns", "999 ns", "1.00 us", "12.35 us", "1.00 ms", "123.4 ms", "1.00 s", "7200.0 s",
     ]  # fmt: skip
+    assert [readable_ns(value) for value in (999.6, 99_996, 999_960, 999_960_000, -1500)] == [
+        "1.00 us", "100.0 us", "1.00 ms", "1.00 s", "-1.50 us",
+    ]  # fmt: skip
     assert [readable_bytes(value) for value in (5, 2048, 3 << 30)] == ["5 B", "2.0 KiB", "3.0 GiB"]
     assert middle("transformer.blocks.0.attn", 12) == "tra…s.0.attn"
     assert middle("short", 12) == "short"

@@ -62,7 +62,8 @@ def node(browser: Browser, name: str) -> int:
 def center(browser: Browser, index: int) -> tuple[float, float]:
     browser.run("document.getElementById('icicle').scrollIntoView({block: 'center'})")
     x, y = browser.run(
-        f"(() => {{ const r = fxnvtx.icicle.rectOf({index}), c = document.getElementById('icicle').getBoundingClientRect();"
+        f"(() => {{ const r = fxnvtx.icicle.rectOf({index});"
+        " const c = document.getElementById('icicle').getBoundingClientRect();"
         " return [c.x + r.x + r.width / 2, c.y + r.y + r.height / 2]; })()"
     )
     return x, y
@@ -106,7 +107,8 @@ def test_search_counts_and_filters(browser: Browser) -> None:
     assert browser.run("document.activeElement.id") == "search"
     browser.type("attn")
     browser.wait("document.getElementById('found').textContent !== ''")
-    # 2 requests x 4 steps x 3 blocks, each with attn and fused(norm, attn): 24 * 36 us of 24 * 46 us and two copies of 30 us
+    # 2 requests x 4 steps x 3 blocks, each with attn and fused(norm, attn): 24 * 36 us of 24 * 46 us and two copies of
+    # 30 us
     said = browser.run("document.getElementById('found').textContent")
     assert said == "48 found, 74.2%"
     names = browser.run("[...document.querySelectorAll('#rows .row.hit')].map((r) => r.firstChild.textContent)")

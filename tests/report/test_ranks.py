@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from fxnvtx.errors import CaptureError, ConfigError
 from fxnvtx.recording import Recording
 from fxnvtx.report import load, render_text
 from fxnvtx.report.cluster import load_on
-from fxnvtx.report.tree import Node
+from fxnvtx.report.labels import Name
+from fxnvtx.report.tree import Node, Tree
 
 from .captures import Capture
 from .samples import pipeline
@@ -82,11 +84,6 @@ def test_equal_titles_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_a_tree_survives_the_way_between_processes() -> None:
-    import pickle
-
-    from fxnvtx.report.tree import Tree
-    from fxnvtx.report.labels import Name
-
     tree = Tree()
     node: Node = tree.root
     for depth in range(3000):  # deeper than Python's recursion limit

@@ -257,3 +257,27 @@ def test_texts() -> None:
     assert fused_owners("fused") == ()
     assert is_module(Name("blocks.0", "layer"))
     assert not is_module(Name("some text!", "layer"))
+
+
+def test_a_cut_list_of_owners_leaves_the_rest_where_it_is_known_to_be(tmp_path: Path) -> None:
+    capture = Capture(tmp_path / "cut.sqlite")
+    capture.range(0, 1000, "net")
+    capture.range(100, 200, "net.a")
+    capture.range(300, 400, "fused(a, b.0, self, 2 more)")
+    capture.kernel(5000, 5100, capture.call(310, 320))
+    rows = {row.path: row for row in load(capture.close()).rows(split_fused=True)}
+    assert {path: (row.gpu, row.gpu_self) for path, row in rows.items()} == {
+        ("net",): (100, 60),
+        ("net", "net.a"): (20, 20),
+        ("net", "net.b.0"): (20, 20),
+    }
+    assert rows["net", "net.a"].cpu == 100 + 20
+    assert sum(row.cpu_self for row in rows.values()) == rows[("net",)].cpu == 1000
+
+
+def test_the_compilers_unknown_owners_are_no_modules(tmp_path: Path) -> None:
+    capture = Capture(tmp_path / "unknown.sqlite")
+    capture.range(0, 100, "net")
+    capture.range(10, 20, "owner unknown (?)", "op")
+    rows = load(capture.close()).rows()
+    assert [row.kind for row in rows] == ["range", "unknown"]
