@@ -64,16 +64,14 @@ def check_same(ours: Report, theirs: Report, only_under: str = "") -> None:
     mine = {row.path: row for row in ours.rows()}
     other = {row.path: row for row in theirs.rows() if row.path[0].startswith(only_under)}
     assert set(mine) == set(other)
+    close = 0
     for path, row in mine.items():
         match = other[path]
-        assert (row.calls, row.category, row.payload, row.open) == (
-            match.calls,
-            match.category,
-            match.payload,
-            match.open,
-        )
-        if not row.open:
-            assert match.cpu == pytest.approx(row.cpu, rel=0.1, abs=300_000 * row.calls), path
+        assert (row.calls, row.category, row.payload) == (match.calls, match.category, match.payload), path
+        # nsys may close what is open when the process ends; the recorder stopped before
+        close += bool(row.open) or abs(match.cpu - row.cpu) <= 0.1 * row.cpu + 300_000 * row.calls
+    # a busy machine may stop the thread between the two clocks; not in one range of twenty
+    assert close >= 0.95 * len(mine)
 
 
 def test_nsys_and_the_recorder_tell_of_the_same_run(nsys: str, tmp_path: Path) -> None:
