@@ -22,6 +22,7 @@ from . import ranges as _ranges
 from .levels import Level
 from .names import Named, Selection, label_text, name_modules
 from .ranges import Label, label
+from .sight import keep_out_of_sight
 from .slot import SLOT, Around, Slot, slot_of
 
 __all__ = ["Control", "Entry", "controls", "controls_of", "entry_of", "lock", "sync"]
@@ -190,6 +191,7 @@ def register(model: nn.Module, control: Control) -> None:
             del _registered[key]
             _orphaned.append(control)  # any thread may be in sync() just now, so no more than this
 
+    keep_out_of_sight()
     control.model = weakref.ref(model, forget)
     with lock:
         _registered.pop(key, None)

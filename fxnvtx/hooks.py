@@ -9,7 +9,7 @@ from torch import nn
 from . import control as _control
 from .control import Control, lock
 from .errors import InstrumentError
-from .names import DEFAULT_EXCLUDE, Pattern, Selection
+from .names import DEFAULT_EXCLUDE, Pattern, Selection, unwrapped
 
 __all__ = ["DiffusionNvtxHooks"]
 
@@ -20,8 +20,8 @@ class DiffusionNvtxHooks:
     `skip_types`: module types that get no range (default: Identity and Dropout kinds).
     """
 
-    def __init__(self, skip_types: Iterable[Pattern] = DEFAULT_EXCLUDE) -> None:
-        self._selection = Selection.of(None, tuple(skip_types), None)
+    def __init__(self, skip_types: Pattern | Iterable[Pattern] = DEFAULT_EXCLUDE) -> None:
+        self._selection = Selection.of(None, skip_types, None)
         self._enabled = False
         self._models: list[Control] = []
 
@@ -37,6 +37,7 @@ class DiffusionNvtxHooks:
         """
         if not isinstance(model, nn.Module):
             raise InstrumentError(f"register_hooks takes a torch.nn.Module, not {type(model).__name__}")
+        model = unwrapped(model)
         with lock:
             known = {id(m) for c in _control.controls() for e in c.entries if (m := e.module()) is not None}
             control = Control(model, prefix or None, self._selection, "hooks", False)

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import atexit
-import sys
-import types
 from collections.abc import Iterable
 from typing import TypeVar, cast
 
 from torch import fx, nn
-from torch.jit import _recursive
 
 from . import control as _control
 from . import graph as _graph
-from . import hooks, levels, names, recording, slot, soundness
 from . import ranges as _ranges
-from .compile.invisible import hide_from_dynamo
+from . import recording
 from .control import Control, Entry, controls, controls_of, entry_of, lock, register, sync, unregister
 from .errors import InstrumentError, TraceError
 from .levels import Refused, trace_level
-from .names import DEFAULT_EXCLUDE, Pattern, Selection
+from .names import DEFAULT_EXCLUDE, Pattern, Selection, unwrapped
 
-__all__ = ["instrument", "is_enabled", "label_of", "module_by_id", "prepare", "set_enabled", "uninstrument"]
+__all__ = [
+    "instrument",
+    "is_enabled",
+    "label_of",
+    "module_by_id",
+    "prepare",
+    "set_enabled",
+    "uninstrument",
+    "unwrapped",
+]
 
 M = TypeVar("M", bound=nn.Module)
 PATHS = ("auto", "fx", "hooks")
@@ -70,8 +75,6 @@ def instrument(
     previous = controls_of(inner)
     if previous is not None:
         control.enabled = previous.enabled
-    _keep_out_of_dynamos_sight()
-    _keep_out_of_torchscripts_sight()
     attach(inner, control)
     return model
 
@@ -148,12 +151,6 @@ def module_by_id(key: int) -> nn.Module | None:
     return None
 
 
-def unwrapped(model: M) -> M:
-    """The module itself where torch.compile has wrapped it: a range around the wrapper would only double it."""
-    inner = model.__dict__.get("_modules", {}).get("_orig_mod")
-    return cast(M, inner) if isinstance(inner, nn.Module) and type(model).__name__ == "OptimizedModule" else model
-
-
 # ------------------------------------------------------------------------------------------------ choosing
 
 
@@ -197,26 +194,6 @@ def _path_of(entry: Entry, by_fqn: dict[str, Entry]) -> str:
 
 # ------------------------------------------------------------------------------------------------ the rim
 
-_hidden = False
-
-
-def _keep_out_of_dynamos_sight() -> None:
-    """Where a compiled model's root has a slot, our functions run with Dynamo watching; it must not compile them."""
-    global _hidden
-    if _hidden:
-        return
-    _hidden = True
-    for module in (_control, _graph, hooks, levels, names, _ranges, recording, slot, soundness, sys.modules[__name__]):
-        for found in list(vars(module).values()):
-            if isinstance(found, types.FunctionType) and found.__module__ == module.__name__:
-                hide_from_dynamo(found.__code__)
-            elif isinstance(found, type) and found.__module__ == module.__name__:
-                for member in vars(found).values():
-                    function = getattr(member, "__func__", getattr(member, "fget", member))
-                    if isinstance(function, types.FunctionType):
-                        hide_from_dynamo(function.__code__)
-
-
 _logged: set[str] = set()
 
 
@@ -224,13 +201,6 @@ def log_once(key: str, text: str) -> None:
     if key not in _logged:
         _logged.add(key)
         _ranges.log.warning("%s", text)
-
-
-def _keep_out_of_torchscripts_sight() -> None:
-    """torch.jit.script converts whatever lies in a module's dict; the slot is none of its business."""
-    ignored = getattr(_recursive, "ignored_attributes", None)
-    if isinstance(ignored, list) and slot.SLOT not in ignored:
-        ignored.append(slot.SLOT)
 
 
 def _silence() -> str | None:

@@ -5,12 +5,22 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar, cast
 
 from torch import nn
 
 from .errors import InstrumentError, SelectionError
 
-__all__ = ["DEFAULT_EXCLUDE", "Named", "Selection", "input_shapes", "label_text", "name_modules", "walk_paths"]
+__all__ = [
+    "DEFAULT_EXCLUDE",
+    "Named",
+    "Selection",
+    "input_shapes",
+    "label_text",
+    "name_modules",
+    "unwrapped",
+    "walk_paths",
+]
 
 # Modules that launch nothing at inference; a range for each would only be noise.
 DEFAULT_EXCLUDE: tuple[type[nn.Module], ...] = (
@@ -24,6 +34,7 @@ DEFAULT_EXCLUDE: tuple[type[nn.Module], ...] = (
 )
 MAX_PATHS = 100_000
 Pattern = str | type
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,8 @@ class Selection:
 
 
 def _patterns(what: str, given: Pattern | Iterable[Pattern]) -> tuple[Pattern, ...]:
+    if not isinstance(given, (str, type, Iterable)):
+        raise InstrumentError(f"{what} takes names with wildcards and module types, not {given!r}")
     items = (given,) if isinstance(given, (str, type)) else tuple(given)
     for item in items:
         if not isinstance(item, (str, type)):
@@ -87,6 +100,12 @@ class Named:
     # told apart at run time, the first one found stands for both (`also` keeps the other for explain).
     by_parent: dict[str, str] = field(default_factory=dict)
     also: list[str] = field(default_factory=list)
+
+
+def unwrapped(model: M) -> M:
+    """The module itself where torch.compile has wrapped it: a range around the wrapper would only double it."""
+    inner = model.__dict__.get("_modules", {}).get("_orig_mod")
+    return cast(M, inner) if isinstance(inner, nn.Module) and type(model).__name__ == "OptimizedModule" else model
 
 
 def is_callable_module(module: nn.Module) -> bool:
