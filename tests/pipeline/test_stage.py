@@ -166,9 +166,9 @@ def test_a_router_that_calls_forward_loses_nothing():
         def forward(self, batch, args):
             with self.ranged("denoising_loop", "loop"):
                 for index in range(2):
-                    with self.step(fxnvtx.ranges.label(f"denoising_step_{index}_t0", "step"), index):
-                        with self.use_component("net") as net:
-                            net(torch.ones(1, 8))
+                    text = fxnvtx.ranges.label(f"denoising_step_{index}_t0", "step")
+                    with self.step(text, index), self.use_component("net") as net:
+                        net(torch.ones(1, 8))
             return batch
 
     loop = Loop()

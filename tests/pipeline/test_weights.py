@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from concurrent.futures import wait
 
 import pytest
 import torch
@@ -128,10 +129,18 @@ def test_a_load_that_fails_leaves_the_weights_where_they_were(kind, fails_at):
 
 
 @pytest.mark.parametrize("kind", [ComponentOffload, SnapshotOffload])
-def test_a_prefetch_that_fails_is_raised_at_the_use_and_the_next_one_works(kind):
+def test_a_prefetch_that_fails_is_tried_again_by_the_use(kind, caplog):
     net, place = Net(), FailingPlace()
     wanted = net(torch.ones(2, 8))
     strategy, account = hold(kind, net, place)
+    place.left = 3
+    strategy.prefetch(net, None)
+    wait([strategy.piece._pending._future])
+    place.left = None
+    use(strategy, net)
+    assert torch.equal(net(torch.ones(2, 8)), wanted)
+    assert "no room" in caplog.text
+    strategy.finish_use(net)
     place.left = 3
     strategy.prefetch(net, None)
     with pytest.raises(MemoryError):

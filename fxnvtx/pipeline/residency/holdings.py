@@ -45,6 +45,8 @@ class Holdings:
             known.dispose()
         made = strategy_class(mode)(name, self._weights_place(), self.account, self.marks)
         made.refresh(inner)
+        if not self._in_use(module):
+            made.finish_use(inner)
         self._strategies[id(inner)] = weakref.ref(inner), made
         return made
 

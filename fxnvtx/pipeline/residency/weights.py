@@ -6,6 +6,7 @@ without loading fails loudly instead of computing with stale numbers. Parameters
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from .account import ByteAccount
 from .marks import ResidencyRanges
 from .place import Place, Transfer
 from .storage import HostSlot
+
+log = logging.getLogger("fxnvtx.pipeline")
 
 __all__ = ["Piece", "Stored", "module_tensors"]
 
@@ -196,12 +199,18 @@ class Piece:
             self._pending = self.place.start(move)
 
     def wait(self) -> None:
-        """Finish a prefetch. Raises what the prefetch raised; then nothing has changed."""
+        """Finish a prefetch. One that failed has changed nothing, and is left to `load` to try again."""
         pending, missing = self._pending, self._pending_for
         self._pending, self._pending_for = None, []
-        if pending is not None:
-            with self.ranges("wait", self.name, _nbytes(missing)):
-                self._put(missing, pending.wait())
+        if pending is None:
+            return
+        with self.ranges("wait", self.name, _nbytes(missing)):
+            try:
+                made = pending.wait()
+            except Exception as error:
+                log.warning("bringing %s in ahead of its use failed (%s): trying once more", self.name, error)
+                return
+            self._put(missing, made)
 
     def cancel(self) -> None:
         """Drop a prefetch that nobody needs any more."""
