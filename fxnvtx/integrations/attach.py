@@ -227,6 +227,7 @@ def _hold_part(part: Any, bound: Bound) -> None:
 def _methods(part: Any, bound: Bound) -> Iterator[tuple[str, Wrap]]:
     if bound.role == "scheduler":
         yield "step", calls.scheduler_step
+        yield "set_timesteps", calls.set_timesteps
     elif bound.role == "block":
         yield "__call__", calls.stage("__call__")
         yield "progress_bar", calls.bar_method

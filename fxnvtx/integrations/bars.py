@@ -14,6 +14,7 @@ from threading import get_ident
 from typing import Any
 
 from ..ranges import Label, Open, label, pop, push
+from . import timesteps
 from .scene import Request, here
 
 __all__ = ["Loop", "follow", "step_text"]
@@ -46,9 +47,9 @@ class Loop:
         self.running = False
         self.thread = get_ident()
 
-    def begin(self, total: Any, timesteps: Sequence[float] | None) -> None:
+    def begin(self, total: Any, known: Sequence[float] | None) -> None:
         self.total = total if type(total) is int else None
-        self.timesteps = timesteps
+        self.timesteps = known
         self.passes, self.request = here.passes, here.request
         self.opened = push(label(self.loop, "loop"), self.total)
         self.running = True
@@ -170,7 +171,7 @@ def _iter(original: Any) -> Any:
         try:
             for index, item in enumerate(items):
                 loop.index = index
-                loop.begin_step(_number(item))
+                loop.begin_step(timesteps.number(item))
                 yield item
                 loop.end_step()
         finally:
@@ -179,22 +180,9 @@ def _iter(original: Any) -> Any:
     return __iter__
 
 
-# ------------------------------------------------------------------------------------------------ timesteps
-
-
-def _number(item: Any) -> float | None:
-    """A number that can be read without waiting for a device."""
-    if isinstance(item, (int, float)) and not isinstance(item, bool):
-        return float(item)
-    device = getattr(item, "device", None)
-    if getattr(device, "type", None) == "cpu" and getattr(item, "ndim", 1) == 0 and not item.is_complex():
-        return float(item)
-    return None
-
-
 def _known_timesteps(frame: Any, total: Any) -> list[float] | None:
     """The timesteps that the loop around this bar goes through: the pipeline's own variable of that name, if it has one
-    per step. Anything else stays unknown, as do values that only the GPU knows (reading them would wait for it)."""
+    per step. Anything else stays unknown."""
     variables = frame.f_locals
     found = variables.get("timesteps")
     if found is None:
@@ -202,9 +190,6 @@ def _known_timesteps(frame: Any, total: Any) -> list[float] | None:
     if type(variables) is dict:
         variables.clear()  # a snapshot up to Python 3.12; kept, it would hold every tensor of the pipeline's frame
     try:
-        if found is None or len(found) != total:
-            return None
-        numbers = [_number(item) for item in found]
+        return timesteps.known(found) if found is not None and len(found) == total else None
     except (TypeError, ValueError, RuntimeError, AttributeError):
         return None
-    return None if any(number is None for number in numbers) else [float(n) for n in numbers if n is not None]

@@ -14,6 +14,7 @@ from typing import Any
 
 from .. import ranges as _ranges
 from ..ranges import Label, Open, label, pop, push
+from . import timesteps
 from .bars import follow
 from .bound import Bound, find
 from .scene import Request, here
@@ -26,6 +27,7 @@ __all__ = [
     "request",
     "root_method",
     "scheduler_step",
+    "set_timesteps",
     "stage",
     "tiled_method",
 ]
@@ -73,7 +75,7 @@ def request(refresh: Refresh) -> Callable[[Method], Method]:
                 return original(self, *args, **kwargs)
             finally:
                 running.close()
-                here.request, here.passes = outer, passes
+                here.request, here.passes, here.timesteps = outer, passes, None
                 pop(entry)
 
         return call
@@ -147,6 +149,18 @@ def scheduler_step(original: Method) -> Method:
     return call
 
 
+def set_timesteps(original: Method) -> Method:
+    """After it, the timesteps of the loop to come are known."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        if _ranges.active and _steps_here(self):
+            timesteps.note(self, original, args, kwargs)
+        return result
+
+    return call
+
+
 def _steps_here(scheduler: Any) -> bool:
     if here.request is not None:
         return here.request.pipe.shown
@@ -200,20 +214,24 @@ def pass_label(number: int) -> Label:
 
 
 def tiled_method(name: str) -> Callable[[Method], Method]:
-    """Around tiled_decode and tiled_encode: from then on calls of the VAE's parts are told apart by their tile."""
+    """Around tiled_decode and its like: from then on calls of the VAE's parts are told apart by their tile."""
+    shown_name = name.lstrip("_")
 
     def wrap(original: Method) -> Method:
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             bound = shown(self) if _ranges.active else None
-            if bound is None:
+            key = (id(self), shown_name)
+            if bound is None or key in here.inside:
                 return original(self, *args, **kwargs)
             outer = here.tiling
-            entry = push(label(f"{bound.name}.{name}", "stage"))
-            here.tiling = Tiling(bound.name, args[0] if args else next(iter(kwargs.values()), None))
+            entry = push(label(f"{bound.name}.{shown_name}", "stage"))
+            here.inside.add(key)
+            here.tiling = Tiling(bound.name, args[0] if args else next(iter(kwargs.values()), None), outer)
             try:
                 return original(self, *args, **kwargs)
             finally:
                 here.tiling = outer
+                here.inside.discard(key)
                 pop(entry)
 
         return call

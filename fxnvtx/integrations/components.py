@@ -25,7 +25,7 @@ __all__ = [
 
 # Methods by which pipelines reach a component without calling it, so that its own range never opens.
 ROOT_METHODS = ("encode", "decode", "generate", "get_text_features", "get_image_features", "predict_num_frames")
-TILED_METHODS = ("tiled_encode", "tiled_decode")
+TILED_METHODS = tuple(f"{prefix}tiled_{what}" for prefix in ("", "_", "_temporal_") for what in ("encode", "decode"))
 _STAGE = re.compile(r"(encode|enhance|prepare|decode)_\w+$|run_safety_checker$|upsample_latents$")
 _NO_STAGE = {"prepare_extra_step_kwargs"}
 _DENOISER = re.compile(r"(transformer|unet|denoiser|prior|dit)(_\w+)?$")

@@ -23,6 +23,7 @@ from . import patches as _patches
 from . import residency as _residency
 from . import scene as _scene
 from . import tiles as _tiles
+from . import timesteps as _timesteps
 from . import watching as _watching
 from .bound import Options, Pipe
 from .components import is_pipeline, named_modules
@@ -114,5 +115,17 @@ def unwatch() -> None:
     _watching.unwatch()
 
 
-for _module in (_attach, _bars, _bound, _calls, _components, _patches, _residency, _scene, _tiles, _watching):
+for _module in (
+    _attach,
+    _bars,
+    _bound,
+    _calls,
+    _components,
+    _patches,
+    _residency,
+    _scene,
+    _tiles,
+    _timesteps,
+    _watching,
+):
     hide_module(_module)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from .bound import Pipe
+    from .tiles import Tiling
 
 __all__ = ["Closing", "Request", "Scene", "here"]
 
@@ -35,8 +38,8 @@ class Scene(threading.local):
         self.passes: dict[str, int] | None = None  # component -> its calls so far in the current step
         self.named_pass = 0  # cache contexts open: they name the pass
         self.inside: set[tuple[int, str]] = set()  # (object, method) under way: a method that calls super()'s
-        self.tiling: Any = None
-        self.timesteps: Any = None
+        self.tiling: Tiling | None = None
+        self.timesteps: tuple[Tensor, list[float]] | None = None  # on a device, and what they are
 
 
 here = Scene()

@@ -38,9 +38,12 @@ def place_of(tile: Tensor, whole: Tensor) -> tuple[int, ...] | None:
 class Tiling:
     """One call of tiled_decode or tiled_encode on one thread."""
 
-    def __init__(self, component: str, whole: Any) -> None:
+    def __init__(self, component: str, whole: Any, outer: Tiling | None = None) -> None:
         self.component = component
-        self.whole = whole if isinstance(whole, Tensor) else None
+        self.whole: Tensor | None = whole if isinstance(whole, Tensor) else None
+        if self.whole is not None and outer is not None and outer.whole is not None:
+            # tiles in space of a piece of time: their place is that in the whole
+            self.whole = outer.whole if place_of(self.whole, outer.whole) is not None else self.whole
         self.now: Label | None = None
         self.leader = ""  # the part that is called with the tile itself; the others get what it made of it
         self.numbers: dict[str, int] = {}

@@ -7,6 +7,7 @@ import gc
 import inspect
 import pickle
 import threading
+import timeit
 import weakref
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import pytest
 import torch
 
 pytest.importorskip("diffusers", reason="needs diffusers: pip install fxnvtx[diffusers]")
+
+import diffusers
 
 import fxnvtx
 from fxnvtx import record
@@ -208,21 +211,22 @@ def test_switched_off_nothing_is_shown() -> None:
 
 
 def test_nobody_listening_costs_nothing_to_speak_of() -> None:
-    """Of a step of the scheduler, the most frequent call that we wrap."""
-    import timeit
+    """Of a scheduler's step, the most frequent call that we wrap; a real one takes 100 us and more."""
+
+    class Quick(diffusers.DDIMScheduler):  # type: ignore[misc]
+        def step(self, *args: Any) -> None:  # type: ignore[override]
+            return None
 
     pipe, _ = build("FluxPipeline")
-    scheduler = pipe.scheduler
-    sample = torch.zeros(1)
+    pipe.scheduler = scheduler = Quick()
 
-    def step() -> None:
-        scheduler.set_timesteps(1)
-        scheduler.step(sample, scheduler.timesteps[0], sample)
+    def cost() -> float:
+        return min(timeit.repeat(lambda: scheduler.step(1, 2, 3), number=100, repeat=100)) / 100
 
-    bare = min(timeit.repeat(step, number=200, repeat=5))
+    bare = cost()
     fx.instrument(pipe)
-    wrapped = min(timeit.repeat(step, number=200, repeat=5))
-    assert (wrapped - bare) / 200 < 10e-6
+    assert type(scheduler).step.__wrapped__ is not None
+    assert cost() - bare < 2e-6
 
 
 def test_two_threads() -> None:

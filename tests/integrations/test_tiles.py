@@ -43,9 +43,8 @@ def test_tiles_of_an_encoding() -> None:
     fx.instrument(pipe)
     with torch.no_grad():
         recording = recorded(lambda: pipe.vae.encode(torch.randn(1, 3, 24, 24)))
-    found = labels(recording.tree()[0].children)
-    if found and found[0] == "vae.tiled_encode":
-        found = labels(only(recording, "vae.tiled_encode").children)
+    assert labels(recording.tree()) == ["vae.encode"]
+    found = labels(only(recording, "vae.tiled_encode").children)
     assert list(dict.fromkeys(found)) == [f"vae_tile_{p}" for p in ("y0_x0", "y0_x12", "y12_x0", "y12_x12")]
 
 
@@ -66,6 +65,26 @@ def test_tiles_of_a_video(name: str) -> None:
     assert len(found) > 1
     assert all(label.startswith("vae_tile_t") for label in labels(tiled.children))
     assert all(label[0].startswith("vae.") for label in map(labels, (t.children for t in tiled.children)))
+
+
+def test_tiles_in_time_and_space() -> None:
+    pipe, ask = build("LTXPipeline")
+    pipe.vae.enable_tiling(
+        tile_sample_min_height=16, tile_sample_min_width=16, tile_sample_stride_height=16, tile_sample_stride_width=16
+    )
+    pipe.vae.use_framewise_decoding = True
+    pipe.vae.tile_sample_min_num_frames, pipe.vae.tile_sample_stride_num_frames = 8, 4
+    plain = ask(num_frames=17)
+    fx.instrument(pipe)
+    with record() as recording:
+        watched = ask(num_frames=17)
+    assert torch.equal(plain[0], watched[0])
+    assert recording.balanced
+    over_time = only(recording, "vae.temporal_tiled_decode")
+    assert set(labels(over_time.children)) == {"vae.tiled_decode"}
+    tiles = [tile.label for part in over_time.children for tile in part.children]
+    assert len(tiles) == len(set(tiles)) == 4 * len(over_time.children) > 4
+    assert {tile.split("_")[2] for tile in tiles} == {f"t{t}" for t in range(len(over_time.children))}
 
 
 def test_untiled_calls_have_no_tiles() -> None:
