@@ -65,6 +65,7 @@ def trace_level(module: nn.Module, ranged: Sequence[str]) -> Level:
     for child in ranged:
         if not calls_plainly(module.get_submodule(child)):
             raise Refused(f"{child} overrides __call__, which must run around its range")
+    _first_paths(module)  # before the cache, which knows classes and not who shares what
     key = (
         function,
         tuple(sorted((n, type(v), v) for n, v in facts.scalars.items())) if facts.scalars else (),
@@ -127,6 +128,24 @@ class _NothingConcrete(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def _first_paths(module: nn.Module) -> dict[int, str]:
+    """By id, the first path to each module below. Refused where this level can reach one by several names: one call
+    in the graph stands for one name, and the other may be given another module later."""
+    paths: dict[int, str] = {}
+    for path, child in module.named_modules(remove_duplicate=False):
+        first = paths.setdefault(id(child), path)
+        if first != path and child is not module and _in_reach(module, path):
+            raise Refused(f"{first} and {path} are the same module")
+    return paths
+
+
+def _in_reach(module: nn.Module, path: str) -> bool:
+    """Whether a level's own forward can call what lies at `path`: a child, or an item of a container child."""
+    parts = path.split(".")
+    loops = (nn.ModuleList, nn.Sequential)
+    return len(parts) == 1 or (len(parts) == 2 and isinstance(module._modules.get(parts[0]), loops))
+
+
 def unpack(value: Any, count: int) -> tuple[Any, ...]:
     """`a, b = value` with Python's own complaint when the number does not fit."""
     items = tuple(value)
@@ -140,11 +159,7 @@ class _Tracer(fx.Tracer):
     """Children are leaves, tensors of self are read by name at every call, unpacking is checked at run time."""
 
     def trace_one(self, module: nn.Module) -> fx.Graph:
-        self.paths: dict[int, str] = {}
-        for path, child in module.named_modules(remove_duplicate=False):
-            if id(child) in self.paths and child is not module and self._direct(module, path):
-                raise Refused(f"{self.paths[id(child)]} and {path} are the same module")
-            self.paths.setdefault(id(child), path)
+        self.paths = _first_paths(module)
         try:
             with _NothingConcrete():
                 return self.trace(module)
@@ -153,13 +168,6 @@ class _Tracer(fx.Tracer):
         except Exception as error:  # a forward may fail under tracing in any way
             first = str(error).strip().splitlines()
             raise Refused(f"torch.fx cannot trace it: {type(error).__name__}: {first[0] if first else ''}") from None
-
-    @staticmethod
-    def _direct(module: nn.Module, path: str) -> bool:
-        """Whether `path` can be reached by this level's own forward: a child, or an item of a container child."""
-        parts = path.split(".")
-        loops = (nn.ModuleList, nn.Sequential)
-        return len(parts) == 1 or (len(parts) == 2 and isinstance(module._modules.get(parts[0]), loops))
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True

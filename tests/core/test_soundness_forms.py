@@ -165,3 +165,19 @@ def test_other_kinds_of_tensors():
     twins.agree(torch.nested.nested_tensor([x(2, 4), x(3, 4)]).to_padded_tensor(0.0))
     twins.agree(x(3, 5))
     twins.agree(x(4, 4).to_sparse())
+
+
+@pytest.mark.parametrize("tied_first", [False, True])
+def test_a_tied_module_of_a_class_does_not_decide_for_its_untied_sisters(tied_first):
+    class Fresh(zoo.Straight):
+        pass
+
+    def tied():
+        model = Fresh()
+        model.b = model.a
+        return model
+
+    for make in (tied, Fresh, tied, Fresh)[not tied_first :]:
+        twins = Twins(make)
+        twins.agree(x())
+        assert twins.traced() == (make is Fresh)
