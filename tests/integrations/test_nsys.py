@@ -40,8 +40,8 @@ def test_nsys_sees_what_the_recorder_saw(tmp_path: Path) -> None:
     recorded = [(label, depth) for label, depth in json.loads(said.read_text())]
     with sqlite3.connect(database) as connection:
         rows = connection.execute(
-            "select coalesce(e.text, s.value), e.start, e.end from NVTX_EVENTS e left join StringIds s on s.id = e.textId "
-            "where e.eventType = 59 order by e.start, e.end desc"
+            "select coalesce(e.text, s.value), e.start, e.end from NVTX_EVENTS e "
+            "left join StringIds s on s.id = e.textId where e.eventType = 59 order by e.start, e.end desc"
         ).fetchall()
     seen, ends = [], []
     for text, start, end in rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -186,6 +187,30 @@ def test_a_bar_of_another_kind_is_left_alone(monkeypatch: pytest.MonkeyPatch) ->
         recording = recorded(lambda: pipe(3, "for"))
     assert [n.label for n in recording.tree()[0].children if n.category == "module"] == ["unet"] * 6
     fx.uninstrument(pipe)
+
+
+def test_nothing_of_the_pipelines_frame_is_kept_alive() -> None:
+    """The timesteps are read from the pipeline's own variables; its tensors must still go when it lets go of them."""
+    noise: list[Any] = []
+
+    class Holding(Looping):
+        def __call__(self) -> None:
+            self.scheduler.set_timesteps(2)
+            timesteps = self.scheduler.timesteps
+            sample = torch.ones(1, 3)
+            noise.append(weakref.ref(sample))
+            with self.progress_bar(total=2) as bar:
+                for t in timesteps:
+                    sample = self.step(sample, t)
+                    noise.append(noise[0]() is None)
+                    bar.update()
+
+    pipe = Holding(torch.nn.Linear(3, 3), diffusers.DDIMScheduler())
+    fx.instrument(pipe)
+    with torch.no_grad():
+        recording = recorded(pipe)
+    assert labels(only(recording, "denoising_loop").children) == ["denoising_step_0_t500", "denoising_step_1_t0"]
+    assert noise[1:] == [True, True]
 
 
 def test_uninstrument_in_the_middle_of_a_request() -> None:

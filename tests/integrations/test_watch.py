@@ -33,7 +33,8 @@ other, _ = TINY["FluxPipeline"]()
 with fxnvtx.record() as silent:
     other(**arguments, num_inference_steps=1, output_type="np")
 print(json.dumps({
-    "before": before, "restored": not any("fxnvtx" in type(f).__module__ for f in sys.meta_path), "loader": list(vars(loader)),
+    "before": before, "restored": not any("fxnvtx" in type(f).__module__ for f in sys.meta_path),
+    "loader": list(vars(loader)),
     "labels": [r.label for r in recording.ranges], "silent": len(silent.ranges),
 }))
 """
