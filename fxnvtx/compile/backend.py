@@ -74,6 +74,7 @@ class Backend:
                 hindrance, f"layers inside {region.title} will not be visible, one range per region is: {hindrance}"
             )
             return ranged(region, inductor.compile_plain(graph_module, inputs, patches))
+        region.replayed = inductor.replays(patches)
         if self.boundaries == "strict":
             if has_subgraphs(graph_module):
                 about.reason = "strict boundaries are not possible around control flow; kernels may be fused"

@@ -59,13 +59,15 @@ class Compilation:
         self.about = about
         self.backward = False
         self.before: Before | None = None
+        self._order: dict[Node, int] = {}
 
     def row(self, nodes: Iterable[Node]) -> Row:
         """Sets of nodes have no order that repeats; the graph's order does, and generated code must repeat."""
         nodes = list(nodes)
-        order: dict[Node, int] = {}
-        for graph in {n.graph for n in nodes}:
-            order.update({n: i for i, n in enumerate(graph.nodes)})
+        order = self._order
+        for node in nodes:
+            if node not in order:
+                order.update({n: i for i, n in enumerate(node.graph.nodes)})
         row = self.owners.row(sorted(nodes, key=lambda n: (order.get(n, -1), n.name)), self.before)
         self.about.launches += 1
         self.about.unknown += row.unknown
@@ -206,6 +208,13 @@ def hindrance(config_patches: dict[str, Any]) -> str | None:
     if mode != "NORMAL":
         return f"Inductor compiles in another process (fx_compile_mode {mode})"
     return None
+
+
+def replays(config_patches: dict[str, Any]) -> bool:
+    """Whether CUDA graphs may run a region without its generated code."""
+    from torch._inductor import config
+
+    return bool(config_patches.get("triton.cudagraphs", config.triton.cudagraphs))
 
 
 def compile_plain(graph_module: Any, example_inputs: Any, config_patches: dict[str, Any]) -> Callable[..., Any]:

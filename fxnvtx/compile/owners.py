@@ -115,16 +115,25 @@ class Before:
     def __init__(self, graph: Graph) -> None:
         self.nodes = {n.name: n for n in graph.nodes}
         self._inputs = {n.name: [i.name for i in n.all_input_nodes] for n in graph.nodes}
+        self._after: Graph | None = None
+        self._present: set[str] = set()
+        self._taken: set[str] = set()
+
+    def _look_at(self, after: Graph) -> None:
+        """Take stock of the final graph, once."""
+        if self._after is not after:
+            self._after = after
+            self._present = {n.name for n in after.nodes}
+            self._taken = {r for n in after.nodes if (r := _replaced(n)) and not n.meta.get("source_fn_stack")}
 
     def replaced_by(self, node: Node) -> list[Node]:
-        """The nodes that are gone and whose work `node` does now."""
-        present = {n.name for n in node.graph.nodes}
+        """The nodes that are gone and whose work `node` does now. `node` lies in the graph as the passes left it."""
+        self._look_at(node.graph)
+        present, taken = self._present, self._taken
         first = _replaced(node)
         if first is None or first in present or first not in self.nodes:
             return []
-        # what other nodes stand for is theirs
-        taken = {_replaced(n) for n in node.graph.nodes if n is not node and not n.meta.get("source_fn_stack")}
-        gone: dict[str, None] = {first: None}
+        gone: dict[str, None] = {first: None}  # what other nodes stand for is theirs
         todo = [first]
         while todo:
             for name in self._inputs[todo.pop()]:

@@ -109,18 +109,26 @@ class Backward:
         self.before.append((current.call, current.silent))
         current.call, current.silent = self.call, self.call.silent
         current.unfinished = self.finish
-        if not current.silent:
-            entry = push(BACKWARD)
-            if entry is not None:
-                entry.owner = self.call.control
-            self.opened = [entry, *self.call.open()]
+        if current.silent:
+            return
+        if self.call.region.replayed:
+            self.open()  # no generated code will run that could ask for it
+        else:
+            current.opening = self.open  # at the first launch: a backward that only hands gradients on has none
+
+    def open(self) -> None:
+        current.opening = None
+        entry = push(BACKWARD)
+        if entry is not None:
+            entry.owner = self.call.control
+        self.opened = [entry, *self.call.open()]
 
     def end(self, gradients: Any, incoming: Any) -> None:
         self.finish()
 
     def finish(self) -> None:
         """Close what `begin` opened. Also called from the generated code where a kernel raised: autograd would not."""
-        current.unfinished = None
+        current.unfinished = current.opening = None
         opened, self.opened = self.opened, []
         for entry in reversed(opened):
             close(entry)

@@ -41,6 +41,7 @@ class Region:
     function: str | None  # name of the compiled function, where it is no method of a module
     paths: list[str]  # of its modules, for people
     repeats: bool = False  # a subgraph in it is called more than once
+    replayed: bool = True  # it may run without its generated code, or has none of ours
     bound: dict[Any, Call] = field(default_factory=dict)
 
     @property

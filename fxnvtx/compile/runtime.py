@@ -28,6 +28,7 @@ class _Current(threading.local):
     silent: bool = False
     cursor: Cursor | None = None  # where range nodes are in a graph that runs as it is
     unfinished: Callable[[], None] | None = None  # closes the range of a backward that is under way
+    opening: Callable[[], None] | None = None  # opens it, at its first launch
 
 
 current = _Current()
@@ -109,6 +110,8 @@ class Cursor:
         self._fast = _ranges.nvtx_on and not _ranges.sinks
 
     def __call__(self, there: int) -> None:
+        if current.opening is not None:
+            current.opening()
         closing, opening = self._resolved.move(self._here, there)
         self._here = there
         mine = self._open
