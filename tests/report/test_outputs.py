@@ -51,6 +51,12 @@ def test_the_table_shows_every_level_of_a_deep_tree(tmp_path: Path) -> None:
     assert max(map(len, lines)) <= 80
 
 
+def test_long_names_keep_what_tells_them_apart(report: Report) -> None:
+    lines = render_text(report, width=60).splitlines()
+    assert any("….attn" in line for line in lines)
+    assert any("….norm" in line for line in lines)
+
+
 def test_text_limit_says_what_is_left_out(report: Report) -> None:
     rows = len(report.rows())
     assert f"... and {rows - 5} more rows" in render_text(report, width=100, limit=5)
