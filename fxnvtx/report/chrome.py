@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,14 @@ _DEVICES = 10_000_000  # device tracks get process ids from here on, above any r
 _SIDE = 1 << 24  # start/end ranges get thread ids above any real one
 
 
-def write(source: Source | Sequence[Source], path: str | os.PathLike[str]) -> Path:
+def write(
+    source: Source | Sequence[Source], path: str | os.PathLike[str], tick: Callable[[int], None] | None = None
+) -> Path:
     """Write every range (and device operation) of a recording or of captures to `path`; returns the path.
 
     One process per rank, one track per thread, one per device stream. Times are microseconds with three decimals, from
-    the first event of each source. Streams: memory does not grow with the capture. Raises CaptureError, OutputError.
+    the first event of each source. Streams: memory does not grow with the capture. tick: called now and then with the
+    number of events written since the last call. Raises CaptureError, OutputError.
     """
     sources = list(source) if isinstance(source, (list, tuple)) else [source]
     with writing(path) as file:
@@ -33,7 +36,9 @@ def write(source: Source | Sequence[Source], path: str | os.PathLike[str]) -> Pa
         for index, one in enumerate(sources):
             with ExitStack() as files:
                 whole = one if isinstance(one, Recording) else Path(one)  # type: ignore[arg-type]
-                for event in _events(processes(whole, files), index):
+                for number, event in enumerate(_events(processes(whole, files), index), 1):
+                    if tick is not None and not number & 0x3FFF:
+                        tick(0x4000)
                     file.write(("" if first else ",\n") + json.dumps(event, ensure_ascii=False))
                     first = False
         file.write("\n]}\n")

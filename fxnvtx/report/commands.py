@@ -12,6 +12,7 @@ from .diff import diff
 from .load import load
 from .output import write_text
 from .progress import Late
+from .recording import load_recording
 from .render_csv import render_csv
 from .render_diff import diff_csv, diff_json, diff_text
 from .render_html import render_html
@@ -44,6 +45,8 @@ CAPTURE = click.Path(path_type=Path)
 @click.option("--split-fused", is_flag=True, help="share fused kernels out over their modules: an estimate")
 @click.option("--limit", type=click.IntRange(min=1), help="at most so many rows (text only)")
 @click.option("--jobs", type=click.IntRange(min=1), help="how many files to read at once")
+@click.option("--exact", is_flag=True, help="keep the running numbers of torch's emit_nvtx in the names")
+@click.option("--classes", type=CAPTURE, metavar="RECORDING", help="take the modules' classes from this recording")
 @click.option("--scrub", "scrubbed", is_flag=True, help="write a copy without environment, host and process names")
 def report_command(
     captures: tuple[Path, ...],
@@ -58,6 +61,8 @@ def report_command(
     split_fused: bool,
     limit: int | None,
     jobs: int | None,
+    exact: bool,
+    classes: Path | None,
     scrubbed: bool,
 ) -> None:
     """Read captures (nsys .sqlite or .nsys-rep) and recordings, and say which module of which step costs what.
@@ -73,10 +78,14 @@ def report_command(
         raise click.UsageError(f"--format {form} needs -o FILE")
     if form in ("chrome", "speedscope"):
         writer = chrome.write if form == "chrome" else speedscope.write
-        _said(writer(list(captures), output))  # type: ignore[arg-type]
+        with Late(f"writing {output.name}") as tick:  # type: ignore[union-attr]
+            written = writer(list(captures), output, tick)  # type: ignore[arg-type]
+        _said(written)
         return
     with Late(f"reading {captures[0].name}") as tick:
-        found = load(*captures, jobs=jobs, tick=tick)
+        found = load(*captures, exact=exact, jobs=jobs, tick=tick)
+    if classes is not None:
+        found.classes.update(load_recording(classes).classes)
     chosen = {"include": include, "exclude": exclude, "fold": fold, "kernels": kernels, "split_fused": split_fused}
     if form == "text":
         color = output is None and sys.stdout.isatty()

@@ -33,6 +33,9 @@ def read_sqlite(
     """
     connection = open_capture(path)
     try:
+        if tick is not None:
+            # while SQLite sorts, no row comes out; this keeps whoever watches informed
+            connection.set_progress_handler(lambda: tick(0), 5_000_000)
         with damaged(path):
             schema = detect(connection, path)
             return Reader(connection, schema, path, exact, tick).read(rank)

@@ -119,9 +119,8 @@ def open_capture(path: Path) -> sqlite3.Connection:
         try:
             connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
             connection.execute("PRAGMA temp_store = FILE")
-            connection.execute("PRAGMA cache_size = -65536")
+            connection.execute("PRAGMA cache_size = -16384")
             connection.execute("PRAGMA query_only = OFF")
-            connection.execute("PRAGMA threads = 2")
             connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
             if path.stat().st_size <= _SMALL:
                 verdict = connection.execute("PRAGMA quick_check(1)").fetchone()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TextIO
@@ -19,14 +19,17 @@ __all__ = ["write"]
 SCHEMA = "https://www.speedscope.app/file-format-schema.json"
 
 
-def write(source: Source | Sequence[Source], path: str | os.PathLike[str]) -> Path:
+def write(
+    source: Source | Sequence[Source], path: str | os.PathLike[str], tick: Callable[[int], None] | None = None
+) -> Path:
     """Write a recording or captures to `path`; returns the path. Times are nanoseconds. Of device operations that
-    overlap on a device the later one is cut, because a profile is one stack. Raises CaptureError, OutputError."""
+    overlap on a device the later one is cut, because a profile is one stack. tick: called now and then with the number
+    of events written since the last call. Raises CaptureError, OutputError."""
     sources = list(source) if isinstance(source, (list, tuple)) else [source]
     frames: dict[str, int] = {}
     with writing(path) as file:
         file.write(f'{{"$schema": "{SCHEMA}", "exporter": "fxnvtx", "profiles": [\n')
-        profiles = _Profiles(file, frames)
+        profiles = _Profiles(file, frames, tick)
         for one in sources:
             with ExitStack() as files:
                 whole = one if isinstance(one, Recording) else Path(one)  # type: ignore[arg-type]
@@ -42,8 +45,9 @@ def write(source: Source | Sequence[Source], path: str | os.PathLike[str]) -> Pa
 
 
 class _Profiles:
-    def __init__(self, file: TextIO, frames: dict[str, int]) -> None:
+    def __init__(self, file: TextIO, frames: dict[str, int], tick: Callable[[int], None] | None) -> None:
         self._file = file
+        self._tick = tick
         self._frames = frames
         self._open = False
         self._any = False
@@ -63,6 +67,8 @@ class _Profiles:
         comma = ",\n" if self._events else ""
         self._file.write(f'{comma}{{"type": "{"O" if opens else "C"}", "frame": {frame}, "at": {at}}}')
         self._events += 1
+        if self._tick is not None and not self._events & 0x3FFF:
+            self._tick(0x4000)
         self._end = max(self._end, at)
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from fxnvtx.cli import cli
+from fxnvtx.recording import Recording
 from fxnvtx.report import load, render_text
 from fxnvtx.report.progress import Late
 
@@ -83,6 +84,20 @@ def test_capture_errors_are_one_line_and_exit_code_1(tmp_path: Path) -> None:
     assert text.count("\n") == 1
     assert "No such file" in text
     assert "Traceback" not in text
+
+
+def test_classes_of_a_capture_come_from_a_recording(capture: Path, tmp_path: Path) -> None:
+    assert "class not recorded" in run("report", capture, "--by", "class")
+    recording = Recording()
+    recording.stop()
+    recording.meta["classes"] = {
+        "transformer": "DiT",
+        **{f"transformer.blocks.{i}.attn": "Attention" for i in range(3)},
+    }
+    path = recording.save(tmp_path / "recording.json")
+    text = run("report", capture, "--by", "class", "--classes", path)
+    assert "Attention" in text
+    assert "DiT" in text
 
 
 def test_scrub(capture: Path, tmp_path: Path) -> None:
