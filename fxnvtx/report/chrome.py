@@ -16,7 +16,10 @@ from .output import writing
 __all__ = ["write"]
 
 Source = Recording | str | os.PathLike[str]
-_DEVICES = 10_000_000  # device tracks get process ids from here on, above any real one
+# Perfetto reads 32-bit process ids. Linux ends at 4,194,304: two sources that know the same one are told apart above
+# that, and devices, 256 to a source, lie above those.
+_AGAIN = 5_000_000
+_DEVICES = 1_500_000_000
 _SIDE = 1 << 24  # start/end ranges get thread ids above any real one
 
 
@@ -33,10 +36,11 @@ def write(
     with writing(path) as file:
         file.write('{"displayTimeUnit": "ns", "traceEvents": [\n')
         first = True
+        taken: set[int] = set()
         for index, one in enumerate(sources):
             with ExitStack() as files:
                 whole = one if isinstance(one, Recording) else Path(one)  # type: ignore[arg-type]
-                for number, event in enumerate(_events(processes(whole, files), index), 1):
+                for number, event in enumerate(_events(processes(whole, files), index, taken), 1):
                     if tick is not None and not number & 0x3FFF:
                         tick(0x4000)
                     file.write(("" if first else ",\n") + json.dumps(event, ensure_ascii=False))
@@ -45,10 +49,13 @@ def write(
     return Path(path)
 
 
-def _events(found: list[Process], index: int) -> Iterator[dict[str, Any]]:
+def _events(found: list[Process], index: int, taken: set[int]) -> Iterator[dict[str, Any]]:
     base = _begin(found)
     for place, process in enumerate(found):
-        pid = process.pid + index * 10_000_000_000  # two files may know the same process id
+        pid = process.pid
+        while pid in taken:
+            pid += _AGAIN
+        taken.add(pid)
         yield _named("process_name", pid, 0, process.title)
         yield {"ph": "M", "name": "process_sort_index", "pid": pid, "tid": 0, "args": {"sort_index": place}}
         threads: set[int] = set()
@@ -65,7 +72,7 @@ def _events(found: list[Process], index: int) -> Iterator[dict[str, Any]]:
             yield _range(span[3], span[4], pid, tid, span[1] - base, span[2] - base)
         tracks: set[tuple[int, int]] = set()
         for device, stream, start, end, name in process.work():
-            gpu = _DEVICES + device + index * 10_000_000_000
+            gpu = _DEVICES + device + index * 256
             if (device, stream) not in tracks:
                 if not any(known == device for known, _ in tracks):
                     yield _named("process_name", gpu, 0, f"GPU {device}")

@@ -102,8 +102,8 @@ def check_chrome(path: Path) -> list[dict[str, Any]]:
     assert document["displayTimeUnit"] in ("ms", "ns")
     tracks: dict[tuple[int, int], list[tuple[float, float]]] = {}
     for event in events:
-        assert isinstance(event["pid"], int)
-        assert isinstance(event["tid"], int)
+        assert 0 <= event["pid"] < 2**31
+        assert 0 <= event["tid"] < 2**31
         assert event["ph"] in ("X", "M")
         if event["ph"] == "X":
             assert event["ts"] >= 0
@@ -126,6 +126,12 @@ def test_chrome_trace_of_a_capture(capture: Path, tmp_path: Path, report: Report
     assert sum(event["dur"] for event in events if event["name"] == "attn_k") == pytest.approx(24 * 30)
     load_range = next(event for event in ranges if event["cat"] == "residency")
     assert load_range["args"] == {"payload": 1 << 20}
+
+
+def test_ranks_side_by_side_in_one_trace(capture: Path, tmp_path: Path) -> None:
+    events = check_chrome(chrome.write([capture, capture, DATA / "h100_2gpu_slice.sqlite"], tmp_path / "trace.json"))
+    assert len({event["pid"] for event in events if event["cat"] != "kernel"}) == 4
+    assert len({event["pid"] for event in events if event["cat"] == "kernel"}) == 4
 
 
 @pytest.mark.parametrize("name", ["h100_2gpu_slice.sqlite", "mfu_2gpu_slice.sqlite"])
