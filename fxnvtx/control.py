@@ -23,7 +23,7 @@ from .levels import Level
 from .names import Named, Selection, label_text, name_modules
 from .ranges import Label, label
 from .sight import keep_out_of_sight
-from .slot import SLOT, Around, Slot, slot_of
+from .slot import SLOT, Around, OuterSlot, Slot, calls_plainly, slot_of
 
 __all__ = ["Control", "Entry", "controls", "controls_of", "entry_of", "lock", "sync"]
 
@@ -44,6 +44,7 @@ def _after_fork() -> None:
 # A child must not inherit a lock whose owner it does not have.
 os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
 _registered: dict[int, Control] = {}  # by id(root), in the order of instrument() calls; a later one wins a module
+lost = 0  # how many modules of instrumented models have died, for the report at exit
 _orphaned: list[Control] = []  # their model died, children of it may live on with slots in place
 _current: dict[int, tuple[Control, Entry]] = {}  # by id(module): who names it, as of the last sync
 
@@ -189,6 +190,8 @@ def register(model: nn.Module, control: Control) -> None:
     def forget(_: object, key: int = key, control: Control = control) -> None:
         if _registered.get(key) is control:
             del _registered[key]
+            global lost
+            lost += len(control.entries)
             _orphaned.append(control)  # any thread may be in sync() just now, so no more than this
 
     keep_out_of_sight()
@@ -266,14 +269,16 @@ def _children_agree(module: nn.Module, control: Control, wanted: dict[int, tuple
 def _place(module: nn.Module, control: Control, entry: Entry, level: Level | None) -> None:
     slot = slot_of(module)
     if slot is None or slot.control is not control or slot.module is not module:
+        occupied = slot.occupied if slot is not None else SLOT in module.__dict__
         inner = slot.inner if slot is not None else module.__dict__.get(SLOT)
-        slot = Slot(module, control, inner)
+        slot = (Slot if calls_plainly(module) else OuterSlot)(module, control, inner)
+        slot.occupied = occupied
     slot.around = control.arounds.get(entry.fqn)
     slot.name(
         control.label(entry.fqn), control.prefix(entry.fqn), control.labels_by_parent(entry), control.shapes, level
     )
     entry_point = slot.entry_point
-    if entry.parent is None and not slot.shapes:
+    if entry.parent is None:
         entry_point = slot.call_root
     module.__dict__[SLOT] = entry_point
     control.note_kind(entry)
@@ -283,7 +288,7 @@ def _remove(module: nn.Module) -> None:
     slot = slot_of(module)
     if slot is None:
         return
-    if slot.inner is None:
+    if not slot.occupied:
         del module.__dict__[SLOT]
     else:
         module.__dict__[SLOT] = slot.inner

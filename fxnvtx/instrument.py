@@ -216,9 +216,8 @@ def _silence() -> str | None:
 
 
 def _at_exit() -> None:
-    known = controls()
-    if known and not _ranges.emitted:
-        modules = sum(len(c.entries) for c in known)
+    modules = sum(len(c.entries) for c in controls()) + _control.lost
+    if modules and not _ranges.emitted and not _ranges.silence_told:
         _ranges.log.warning("%d modules were instrumented but no range was emitted: %s", modules, _ranges.why_silent())
 
 

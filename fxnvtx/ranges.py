@@ -161,6 +161,7 @@ nvtx_on = mode != "off" and not os.environ.get("NVTX_DISABLE") and (mode == "on"
 sinks: tuple[Sink, ...] = ()
 active = nvtx_on
 emitted = False
+silence_told = False  # whether the log has said why nothing is emitted; once is enough
 _listener_lock = threading.RLock()
 _on_change: list[Callable[[], None]] = []
 
@@ -176,9 +177,11 @@ def on_listeners_changed(callback: Callable[[], None]) -> None:
 
 
 def add_sink(sink: Sink) -> None:
-    global sinks
+    global sinks, silence_told
     if mode == "off":
-        log.warning("FXNVTX=off: this recording stays empty; unset FXNVTX to record")
+        if not silence_told:
+            silence_told = True
+            log.warning("FXNVTX=off: this recording stays empty; unset FXNVTX to record")
         return
     with _listener_lock:
         sinks = (*sinks, sink)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -260,7 +259,6 @@ def build_tree(ranges: list[Range]) -> list[Node]:
 
 # set by instrument.py: why instrumented models may have stayed silent, or None where there is nothing to say
 explain_silence: Callable[[], str | None] = lambda: None  # noqa: E731
-_told = threading.Event()
 
 
 @contextmanager
@@ -281,8 +279,8 @@ def record() -> Iterator[Recording]:
     finally:
         _ranges.remove_sink(recording)
         recording.stop()
-        if not recording.ranges and not _told.is_set():
+        if not recording.ranges and not _ranges.silence_told:
             reason = explain_silence()
             if reason:
-                _told.set()
+                _ranges.silence_told = True
                 _ranges.log.warning("this recording is empty: %s", reason)

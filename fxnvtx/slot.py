@@ -45,6 +45,7 @@ class Slot:
         "label",
         "level",
         "module",
+        "occupied",
         "plain",
         "prefix",
         "shapes",
@@ -55,6 +56,7 @@ class Slot:
         self.module = module
         self.control = control
         self.inner = inner  # what was in the place before (a compiled callable), given back on removal
+        self.occupied = False  # whether there was anything, None included
         self.plain: Any = inner if inner is not None else module._call_impl
         self.label: Label = cast(Label, None)
         self.attributes: Any = None

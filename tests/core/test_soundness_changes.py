@@ -161,6 +161,15 @@ def test_a_child_replaced_by_one_that_adds_to_call():
     assert [label for label, _ in twins.tree[0][1]] == ["a", "b"]
 
 
+def test_a_child_replaced_by_an_instrumented_one_that_adds_to_call():
+    twins = Twins(lambda: nn.Sequential(zoo.Straight(), zoo.OwnCall()), warm=(x(),))
+    assert twins.traced("0")
+    for model in (twins.plain, twins.auto, twins.hooks):
+        model[0].a = model[1]
+    twins.agree_in_value(x())
+    twins.renew().agree(x())
+
+
 def test_a_module_list_that_changes():
     twins = Twins(zoo.Loop, warm=(x(),))
     assert twins.traced() and twins.holds()
