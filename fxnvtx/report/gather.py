@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import os
+import pickle
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Protocol
 
+from .. import errors
+from ..errors import CaptureError
 from .part import Part
 
-__all__ = ["combine", "gather", "read_one"]
+__all__ = ["gather", "read_one"]
+
+Job = tuple[str, bool]  # path, exact
 
 
 class Mapper(Protocol):
     """map(function, items) -> results in the order of the items."""
 
-    def __call__(
-        self, function: Callable[[tuple[str, bool]], list[Part]], items: list[tuple[str, bool]]
-    ) -> Iterable[list[Part]]: ...
+    def __call__(self, function: Callable[[Job], list[Part]], items: list[Job]) -> Iterable[list[Part]]: ...
 
 
-def read_one(job: tuple[str, bool]) -> list[Part]:
-    """What every worker runs: (path, exact) -> the file's processes."""
+def read_one(job: Job) -> list[Part]:
+    """What every worker runs: the processes of one file."""
     from .load import read_file
 
     return read_file(Path(job[0]), job[1])
@@ -34,18 +38,42 @@ def gather(
 ) -> list[Part]:
     """The parts of all files, in the order of the files."""
     work = [(str(path), exact) for path in files]
-    if mapper is not None:
-        return combine(mapper(read_one, work))
     workers = min(len(files), jobs or os.cpu_count() or 1)
-    if workers < 2:
+    if mapper is not None:
+        results = mapper(read_one, work)
+    elif workers < 2:
         from .load import read_file
 
-        return combine(read_file(path, exact, tick) for path in files)
-    # spawn: a fork would copy the locks and threads of whatever the caller runs
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        return combine(pool.map(read_one, work))
-
-
-def combine(results: Iterable[list[Part]]) -> list[Part]:
-    """One list; processes without a known rank are told apart by their place in it."""
+        results = (read_file(path, exact, tick) for path in files)
+    else:
+        results = _in_processes(work, workers, tick)
     return [part for parts in results for part in parts]
+
+
+def _in_processes(work: list[Job], workers: int, tick: Callable[[int], None] | None) -> list[list[Part]]:
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(_in_process, job) for job in work]
+        waiting = set(futures)
+        while waiting:
+            _, waiting = wait(waiting, timeout=0.5)
+            if tick is not None:
+                tick(0)
+        return [future.result() for future in futures]
+
+
+def _in_process(job: Job) -> list[Part]:
+    """Read one file in an interpreter of its own. Not through multiprocessing, whose workers run the caller's script
+    once more where that has no `if __name__ == "__main__"`."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "fxnvtx.report.worker", job[0], "exact" if job[1] else "clean"],
+        capture_output=True,
+        env=environment,
+    )
+    if done.returncode:
+        said = done.stderr.decode("utf-8", "replace").strip().splitlines()
+        raise CaptureError(f"reading {job[0]} failed: {said[-1] if said else f'exit code {done.returncode}'}")
+    kind, value = pickle.loads(done.stdout)
+    if kind == "parts":
+        return list(value)
+    raise getattr(errors, kind)(value)

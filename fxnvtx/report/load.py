@@ -10,6 +10,7 @@ from pathlib import Path
 from ..errors import CaptureError
 from ..recording import Recording
 from .export import exported
+from .gather import gather
 from .nsys import read_sqlite
 from .part import Part
 from .recording import load_recording, read_recording
@@ -81,7 +82,4 @@ def load(
     """
     if not paths:
         raise CaptureError("no capture given: name at least one .sqlite, .nsys-rep or recording")
-    files = [Path(path) for path in paths]
-    from .gather import gather
-
-    return Report(gather(files, exact, jobs, tick))
+    return Report(gather([Path(path) for path in paths], exact, jobs, tick))

@@ -15,7 +15,7 @@ const steps = (() => {
     const ratio = window.devicePixelRatio || 1, width = canvas.clientWidth, height = canvas.clientHeight;
     canvas.width = Math.round(width * ratio); canvas.height = Math.round(height * ratio);
     paint.setTransform(ratio, 0, 0, ratio, 0, 0);
-    const values = found.map(valueOf), most = Math.max(...values.slice(0, 100000), 1);
+    const values = found.map(valueOf), most = values.reduce((a, b) => Math.max(a, b), 1);
     const sorted = [...values].sort((a, b) => a - b), half = sorted.length >> 1;
     const median = sorted.length % 2 ? sorted[half] : (sorted[half - 1] + sorted[half]) / 2;
     const style = getComputedStyle(document.documentElement), ink = style.getPropertyValue("--dim"), bar = style.getPropertyValue("--bar");

@@ -134,6 +134,22 @@ def test_locked_by_a_writer(tmp_path: Path) -> None:
     assert load(path).rows()[0].calls == 1
 
 
+def test_any_file_name(tmp_path: Path) -> None:
+    path = small(tmp_path / "a b#c?d%20\u00fc mode=rw&x.sqlite").close()
+    assert load(path).rows()[0].calls == 1
+
+
+def test_two_calls_with_one_correlation_launch_once(tmp_path: Path) -> None:
+    """The runtime's and the driver's call of one launch."""
+    capture = Capture(tmp_path / "twice.sqlite")
+    capture.range(0, 100, "a")
+    capture.kernel(1000, 1010, capture.call(10, 50))
+    capture._correlation -= 1
+    capture.call(20, 30, name="cuLaunchKernel")
+    (row,) = load(capture.close()).rows()
+    assert (row.kernels, row.gpu_sum, row.gpu) == (1, 10, 10)
+
+
 def test_wal_mode_leaves_no_files_behind(tmp_path: Path) -> None:
     path = small(tmp_path / "wal.sqlite").close()
     database = sqlite3.connect(path)

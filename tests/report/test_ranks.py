@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,15 @@ def test_processes_give_what_one_process_gives(files: list[Path]) -> None:
     alone, spread = load(*files, jobs=1), load(*files, jobs=3)
     for view in ("tree", "module", "kernel"):
         assert spread.rows(by=view) == alone.rows(by=view)
+
+
+def test_a_script_without_a_main_guard_may_load_several_files(files: list[Path], tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, fxnvtx.report as report\nprint('once')\nprint(len(report.load(*sys.argv[1:], jobs=2).parts))\n"
+    )
+    done = subprocess.run([sys.executable, script, *files], capture_output=True, text=True, check=True)
+    assert done.stdout == "once\n3\n"
 
 
 def test_two_processes_in_one_file(tmp_path: Path) -> None:
