@@ -15,13 +15,13 @@ import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.fx import Node
 
 from .explain import CompiledRegion
-from .owners import Before, Owners, Row, owners_of
+from .owners import Before, Owners, Row, input_shapes, owners_of
 
 __all__ = ["Compilation", "compile_graph", "compile_plain", "config_of", "hindrance", "missing"]
 
@@ -49,6 +49,13 @@ _LAUNCHING = (
 )
 
 
+class Launch(NamedTuple):
+    """One launch site: who owns it, and the shapes it reads."""
+
+    row: Row
+    shapes: list[list[int]]
+
+
 class Compilation:
     """One region being compiled: its key and its owners."""
 
@@ -60,18 +67,26 @@ class Compilation:
         self.backward = False
         self.before: Before | None = None
         self._order: dict[Node, int] = {}
+        self._weights: set[Node] = set()
 
-    def row(self, nodes: Iterable[Node]) -> Row:
+    def look_at(self, graph: Any, static: Iterable[int]) -> None:
+        """Before the passes: `static` are the positions of weights among the graph's inputs."""
+        self.before = Before(graph)
+        inputs = [n for n in graph.nodes if n.op == "placeholder"]
+        self._weights = {inputs[i] for i in static if i < len(inputs)}
+
+    def launch(self, nodes: Iterable[Node]) -> Launch:
         """Sets of nodes have no order that repeats; the graph's order does, and generated code must repeat."""
         nodes = list(nodes)
         order = self._order
         for node in nodes:
             if node not in order:
                 order.update({n: i for i, n in enumerate(node.graph.nodes)})
-        row = self.owners.row(sorted(nodes, key=lambda n: (order.get(n, -1), n.name)), self.before)
+        nodes.sort(key=lambda n: (order.get(n, -1), n.name))
+        row = self.owners.row(nodes, self.before)
         self.about.launches += 1
         self.about.unknown += row.unknown
-        return row
+        return Launch(row, input_shapes(nodes, self._weights))
 
 
 class _Active(threading.local):
@@ -234,7 +249,7 @@ def compile_graph(
     _patch_graph_lowering()
 
     def inner_compile(graph: Any, inputs: Any, **kwargs: Any) -> Any:
-        compilation.before = Before(graph.graph)
+        compilation.look_at(graph.graph, kwargs.get("static_input_idxs") or ())
         with _compiling(compilation, bool(kwargs.get("is_backward"))):
             return compile_fx_inner(graph, inputs, **kwargs)
 
@@ -268,11 +283,12 @@ def _lines() -> tuple[type, type, type]:
             return lambda line: None
 
     class OwnerLine(WrapperLine):
-        def __init__(self, row: int) -> None:
+        def __init__(self, row: int, shapes: int) -> None:
             self.row = row
+            self.shapes = shapes
 
         def codegen(self, code: Any) -> None:
-            code.writeline(f"if _fxnvtx_at is not None: _fxnvtx_at({self.row})")
+            code.writeline(f"if _fxnvtx_at is not None: _fxnvtx_at({self.row}, {self.shapes})")
 
         def codegen_fx(self, converter: Any) -> Any:
             return lambda line: None
@@ -289,6 +305,7 @@ def _with_ranges(base: Any) -> Any:
         self.fxnvtx = compilation
         self.fxnvtx_backward = compilation.backward
         self.fxnvtx_rows = {}
+        self.fxnvtx_shapes = []
         self.fxnvtx_here = None
         self.fxnvtx_handle = None
         self.fxnvtx_nodes = {}
@@ -299,11 +316,13 @@ def _with_ranges(base: Any) -> Any:
 
     def writeline(self: Any, line: Any) -> None:
         if _active.compilation is not None:
-            row = _row_of(self, line, wrapper_line)
-            if row is not None and row != self.fxnvtx_here:
-                self.fxnvtx_here = row
-                number = self.fxnvtx_rows.setdefault(row, len(self.fxnvtx_rows) + 1)
-                base.writeline(self, owner_line(number))
+            launch = _launch_of(self, line, wrapper_line)
+            if launch is not None and launch.row != self.fxnvtx_here:
+                self.fxnvtx_here = launch.row
+                number = self.fxnvtx_rows.setdefault(launch.row, len(self.fxnvtx_rows) + 1)
+                if launch.shapes not in self.fxnvtx_shapes:
+                    self.fxnvtx_shapes.append(launch.shapes)
+                base.writeline(self, owner_line(number, self.fxnvtx_shapes.index(launch.shapes)))
         base.writeline(self, line)
 
     def codegen_partition_call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -317,7 +336,8 @@ def _with_ranges(base: Any) -> Any:
         self.header.writeline("import fxnvtx.ranges as _fxnvtx_ranges")
         self.header.writeline("from fxnvtx.compile.runtime import Table as _fxnvtx_Table")
         below = hasattr(self, "subgraph_name") and getattr(self, "partition_signatures", None) is None
-        self.header.writeline(f"{name} = _fxnvtx_Table({self.fxnvtx.key!r}, {self.fxnvtx_backward}, {rows!r}, {below})")
+        arguments = f"{self.fxnvtx.key!r}, {self.fxnvtx_backward}, {rows!r}, {self.fxnvtx_shapes!r}, {below}"
+        self.header.writeline(f"{name} = _fxnvtx_Table({arguments})")
         self.lines.insert(0, begin_line(name, _telling(self, below)))
 
     def generate_return(self: Any, output_refs: list[str]) -> None:
@@ -361,14 +381,14 @@ def _calling_below(base: Any, name: str, owner_line: Any) -> Any:
 def _to_base(wrapper: Any, owner_line: Any, base: Any) -> None:
     if wrapper.fxnvtx_here is not None:
         wrapper.fxnvtx_here = None
-        base.writeline(wrapper, owner_line(0))
+        base.writeline(wrapper, owner_line(0, -1))
 
 
 def compilation_of(wrapper: Any) -> Compilation:
     return cast(Compilation, wrapper.fxnvtx)
 
 
-def _row_of(wrapper: Any, line: Any, wrapper_line: type) -> Row | None:
+def _launch_of(wrapper: Any, line: Any, wrapper_line: type) -> Launch | None:
     """The owner of what this line launches; None where it launches nothing."""
     if isinstance(line, wrapper_line):
         kind = type(line).__name__
@@ -376,31 +396,31 @@ def _row_of(wrapper: Any, line: Any, wrapper_line: type) -> Row | None:
             return None
         handle = wrapper.fxnvtx_handle
         if kind == "KernelCallLine" and handle is not None:
-            return cast(Row, handle[1])
+            return cast(Launch, handle[1])
         node = getattr(line, "node", None)
-        row = _row_of_ir(wrapper, node)
-        if row is not None:
-            return row
-        return _row_of_current(wrapper)
+        launch = _launch_of_ir(wrapper, node)
+        if launch is not None:
+            return launch
+        return _launch_of_current(wrapper)
     text = line if isinstance(line, str) else getattr(line, "line", None)
     if not isinstance(text, str) or "(" not in text:
         return None
     text = text.strip()
     if text.startswith(_QUIET_STARTS) or any(call in text for call in _QUIET_CALLS):
         return None
-    return _row_of_current(wrapper)
+    return _launch_of_current(wrapper)
 
 
-def _row_of_ir(wrapper: Any, node: Any) -> Row | None:
+def _launch_of_ir(wrapper: Any, node: Any) -> Launch | None:
     """An extern kernel's own origin is exact; the others are a set."""
     origin = getattr(node, "origin_node", None)
     if isinstance(origin, Node):
-        return compilation_of(wrapper).row([origin])
+        return compilation_of(wrapper).launch([origin])
     origins = getattr(node, "origins", None)
-    return compilation_of(wrapper).row(origins) if origins else None
+    return compilation_of(wrapper).launch(origins) if origins else None
 
 
-def _row_of_current(wrapper: Any) -> Row:
+def _launch_of_current(wrapper: Any) -> Launch:
     from torch._inductor.virtualized import V
 
     scheduled = getattr(getattr(V.graph, "scheduler", None), "current_node", None)
@@ -410,12 +430,12 @@ def _row_of_current(wrapper: Any) -> Row:
         inner = getattr(part, "node", None)
         origin = getattr(inner, "origin_node", None)
         if len(parts) == 1 and isinstance(origin, Node):
-            return compilation_of(wrapper).row([origin])
+            return compilation_of(wrapper).launch([origin])
         nodes.update(dict.fromkeys(getattr(inner, "origins", ())))
-    return compilation_of(wrapper).row(nodes)
+    return compilation_of(wrapper).launch(nodes)
 
 
-def _announced(wrapper: Any, kernel_name: str, handle: int | None) -> Row:
+def _announced(wrapper: Any, kernel_name: str, handle: int | None) -> Launch:
     from torch._inductor import debug
     from torch._inductor.virtualized import V
 
@@ -425,4 +445,4 @@ def _announced(wrapper: Any, kernel_name: str, handle: int | None) -> Row:
     if known is None:
         known = wrapper.fxnvtx_nodes[id(graph)] = {n.name: n for n in graph.nodes}
     nodes = [known[n] for n in names if n in known]
-    return compilation_of(wrapper).row(nodes) if nodes else _row_of_current(wrapper)
+    return compilation_of(wrapper).launch(nodes) if nodes else _launch_of_current(wrapper)

@@ -41,4 +41,4 @@ def with_range_nodes(graph_module: GraphModule, key: str, owners: Owners) -> Tab
                 graph_module.graph.call_function(move, (number,))
     graph_module.recompile()
     literal: list[Any] = [owners_of(row) for row in rows]
-    return Table(key, False, literal)
+    return Table(key, False, literal, [])

@@ -16,12 +16,13 @@ Rules, in this order:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
+from torch import Tensor
 from torch.fx import Graph, Node
 
-__all__ = ["Before", "Chain", "Owners", "Row", "Step", "common", "owners_of"]
+__all__ = ["Before", "Chain", "Owners", "Row", "Step", "common", "input_shapes", "owners_of"]
 
 
 class Step(NamedTuple):
@@ -209,6 +210,28 @@ class Owners:
 def _paths(chain: Chain) -> tuple[tuple[int, str], ...]:
     """A chain without the numbers of the calls."""
     return tuple((s.anchor, s.path) for s in chain)
+
+
+def input_shapes(nodes: Iterable[Node], weights: Container[Node]) -> list[list[int]]:
+    """Shapes of what a kernel reads, in program order, as far as they are fixed; weights left out."""
+    inside = set(nodes)
+    found: dict[Node, list[int]] = {}
+    for node in nodes:
+        for given in node.all_input_nodes:
+            value = given.meta.get("val")
+            if given in inside or given in found or not isinstance(value, Tensor) or _origin(given) in weights:
+                continue
+            sizes = list(value.shape)
+            if all(type(n) is int for n in sizes):
+                found[given] = sizes
+    return list(found.values())
+
+
+def _origin(node: Node) -> Node:
+    """What a chain of views is a view of."""
+    while node.op == "call_function" and is_folded(node) and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+    return node
 
 
 def common(chains: Iterable[Chain]) -> Chain:

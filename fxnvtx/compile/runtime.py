@@ -59,10 +59,13 @@ class Resolved:
 class Table:
     """The owners of one generated function. Rows as `owners.owners_of` writes them."""
 
-    def __init__(self, key: str, backward: bool, rows: list[Any], below: bool = False) -> None:
+    def __init__(
+        self, key: str, backward: bool, rows: list[Any], shapes: list[list[list[int]]], below: bool = False
+    ) -> None:
         self.key = key
         self.backward = backward
         self.rows = rows
+        self.shapes = shapes  # input shapes of launches: the payload of the range that a launch opens
         self.below = below  # the function is a subgraph's: one for all its calls
         self._resolved: dict[Any, tuple[Resolved, Any]] = {}
 
@@ -71,12 +74,12 @@ class Table:
         that may be parameters, where these are needed to tell whose call it is."""
         call = current.call
         if call is not None and call.key == self.key:
-            return None if current.silent else Cursor(self.resolve(call, tensors), call, [])
+            return None if current.silent else Cursor(self, self.resolve(call, tensors), call, [])
         found = self._find(tensors)
         if found is None or found.silent:
             return None
         base = [open_range(BACKWARD, found.control)] if self.backward else []
-        return Cursor(self.resolve(found, tensors), found, base + found.open())
+        return Cursor(self, self.resolve(found, tensors), found, base + found.open())
 
     def _find(self, tensors: tuple[Any, ...]) -> Call | None:
         for reference in reversed(families.get(self.key, ())):
@@ -99,9 +102,10 @@ class Table:
 class Cursor:
     """Where one call of a generated function is. Calling it with a row's number moves there."""
 
-    __slots__ = ("_base", "_fast", "_here", "_open", "_owner", "_resolved")
+    __slots__ = ("_base", "_fast", "_here", "_open", "_owner", "_resolved", "_shapes")
 
-    def __init__(self, resolved: Resolved, call: Call, base: list[Any]) -> None:
+    def __init__(self, table: Table, resolved: Resolved, call: Call, base: list[Any]) -> None:
+        self._shapes = table.shapes
         self._resolved = resolved
         self._base = base
         self._here = 0
@@ -109,7 +113,7 @@ class Cursor:
         self._owner = call.control
         self._fast = _ranges.nvtx_on and not _ranges.sinks
 
-    def __call__(self, there: int) -> None:
+    def __call__(self, there: int, shapes: int = -1) -> None:
         if current.opening is not None:
             current.opening()
         closing, opening = self._resolved.move(self._here, there)
@@ -126,6 +130,8 @@ class Cursor:
                 nvtx_push(text.attributes, HANDLE)
             else:
                 mine.append(open_range(text, self._owner))
+        if shapes >= 0 and opening and not self._fast and mine[-1] is not None:
+            mine[-1].payload = self._shapes[shapes] or None
 
     def close(self) -> None:
         """End of the generated function, by return or exception."""

@@ -26,7 +26,7 @@ class Mlp(nn.Module):
 class Unique(nn.Module):
     """Several Mlps around a common width; every (in, out) pair occurs once."""
 
-    def __init__(self, blocks: int = 3, width: int = 6) -> None:
+    def __init__(self, blocks: int = 2, width: int = 6) -> None:
         super().__init__()
         self.embed = nn.Linear(PRIMES[0], width)
         self.blocks = nn.ModuleList([Mlp(width, PRIMES[1 + 2 * i], PRIMES[2 + 2 * i]) for i in range(blocks)])
@@ -49,9 +49,8 @@ class Broken(Unique):
         x = self.embed(x)
         torch._dynamo.graph_break()
         x = self.blocks[0](x)
-        x = self.blocks[1](x)
         torch._dynamo.graph_break()
-        return self.head(self.blocks[2](x)).sin()
+        return self.head(self.blocks[1](x)).sin()
 
 
 class Twice(Unique):

@@ -10,7 +10,7 @@ import torch
 import fxnvtx
 
 from .generated import counted, forget_generated_code, kernel_hashes, without_graph_caches, wrapper_sources
-from .models import Broken, Same, Twice, Unique
+from .models import Broken, Same, Unique
 
 pytestmark = pytest.mark.slow
 
@@ -41,9 +41,7 @@ def _run(model, backend, regional=False):
 BATCH_2 = 9
 
 
-@pytest.mark.parametrize(
-    ("make", "regional"), [(Unique, False), (Broken, False), (Twice, False), (Same, True)], ids=lambda v: str(v)
-)
+@pytest.mark.parametrize(("make", "regional"), [(Unique, False), (Broken, False), (Same, True)], ids=lambda v: str(v))
 def test_same_kernels_same_bits_same_graphs(make, regional):
     model = make()
     plain = _run(model, "inductor", regional)

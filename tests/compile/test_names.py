@@ -180,3 +180,22 @@ def test_another_model_takes_over_the_same_code():
     half = len(labels) // 2
     assert [n.replace("first", "second") for n in labels[:half]] == labels[half:]
     assert "first.blocks.0.up" in labels
+
+
+def test_static_input_shapes_are_the_payload():
+    model = fxnvtx.instrument(Unique(1), "net")
+    compiled = torch.compile(model, backend="fxnvtx", dynamic=False)
+    with torch.no_grad():
+        compiled(model.inputs(5))
+        with fxnvtx.record() as recording:
+            compiled(model.inputs(5))
+    shapes = {r.label: r.payload for r in recording.ranges}
+    assert shapes["net.embed"] == [[5, 7]]
+    assert shapes["net.blocks.0.mid"] == [[5, 11]]
+    assert shapes["net.head"] == [[5, 6]]
+    dynamic = torch.compile(model, backend="fxnvtx", dynamic=True)
+    with torch.no_grad():
+        dynamic(model.inputs(5))
+        with fxnvtx.record() as recording:
+            dynamic(model.inputs(6))
+    assert {r.label: r.payload for r in recording.ranges}["net.blocks.0.mid"] is None  # not fixed: nothing is claimed
