@@ -22,7 +22,7 @@ import diffusers
 import fxnvtx
 from fxnvtx import record
 from fxnvtx.errors import InstrumentError, SelectionError
-from fxnvtx.integrations import bound
+from fxnvtx.integrations import attach, bound
 from fxnvtx.integrations import diffusers as fx
 
 from .asking import STEPS, build, every, labels, only, recorded, same, tensors, traces
@@ -81,6 +81,43 @@ def test_components_shared_by_two_pipelines() -> None:
     assert "transformer.transformer_blocks.0.attn" in found
     assert "vae.decode" in found
     assert "scheduler_step" in found
+
+
+def test_a_method_that_calls_the_one_it_overrides() -> None:
+    """Both classes' methods are wrapped, each for another pipeline; a call shows one range."""
+
+    class Sub(diffusers.AutoencoderKL):  # type: ignore[misc]
+        def decode(self, *args: Any, **kwargs: Any) -> Any:
+            return super().decode(*args, **kwargs)
+
+    class Steps(diffusers.DDIMScheduler):  # type: ignore[misc]
+        def step(self, *args: Any, **kwargs: Any) -> Any:
+            return super().step(*args, **kwargs)
+
+    pipe, _ = build("DiTPipeline")
+    other, ask = build("DiTPipeline")
+    other.register_modules(vae=Sub(**pipe.vae.config).eval(), scheduler=Steps())
+    fx.instrument(pipe)
+    fx.instrument(other)
+    recording = recorded(ask)
+    assert only(recording, "vae.decode")
+    assert [n.label for n in every(recording)].count("scheduler_step") == STEPS
+
+
+def test_an_object_at_the_address_of_one_that_is_gone() -> None:
+    """Objects are known by their address, which Python gives away again."""
+    pipe, _ = build("FluxPipeline")
+    fx.instrument(pipe)
+    stranger = torch.nn.Linear(2, 2)
+    known = bound.find(pipe.transformer)
+    assert known is not None
+    bound._known[id(stranger)] = [known]
+    assert bound.find(stranger) is None
+    del bound._known[id(stranger)]
+    old = pipe.transformer.x_embedder
+    known.paths[id(stranger)] = known.paths.pop(id(old))
+    pipe.transformer.x_embedder = stranger
+    assert attach._altered(pipe.transformer, known)
 
 
 def test_a_pipeline_that_goes_away_takes_its_ranges_along() -> None:

@@ -19,6 +19,8 @@ import json, sys
 import fxnvtx
 from fxnvtx.integrations import diffusers as fx
 from fxnvtx.integrations.tiny import TINY
+import torch
+torch.set_num_threads(1)
 pipe, arguments = TINY["WanPipeline"]()
 pipe.vae.enable_tiling(16, 16, 8, 8)
 fx.instrument(pipe)

@@ -11,7 +11,7 @@ pytest.importorskip("diffusers", reason="needs diffusers: pip install fxnvtx[dif
 
 from fxnvtx import record
 from fxnvtx.integrations import diffusers as fx
-from fxnvtx.integrations.tiles import place_of
+from fxnvtx.integrations.tiles import Tiling, place_of
 
 from .asking import build, labels, only, recorded
 
@@ -91,6 +91,16 @@ def test_untiled_calls_have_no_tiles() -> None:
     pipe, ask = build("DiTPipeline")
     fx.instrument(pipe)
     assert not [r.label for r in recorded(ask).ranges if "tile" in r.label]
+
+
+def test_a_tile_without_a_place_is_not_given_that_of_the_one_before() -> None:
+    whole = torch.zeros(1, 4, 8, 8)
+    tiling = Tiling("vae", whole)
+    tile = whole[:, :, 4:, :4]
+    assert tiling.label("post_quant_conv", (tile,)).text == "vae_tile_y4_x0"
+    assert tiling.label("decoder", (tile.clone(),)).text == "vae_tile_y4_x0"  # what was made of it
+    assert tiling.label("post_quant_conv", (tile.clone(),)).text == "vae_tile call 0"
+    assert tiling.label("post_quant_conv", (tile.clone(),)).text == "vae_tile call 1"
 
 
 @settings(max_examples=60, deadline=None)

@@ -93,6 +93,10 @@ class Looping(diffusers.DiffusionPipeline):
                 if index == stop_at:
                     break
                 sample = self.step(sample, t)
+        elif style == "held":
+            items = iter(self.progress_bar(self.scheduler.timesteps))  # outlives an exception, with this frame
+            for t in items:
+                sample = self.step(sample, t)
         elif style == "with-for":
             with self.progress_bar(self.scheduler.timesteps) as bar:
                 for t in bar:
@@ -117,7 +121,7 @@ def looping() -> Looping:
 
 
 @pytest.mark.parametrize("shown", [False, True])
-@pytest.mark.parametrize("style", ["for", "with-for", "update"])
+@pytest.mark.parametrize("style", ["for", "held", "with-for", "update"])
 def test_styles_of_progress_bars(style: str, shown: bool, capsys: pytest.CaptureFixture[str]) -> None:
     pipe = looping()
     pipe.set_progress_bar_config(disable=not shown)
@@ -153,7 +157,7 @@ def test_a_loop_left_early() -> None:
     assert len(loop.children) == 2  # the second began; the pipeline left it
 
 
-@pytest.mark.parametrize("style", ["for", "with-for", "update"])
+@pytest.mark.parametrize("style", ["for", "held", "with-for", "update"])
 def test_an_exception_in_each_style(style: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = looping()
     fx.instrument(pipe)
