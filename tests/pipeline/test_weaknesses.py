@@ -1,6 +1,7 @@
 """What is wrong with the public implementation of this runtime, one test each: it fails where the weakness is there.
 
-Those that concern names, groups, routers and gates of stages are in test_stage.py, test_composed.py and test_executor.py.
+Those that concern names, groups, routers and gates of stages are in test_stage.py, test_composed.py and
+test_executor.py.
 """
 
 import copy

@@ -44,7 +44,7 @@ class Attachments:
 
     def enable(self, module: nn.Module, prefix: str, depth: int | None, enabled: bool = True) -> None:
         """Let `module` and its layers show as `prefix` and `<prefix>.<fqn>`. Idempotent; a new prefix renames."""
-        compiled = unwrapped(module) is not module
+        whole = not _is_compiled(module, parts=False)
         module = unwrapped(module)
         known = self._attached.get(module)
         if known is None or not known.fits(prefix, depth, module):
@@ -52,7 +52,17 @@ class Attachments:
             parts = [(n, weakref.ref(m)) for n, m in module.named_modules(remove_duplicate=False)]
             self._attached[module] = _Attached(prefix, depth, parts)
         set_enabled(module, enabled)
-        wrap_methods(module, forward=not compiled and not _compiles_itself(module))
+        wrap_methods(module, forward=whole)
+
+    def silence(self, module: nn.Module, prefix: str) -> None:
+        """Let a module that is used without ranges show none. One that is not compiled has none to show; compiled
+        code brings its ranges along, and is told by a name that is switched off."""
+        inner = unwrapped(module)
+        if inner in self._attached:
+            self.disable(module)
+        elif _is_compiled(module):
+            self.enable(module, prefix, None, enabled=False)
+            unwrap_methods(inner)
 
     def disable(self, module: nn.Module) -> None:
         """Let it be silent from its next call on. What is under way ends as it began."""
@@ -68,17 +78,28 @@ class Attachments:
             set_enabled(module, enabled)
 
     def remove(self, module: nn.Module) -> None:
-        """Leave no trace in `module`. Does nothing where nothing was attached."""
-        module = unwrapped(module)
-        if self._attached.pop(module, None) is not None:
-            unwrap_methods(module)
-            uninstrument(module)
+        """Leave no trace in `module`; compiled code, which has its ranges built in, stays switched off. Does nothing
+        where nothing was attached."""
+        inner = unwrapped(module)
+        if inner not in self._attached:
+            return
+        self.disable(inner)
+        if not _is_compiled(module):
+            del self._attached[inner]
+            uninstrument(inner)
 
     def modules(self) -> list[nn.Module]:
         return list(self._attached)
 
 
-def _compiles_itself(module: nn.Module) -> bool:
-    """Module.compile(): Dynamo will read `forward`, and must find the real one."""
+def _is_compiled(module: nn.Module, parts: bool = True) -> bool:
+    """Whether a module, or with `parts` anything in it, went through torch.compile or Module.compile()."""
+    return any(
+        unwrapped(part) is not part or _compiled_call(part) is not None
+        for part in (module.modules() if parts else (module,))
+    )
+
+
+def _compiled_call(module: nn.Module) -> object:
     slot = slot_of(module)
-    return (slot.inner if slot is not None else module.__dict__.get(SLOT)) is not None
+    return slot.inner if slot is not None else module.__dict__.get(SLOT)

@@ -248,9 +248,10 @@ class ComponentResidencyManager:
                     self.attachments.switch(active.module, enabled)
 
     def _enable_nvtx_for_use(self, request: _Request, active: _Active) -> None:
-        if not (request.args.enable_layerwise_nvtx_marker and request.use_nvtx):
-            return
         if not isinstance(active.module, nn.Module):
+            return
+        if not (request.args.enable_layerwise_nvtx_marker and request.use_nvtx):
+            self.attachments.silence(active.module, active.use.prefix)
             return
         old = self._keys.get(active.use.key)
         if old is not None and (before := old()) is not None and before is not active.module:
