@@ -8,8 +8,11 @@ range. Both functions are marked as having side effects, so dead-code eliminatio
 
 from __future__ import annotations
 
+import copy
 import re
+import sys
 from collections.abc import Callable, Sequence
+from types import MethodType
 from typing import Any
 
 from torch import fx, nn
@@ -21,6 +24,16 @@ from .names import DEFAULT_EXCLUDE, Pattern, Selection, label_text
 
 __all__ = ["has_ranges", "insert_ranges", "owner_chain", "remove_ranges", "run_chains"]
 
+# What a module carries besides its graph that takes part in a call
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+)
 # One call of one module: (key that tells this call from others, FQN, class)
 Owner = tuple[str, str, Any]
 
@@ -79,9 +92,12 @@ def insert_ranges(
     value = graph.graph_copy(graph_module.graph, copied)
     for node in graph_module.graph.find_nodes(op="output"):
         graph.output(value, node.type).meta = dict(node.meta)
+    # how arguments are taken apart and results put together, in graphs of torch.export and Dynamo
+    graph.set_codegen(copy.deepcopy(graph_module.graph._codegen))
     result = fx.GraphModule(graph_module, graph, type(graph_module).__name__)
     result.meta = dict(getattr(graph_module, "meta", {}))
     result.training = graph_module.training
+    _carry_over(graph_module, result)
     outermost = label_text(name, _traced_class(graph_module), "") if root else None
     _insert(result.graph, outermost, labels, depth)
     result.graph.on_generate_code(lambda before: _closing(before))
@@ -90,8 +106,21 @@ def insert_ranges(
     return result
 
 
+def _carry_over(old: fx.GraphModule, new: fx.GraphModule) -> None:
+    """What a GraphModule has besides its graph and what the graph refers to: hooks, and attributes set on it."""
+    for kept in (*_HOOKS, "_parameters", "_buffers", "_modules"):
+        mine = new.__dict__[kept]
+        mine.update((key, value) for key, value in old.__dict__[kept].items() if key not in mine)
+    for key, value in old.__dict__.items():
+        if key not in new.__dict__:
+            bound = isinstance(value, MethodType) and value.__self__ is old
+            new.__dict__[key] = MethodType(value.__func__, new) if bound else value
+
+
 def remove_ranges(graph_module: fx.GraphModule) -> fx.GraphModule:
     """Take the range nodes out again, in place; returns the same object."""
+    if not has_ranges(graph_module):
+        return graph_module
     for node in list(graph_module.graph.nodes):
         if _is_range(node):
             graph_module.graph.erase_node(node)
@@ -115,21 +144,24 @@ def owner_chain(node: fx.Node) -> tuple[Owner, ...]:
     return ()
 
 
-_DYNAMO_STEP = re.compile(r"_modules\['([^']+)'\]|\[(\d+)\]|\.?([A-Za-z_]\w*)")
+_DYNAMO_STEP = re.compile(r"\['([^']+)'\]|\[(\d+)\]|\.?(\w+)")
 
 
 def _fqn(path: str) -> str:
-    """`L['self'].blocks[0].attn` or `L['self']._modules['blocks']._modules['0']` -> `blocks.0.attn`."""
+    """`L['self'].blocks[0]`, `L['self'].blocks.0`, `L['self'].__dict__['_modules']['blocks']['0']` -> `blocks.0`."""
     if "[" not in path:
         return path
     rest = re.sub(r"^[LG]\['[^']*'\]", "", path)
     steps = [next(g for g in match if g) for match in _DYNAMO_STEP.findall(rest)]
-    return ".".join(s for s in steps if s not in {"_modules", "__dict__"})
+    return ".".join(s for s in steps if s not in {"_modules", "__dict__", "_orig_mod"})
 
 
 def run_chains(nodes: Sequence[fx.Node]) -> list[tuple[fx.Node, tuple[Owner, ...]]]:
     """(node, chain) of every node that computes; placeholders, attribute reads and the output belong to nobody."""
-    return [(n, owner_chain(n)) for n in nodes if n.op in {"call_function", "call_method", "call_module"}]
+    computing = [n for n in nodes if n.op in {"call_function", "call_method", "call_module"}]
+    # where there is metadata, a call_module node without it is no module of the model (torch.export adds its guards so)
+    told = any(n.meta.get("nn_module_stack") for n in computing)
+    return [(n, () if told and not n.meta.get("nn_module_stack") else owner_chain(n)) for n in computing]
 
 
 def _labels_by_selection(
@@ -141,19 +173,27 @@ def _labels_by_selection(
         for _, fqn, kind in chain:
             named.setdefault(fqn, kind)
     modules = dict(graph_module.named_modules())
-    kinds = {
-        fqn: kind if isinstance(kind, type) else type(modules.get(fqn, nn.Module())) for fqn, kind in named.items()
-    }
+    kinds = {fqn: _class(kind) or type(modules.get(fqn, nn.Module())) for fqn, kind in named.items()}
     selection.check([("", type(graph_module)), *kinds.items()])
 
     def label_of(owner: Owner) -> str | None:
         fqn = owner[1]
         # a container on the way to a child (`blocks` of `blocks.0`) is never called
-        if isinstance(modules.get(fqn), (nn.ModuleList, nn.ModuleDict)) or not selection.takes(fqn, kinds[fqn]):
+        if getattr(kinds[fqn], "forward", None) is nn.Module.forward or not selection.takes(fqn, kinds[fqn]):
             return None
         return label_text(name, type(graph_module), fqn)
 
     return label_of
+
+
+def _class(kind: Any) -> type | None:
+    """The class that metadata names; torch.export writes `torch.nn.modules.linear.Linear` in place of the class."""
+    if isinstance(kind, type) or not isinstance(kind, str):
+        return kind if isinstance(kind, type) else None
+    home, _, name = kind.rpartition(".")
+    found = getattr(sys.modules.get(home), name, None)
+    # a class that cannot be found again (made in a function, or renamed) is one that was called
+    return found if isinstance(found, type) else type(name, (nn.Module,), {"forward": lambda self: None})
 
 
 def _traced_class(graph_module: fx.GraphModule) -> type:
@@ -199,8 +239,9 @@ def _depth() -> int:
 
 def _close_to(depth: int) -> None:
     """Close what a graph left open because a node raised. In the ordinary case there is nothing to do."""
-    while len(_ranges._unnamed()) > depth:
-        _ranges.range_pop()
+    mine = _ranges._unnamed()
+    while len(mine) > depth:
+        _ranges.pop(mine.pop())
 
 
 def _closing(before: Callable[[list[str]], list[str]] | None) -> Callable[[list[str]], list[str]]:
