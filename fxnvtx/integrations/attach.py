@@ -168,7 +168,8 @@ def _set_arounds(component: nn.Module, bound: Bound) -> None:
     control = controls_of(component)
     if control is not None and not control.arounds:
         control.arounds = _arounds(component, bound)
-        control.set_enabled(bound.pipe.shown)
+        if not bound.pipe.shown:
+            control.set_enabled(False)
         if control.arounds:
             sync()
 

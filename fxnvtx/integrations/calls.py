@@ -145,6 +145,8 @@ def scheduler_step(original: Method) -> Method:
         finally:
             here.inside.discard(key)
             pop(entry)
+            if here.passes:  # a second-order scheduler has the next ones for another evaluation
+                here.passes.clear()
 
     return call
 

@@ -247,6 +247,25 @@ def test_switched_off_nothing_is_shown() -> None:
     assert only(recorded(ask), "request#1")
 
 
+def test_a_component_switched_off_by_hand_stays_off() -> None:
+    pipe, ask = build("LTXPipeline")
+    fx.instrument(pipe)
+    fxnvtx.set_enabled(pipe.text_encoder, False)
+    fxnvtx.set_enabled(pipe.transformer, False)
+    for _ in range(2):
+        found = {n.label.partition(".")[0] for n in every(recorded(ask)) if n.category == "module"}
+        assert found == {"vae"}
+
+
+def test_a_component_replaced_while_switched_off_is_off() -> None:
+    pipe, ask = build("FluxPipeline")
+    fx.instrument(pipe)
+    fx.set_enabled(pipe, False)
+    pipe.transformer = copy.deepcopy(pipe.transformer)
+    fx.instrument(pipe)
+    assert recorded(ask).ranges == []
+
+
 def test_nobody_listening_costs_nothing_to_speak_of() -> None:
     """Of a scheduler's step, the most frequent call that we wrap; a real one takes 100 us and more."""
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 pytest.importorskip("diffusers", reason="needs diffusers: pip install fxnvtx[diffusers]")
+
+import diffusers
 
 from fxnvtx import record
 from fxnvtx.integrations import diffusers as fx
@@ -111,6 +115,74 @@ def test_the_copied_scheduler_of_ltx2_steps_in_ranges_and_its_class_is_left_alon
     assert type(pipe.scheduler) is kind
     steps = [n for n in every(recorded(ask)) if n.label == "scheduler_step"]
     assert len(steps) == 2 * STEPS
+
+
+def test_an_image_to_image_request_goes_through_the_last_timesteps() -> None:
+    flux, _ = build("FluxPipeline")
+    shared = {k: v for k, v in flux.components.items() if k not in ("image_encoder", "feature_extractor")}
+    pipe = diffusers.FluxImg2ImgPipeline(**shared)
+    pipe.set_progress_bar_config(disable=True)
+    fx.instrument(pipe)
+    _, arguments = TINY["FluxPipeline"]()
+    recording = recorded(
+        lambda: pipe(**arguments, image=torch.rand(1, 3, 16, 16), num_inference_steps=4, strength=0.5, output_type="pt")
+    )
+    assert labels(only(recording, "denoising_loop").children) == ["denoising_step_0_t500", "denoising_step_1_t250"]
+    assert labels(only(recording, "prepare_latents").children) == ["vae.encode"]
+
+
+def stable_diffusion(scheduler: Any) -> Any:
+    """The older kind: a UNet, guidance in one batch, a CLIP text encoder."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    ltx, _ = build("LTXPipeline")
+    dit, _ = build("DiTPipeline")
+    unet = diffusers.UNet2DConditionModel(
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        sample_size=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+    words = CLIPTextConfig(
+        vocab_size=98,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        eos_token_id=1,
+    )
+    pipe = diffusers.StableDiffusionPipeline(
+        vae=dit.vae,
+        unet=unet.eval(),
+        text_encoder=CLIPTextModel(words).eval(),
+        tokenizer=ltx.tokenizer,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scheduler_that_evaluates_twice_a_step() -> None:
+    pipe = stable_diffusion(diffusers.HeunDiscreteScheduler(steps_offset=1))
+    fx.instrument(pipe)
+    loop = only(
+        recorded(lambda: pipe("a fox", num_inference_steps=3, height=16, width=16, output_type="pt")), "denoising_loop"
+    )
+    one = ["predict_noise", "scheduler_step"]
+    assert [labels(step.children) for step in loop.children] == [one * 2, one * 2, one]
+    assert labels(loop.children) == [f"denoising_step_{i}" for i in range(3)]  # each has two timesteps
+    for step in loop.children:
+        assert all(labels(c.children) == ["unet"] for c in step.children if c.label == "predict_noise")
 
 
 def test_requests_are_counted() -> None:

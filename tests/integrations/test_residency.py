@@ -89,6 +89,29 @@ def test_groups_of_leaves_are_named_in_full() -> None:
     assert "residency.offload transformer.transformer_blocks.0.attn.to_q" in names
 
 
+def test_layer_by_layer_as_accelerate_does_it() -> None:
+    """What enable_sequential_cpu_offload puts on every component; it asks for a GPU, its hooks do not."""
+    import accelerate
+
+    pipe, ask = build("FluxPipeline")
+    plain = ask()
+    layer = size(pipe.transformer.transformer_blocks[0].attn.to_q)
+    for component in (pipe.vae, pipe.transformer):
+        accelerate.cpu_offload(component, execution_device=torch.device("cpu"))
+    fx.instrument(pipe)
+    made: list[Any] = []
+    recording = recorded(lambda: made.extend(ask()))
+    assert same(plain, made)
+    assert recording.balanced
+    name = "transformer.transformer_blocks.0.attn.to_q"
+    found = [n for n in moves(recording) if n.label.endswith(f" {name}")]
+    assert [n.label.partition(" ")[0] for n in found[:2]] == ["residency.load", "residency.offload"]
+    assert {n.payload for n in found} == {layer}
+    (root,) = recording.tree()
+    above = parents(root)
+    assert all(above[id(n)].label == name for n in root.walk() if n.label.endswith(f" {name}"))
+
+
 def test_a_pipeline_that_is_not_instrumented_shows_nothing() -> None:
     pipe, _ = build("FluxPipeline")
     other, ask = build("LTXPipeline")
