@@ -87,7 +87,7 @@ def verdict(a: list[int], b: list[int]) -> str:
 
     The medians are compared against their standard errors, estimated from the median absolute deviation, so that a
     slow first step does not count. What differs between two runs as a whole (clocks, temperature) cannot be seen from
-    within them: repeat the runs and give several files to see that.
+    within them; reports of several runs each can show it.
     """
     if len(a) < FEWEST or len(b) < FEWEST:
         return CHANGE if any(a) != any(b) else UNSURE

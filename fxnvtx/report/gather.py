@@ -17,6 +17,7 @@ from .part import Part
 
 __all__ = ["gather", "read_one"]
 
+_WORTH_IT = 64 << 20  # bytes
 Job = tuple[str, bool]  # path, exact
 
 
@@ -38,7 +39,7 @@ def gather(
 ) -> list[Part]:
     """The parts of all files, in the order of the files."""
     work = [(str(path), exact) for path in files]
-    workers = min(len(files), jobs or os.cpu_count() or 1)
+    workers = min(len(files), jobs or _useful(files))
     if mapper is not None:
         results = mapper(read_one, work)
     elif workers < 2:
@@ -48,6 +49,12 @@ def gather(
     else:
         results = _in_processes(work, workers, tick)
     return [part for parts in results for part in parts]
+
+
+def _useful(files: list[Path]) -> int:
+    """How many processes pay: starting one takes longer than reading a small file."""
+    size = sum(path.stat().st_size for path in files if path.exists())
+    return (os.cpu_count() or 1) if size > _WORTH_IT else 1
 
 
 def _in_processes(work: list[Job], workers: int, tick: Callable[[int], None] | None) -> list[list[Part]]:

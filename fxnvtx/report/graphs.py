@@ -16,7 +16,7 @@ NO_TABLE = Name(
     UNKNOWN + "no CUDA graph nodes in this export (record with --cuda-graph-trace=node)", "unknown"
 )  # fmt: skip
 LEVEL = Name(UNKNOWN + "graph-level trace (record with --cuda-graph-trace=node)", "unknown")
-NO_RANGE = Name(UNKNOWN + "captured outside every range", "unknown")
+NO_RANGE = Name(UNKNOWN + "captured outside every range (a warm-up without ranges?)", "unknown")
 _STRUCTURE = {"request", "stage", "loop", "step", "compile", "unknown"}
 
 

@@ -76,8 +76,8 @@ def load(
 ) -> Report:
     """Read captures and recordings, several at once in parallel processes, into one report.
 
-    exact: keep the running numbers that torch's emit_nvtx puts into names. jobs: how many processes read (default:
-    one per file, up to the number of cores). tick: called with the number of rows read since the last call.
+    exact: keep the running numbers that torch's emit_nvtx puts into names. jobs: how many processes read (default: as
+    many as pay, up to the number of cores). tick: called with the number of rows read since the last call.
     Raises CaptureError, in one line, for a file that cannot be read.
     """
     if not paths:

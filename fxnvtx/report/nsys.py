@@ -132,6 +132,8 @@ class Reader:
                 self.notes.append(f"{bad:,} ranges end before they begin and were left out")
             if pid is not None:
                 found.add(pid)
+            else:
+                self.notes.append("some ranges do not say which thread they are from and were left out")
         for table in (self.schema.kernel, self.schema.memcpy, self.schema.memset, self.schema.graph_trace):
             if table is not None:
                 found.update(

@@ -60,8 +60,23 @@ class Report:
         return rows_of(self.root, self.side, self.parts, self.classes, chosen)
 
 
+def _outermost_unknown(root: Node) -> list[Node]:
+    found, todo = [], [root]
+    while todo:
+        node = todo.pop()
+        if node.is_unknown():
+            found.append(node)
+        else:
+            todo.extend(node.kids.values())
+    return found
+
+
 def _notes(parts: list[Part], root: Node) -> list[str]:
     notes = list(dict.fromkeys(note for part in parts for note in part.notes))
+    lost = sum(node.gpu for node in _outermost_unknown(root))
+    if lost:
+        share = f"{lost / root.gpu:.1%}" if root.gpu else "all"
+        notes.append(f"{share} of the GPU time is not attributed to a layer: see the rows that say why")
     still_open = sum(node.open for node in root.walk())
     if still_open:
         notes.append(f"{still_open:,} ranges were still open when the capture ended; their time ends there")

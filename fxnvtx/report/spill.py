@@ -28,7 +28,7 @@ class Spill:
     def add(self, row: tuple[Any, ...]) -> None:
         self._waiting.append(row)
         self._count += 1
-        if len(self._waiting) >= 20_000:
+        if len(self._waiting) >= 2_000:
             self._flush()
 
     def sorted_by(self, *columns: str, where: str = "", values: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

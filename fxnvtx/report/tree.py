@@ -41,6 +41,8 @@ class Node:
     """All ranges with one path. Times are nanoseconds.
 
     calls, cpu, cpu_self: ranges, their time, their time outside their children. open: how many had no end.
+    launches: calls that launched device work, here and below. kernels, copies, copied_bytes: what was launched right
+    here (copies: memcpy and memset); ops: the same by name.
     gpu_self: device time of the operations launched right here, each instant counted once per device (for the one
     that started first). gpu_shared: what this node's own union of operations has on top, because parts of it ran under
     other nodes' operations. gpu_sum: plain sum of durations. gap_self: device idle time right before an operation,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import runpy
 import shutil
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -77,6 +79,33 @@ def test_a_scrubbed_copy_gives_nsys_the_same_numbers(capture: Path, tmp_path: Pa
     copy = scrub(capture, tmp_path / "copy.sqlite")
     for report in ("nvtx_gpu_proj_sum", "nvtx_pushpop_sum"):
         assert nsys_stats(report, copy) == nsys_stats(report, capture)
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_ranges_several_times_faster(tmp_path: Path, nsys_stats: Stats) -> None:
+    benchmark = runpy.run_path(str(DATA.parent.parent / "benchmarks" / "report.py"))
+    path = tmp_path / "large.sqlite"
+    ranges, kernels = benchmark["write_capture"](path, 100_000)
+    start = time.perf_counter()
+    report = load(path, exact=True)
+    ours = {f"fxnvtx:{row.name}": row for row in report.rows(by="range")}
+    mine = time.perf_counter() - start
+    assert sum(row.calls for row in ours.values()) == ranges
+    assert report.root.below[1] == kernels
+    start = time.perf_counter()
+    pushed, projected = nsys_stats("nvtx_pushpop_sum", path), nsys_stats("nvtx_gpu_proj_sum", path)
+    nsys_stats("nvtx_kern_sum", path)
+    theirs = time.perf_counter() - start
+    for row in pushed:
+        assert (ours[row["Range"]].calls, ours[row["Range"]].cpu) == (
+            int(row["Instances"]),
+            int(row["Total Time (ns)"]),
+        )
+    for row in projected:
+        assert ours[row["Range"]].proj == int(row["Total Proj Time (ns)"])
+    assert len(pushed) == len(ours)
+    # seven times where this was written; half of that leaves room for a busy machine
+    assert theirs > 3 * mine, (theirs, mine)
 
 
 def test_crossing_open_and_start_end_ranges(tmp_path: Path, nsys_stats: Stats) -> None:

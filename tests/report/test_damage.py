@@ -259,6 +259,14 @@ def test_columns_with_what_cannot_be_there(tmp_path: Path, change: str) -> None:
     answered(capture.path)
 
 
+def test_ranges_of_no_thread_are_told(tmp_path: Path) -> None:
+    capture = small(tmp_path / "nobody.sqlite")
+    capture.insert("NVTX_EVENTS", start=1, end=5, eventType=59, text="nobody's")
+    report = load(capture.close())
+    assert [row.name for row in report.rows()] == ["a"]
+    assert any("do not say which thread" in note for note in report.notes)
+
+
 def answered(path: Path) -> None:
     """Read and rendered, or refused in one line; anything else is a bug."""
     refusal = ""
@@ -320,7 +328,7 @@ def test_a_worker_process_reports_the_same_error(tmp_path: Path) -> None:
 
 
 def test_reading_needs_no_memory_per_range(tmp_path: Path) -> None:
-    """Ten times the ranges on the same paths: the same memory."""
+    """Ten times the ranges and kernels on the same paths: the same memory (but for one byte a kernel)."""
     peaks = []
     for count in (4_000, 40_000):
         capture = Capture(tmp_path / f"{count}.sqlite")
@@ -330,11 +338,30 @@ def test_reading_needs_no_memory_per_range(tmp_path: Path) -> None:
             "INSERT INTO NVTX_EVENTS (start, end, eventType, globalTid, textId, domainId) VALUES (?, ?, 59, ?, ?, 1)",
             ((10 + index * 10, 18 + index * 10, at, text) for index in range(count)),
         )
+        capture.database.executemany(
+            "INSERT INTO CUPTI_ACTIVITY_KIND_RUNTIME VALUES (?, ?, 0, ?, ?, ?, 0, NULL)",
+            ((11 + index * 10, 15 + index * 10, at, index, text) for index in range(count)),
+        )
+        capture.kernel(0, 0, -1, "layer")
+        # each overlaps the next one: the case that needs sorting
+        capture.database.execute(
+            "INSERT INTO CUPTI_ACTIVITY_KIND_KERNEL SELECT k.* FROM CUPTI_ACTIVITY_KIND_KERNEL k, NVTX_EVENTS n"
+            " WHERE n.textId = ?",
+            (text,),
+        )
+        capture.database.execute(
+            "UPDATE CUPTI_ACTIVITY_KIND_KERNEL"
+            " SET start = rowid * 10 + 1, end = rowid * 10 + 16, correlationId = rowid - 2"
+        )
         path = capture.close()
         code = (
             "import sys, tracemalloc; from pathlib import Path; from fxnvtx.report.nsys import read_sqlite\n"
-            "tracemalloc.start(); read_sqlite(Path(sys.argv[1])); print(tracemalloc.get_traced_memory()[1])"
+            "tracemalloc.start(); (part,) = read_sqlite(Path(sys.argv[1]))\n"
+            "print(tracemalloc.get_traced_memory()[1], part.operations, part.tree.root.gpu)"
         )
         done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
-        peaks.append(int(done.stdout))
+        peak, operations, busy = map(int, done.stdout.split())
+        assert operations == count + 1
+        assert busy == count * 10 + 15
+        peaks.append(peak)
     assert peaks[1] < peaks[0] * 1.3 + 100_000, peaks

@@ -125,7 +125,7 @@ def test_captured_outside_every_range(capture: Capture) -> None:
     capture.graph_node(60, 20, original=10)
     write_replay(capture, 10_000, 1, (20, 20))
     (path,) = gpu_by_path(load(capture.close()))
-    assert path.endswith("transformer/cannot attribute: captured outside every range")
+    assert path.endswith("transformer/cannot attribute: captured outside every range (a warm-up without ranges?)")
 
 
 def test_a_graph_traced_as_a_whole(capture: Capture) -> None:
