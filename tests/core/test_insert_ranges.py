@@ -186,7 +186,7 @@ def test_balanced_when_any_node_raises(kind):
 
 
 def test_a_range_leaked_in_the_graph_does_not_close_the_callers():
-    """`leaky` closes an outer handle's range over the graph's own: the graph must not then close what is not its own."""
+    """A hook closes a handle over the graph's own: the graph must not then close what is not its own."""
     from fxnvtx.ranges import label, pop, push
 
     class Leaky(nn.Module):
