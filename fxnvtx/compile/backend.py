@@ -58,12 +58,15 @@ class Backend:
 
     def _compile(self, graph_module: Any, inputs: list[Any], kwargs: dict[str, Any]) -> Compiled:
         mode, options = kwargs.pop("mode", self.mode), kwargs.pop("options", self.options)
-        region, owners = read_graph(graph_module, dynamo.current_frame(), inputs)
+        try:
+            region, owners = read_graph(graph_module, dynamo.current_frame(), inputs)
+        except Exception as error:  # a model compiles, whatever its layers may be called
+            warn_once("graph", f"a compiled region is not shown, reading its graph failed: {error!r}")
+            return self._compile_unseen(graph_module, inputs, mode, options, kwargs)
         remember(region)
         about = note(CompiledRegion(region.title, self._inner_name(), "kernels", owners=region.paths))
         if self.inner != "inductor":
-            given = {k: v for k, v in (("mode", mode), ("options", options)) if v} | kwargs
-            return self._compile_other(graph_module, inputs, given, region, owners, about)
+            return self._compile_other(graph_module, inputs, _given(mode, options, kwargs), region, owners, about)
         if mode and options:
             raise CompileError("give the fxnvtx backend either a mode or options, not both")
         patches = inductor.config_of(mode, options)
@@ -83,6 +86,13 @@ class Backend:
                 return self._compile_pieces(graph_module, inputs, patches, region, owners, about)
         compilation = inductor.Compilation(region.key, owners, about)
         return ranged(region, inductor.compile_graph(graph_module, inputs, patches, compilation))
+
+    def _compile_unseen(self, graph_module: Any, inputs: list[Any], mode: Any, options: Any, kwargs: Any) -> Compiled:
+        """As if fxnvtx were not there."""
+        if self.inner == "inductor":
+            return inductor.compile_plain(graph_module, inputs, inductor.config_of(mode, options))
+        compiled: Compiled = dynamo.lookup(self.inner)(graph_module, inputs, **_given(mode, options, kwargs))
+        return compiled
 
     def _compile_pieces(
         self,
@@ -126,6 +136,11 @@ class Backend:
     def reset(self) -> None:
         """Called by torch._dynamo.reset(): CUDA graphs that Inductor keeps must go, as with its own backend."""
         dynamo.reset(self.inner, self.mode, self.options)
+
+
+def _given(mode: Any, options: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What torch.compile would pass on: only what was given."""
+    return {k: v for k, v in (("mode", mode), ("options", options)) if v} | kwargs
 
 
 def backend(

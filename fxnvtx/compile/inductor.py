@@ -4,89 +4,23 @@ How: Inductor's wrapper writes lines, one list per generated function. Where a l
 moves this call's cursor to the launch's owner is put before it. The function's body goes into one `try`, whose
 `finally` closes what is open. The kernels are not touched; where nobody listens, the lines cost an `is None` test each.
 
-Which owner: with provenance tracking on, Inductor announces each kernel (`write_provenance_debug_handle`) with the
-names of the post-grad nodes it was made of. Launches without announcement say by themselves (`line.node`), or are
-being written for the scheduler's current node.
+Which launch belongs to whom: launches.py.
 """
 
 from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import torch
-from torch.fx import Node
 
-from .explain import CompiledRegion
-from .owners import Before, Owners, Row, input_shapes, owners_of
+from .launches import LAUNCHING, Compilation, announced, attributed
+from .owners import owners_of
 
 __all__ = ["Compilation", "compile_graph", "compile_plain", "config_of", "hindrance", "missing"]
-
-_BASE = Row(((),), False)
-# What a plain text line does, by how it starts or what it calls. Everything else with a call in it may launch.
-_QUIET_STARTS = ("#", "del ", "assert", "raise ", "import ", "from ", "if not ", "while ", "else", "return", "global ")
-_QUIET_CALLS = (
-    "get_raw_stream(",
-    "reinterpret_tensor(",
-    "alloc_from_pool(",
-    "empty_strided",
-    "assert_size_stride(",
-    "assert_alignment(",
-    "get_external_object_by_index(",
-    "run_intermediate_hooks(",
-)
-_LAUNCHING = (
-    "KernelCallLine",
-    "ExternKernelOutLine",
-    "ExternKernelAllocLine",
-    "ExternKernelMultiOutLine",
-    "ScatterFallbackLine",
-    "IndexPutFallbackLine",
-    "DynamicScalarLine",
-)
-
-
-class Launch(NamedTuple):
-    """One launch site: who owns it, and the shapes it reads."""
-
-    row: Row
-    shapes: list[list[int]]
-
-
-class Compilation:
-    """One region being compiled: its key and its owners."""
-
-    def __init__(self, key: str, owners: Owners, about: CompiledRegion, cache_key: str | None = None) -> None:
-        self.key = key
-        self.cache_key = cache_key or key  # of all that is written into the code: the key and the owners' paths
-        self.owners = owners
-        self.about = about
-        self.backward = False
-        self.before: Before | None = None
-        self._order: dict[Node, int] = {}
-        self._weights: set[Node] = set()
-
-    def look_at(self, graph: Any, static: Iterable[int]) -> None:
-        """Before the passes: `static` are the positions of weights among the graph's inputs."""
-        self.before = Before(graph)
-        inputs = [n for n in graph.nodes if n.op == "placeholder"]
-        self._weights = {inputs[i] for i in static if i < len(inputs)}
-
-    def launch(self, nodes: Iterable[Node]) -> Launch:
-        """Sets of nodes have no order that repeats; the graph's order does, and generated code must repeat."""
-        nodes = list(nodes)
-        order = self._order
-        for node in nodes:
-            if node not in order:
-                order.update({n: i for i, n in enumerate(node.graph.nodes)})
-        nodes.sort(key=lambda n: (order.get(n, -1), n.name))
-        row = self.owners.row(nodes, self.before)
-        self.about.launches += 1
-        self.about.unknown += row.unknown
-        return Launch(row, input_shapes(nodes, self._weights))
 
 
 class _Active(threading.local):
@@ -116,7 +50,7 @@ def missing() -> str | None:
         (GraphLowering, "init_wrapper_code"),
         (V, "graph"),
         (wrapper, "WrapperLine"),
-        *((wrapper, name) for name in _LAUNCHING if name in ("KernelCallLine", "ExternKernelAllocLine")),
+        *((wrapper, name) for name in LAUNCHING if name in ("KernelCallLine", "ExternKernelAllocLine")),
         *(
             (wrapper.PythonWrapperCodegen, name)
             for name in (
@@ -250,8 +184,11 @@ def compile_graph(
 
     def inner_compile(graph: Any, inputs: Any, **kwargs: Any) -> Any:
         compilation.look_at(graph.graph, kwargs.get("static_input_idxs") or ())
-        with _compiling(compilation, bool(kwargs.get("is_backward"))):
-            return compile_fx_inner(graph, inputs, **kwargs)
+        try:
+            with _compiling(compilation, bool(kwargs.get("is_backward"))):
+                return compile_fx_inner(graph, inputs, **kwargs)
+        finally:
+            compilation.forget()
 
     theirs = config_patches.get("post_grad_custom_post_pass", config.post_grad_custom_post_pass)
     patches = {
@@ -312,11 +249,11 @@ def _with_ranges(base: Any) -> Any:
         self.fxnvtx_ready = True
 
     def write_provenance_debug_handle(self: Any, kernel_name: str, debug_handle: int | None = None) -> None:
-        self.fxnvtx_handle = (kernel_name, _announced(self, kernel_name, debug_handle))
+        self.fxnvtx_handle = (kernel_name, announced(self, kernel_name, debug_handle))
 
     def writeline(self: Any, line: Any) -> None:
         if _active.compilation is not None:
-            launch = _launch_of(self, line, wrapper_line)
+            launch = attributed(self, line, wrapper_line)
             if launch is not None and launch.row != self.fxnvtx_here:
                 self.fxnvtx_here = launch.row
                 number = self.fxnvtx_rows.setdefault(launch.row, len(self.fxnvtx_rows) + 1)
@@ -382,67 +319,3 @@ def _to_base(wrapper: Any, owner_line: Any, base: Any) -> None:
     if wrapper.fxnvtx_here is not None:
         wrapper.fxnvtx_here = None
         base.writeline(wrapper, owner_line(0, -1))
-
-
-def compilation_of(wrapper: Any) -> Compilation:
-    return cast(Compilation, wrapper.fxnvtx)
-
-
-def _launch_of(wrapper: Any, line: Any, wrapper_line: type) -> Launch | None:
-    """The owner of what this line launches; None where it launches nothing."""
-    if isinstance(line, wrapper_line):
-        kind = type(line).__name__
-        if kind not in _LAUNCHING:
-            return None
-        handle = wrapper.fxnvtx_handle
-        if kind == "KernelCallLine" and handle is not None:
-            return cast(Launch, handle[1])
-        node = getattr(line, "node", None)
-        launch = _launch_of_ir(wrapper, node)
-        if launch is not None:
-            return launch
-        return _launch_of_current(wrapper)
-    text = line if isinstance(line, str) else getattr(line, "line", None)
-    if not isinstance(text, str) or "(" not in text:
-        return None
-    text = text.strip()
-    if text.startswith(_QUIET_STARTS) or any(call in text for call in _QUIET_CALLS):
-        return None
-    return _launch_of_current(wrapper)
-
-
-def _launch_of_ir(wrapper: Any, node: Any) -> Launch | None:
-    """An extern kernel's own origin is exact; the others are a set."""
-    origin = getattr(node, "origin_node", None)
-    if isinstance(origin, Node):
-        return compilation_of(wrapper).launch([origin])
-    origins = getattr(node, "origins", None)
-    return compilation_of(wrapper).launch(origins) if origins else None
-
-
-def _launch_of_current(wrapper: Any) -> Launch:
-    from torch._inductor.virtualized import V
-
-    scheduled = getattr(getattr(V.graph, "scheduler", None), "current_node", None)
-    nodes: dict[Node, None] = {}
-    parts = scheduled.get_nodes() if scheduled is not None else ()
-    for part in parts:
-        inner = getattr(part, "node", None)
-        origin = getattr(inner, "origin_node", None)
-        if len(parts) == 1 and isinstance(origin, Node):
-            return compilation_of(wrapper).launch([origin])
-        nodes.update(dict.fromkeys(getattr(inner, "origins", ())))
-    return compilation_of(wrapper).launch(nodes)
-
-
-def _announced(wrapper: Any, kernel_name: str, handle: int | None) -> Launch:
-    from torch._inductor import debug
-    from torch._inductor.virtualized import V
-
-    names = debug._inductor_triton_kernel_to_post_grad_node_info.get(f"{kernel_name}:{handle}", ())
-    graph = V.graph.graph
-    known = wrapper.fxnvtx_nodes.get(id(graph))
-    if known is None:
-        known = wrapper.fxnvtx_nodes[id(graph)] = {n.name: n for n in graph.nodes}
-    nodes = [known[n] for n in names if n in known]
-    return compilation_of(wrapper).launch(nodes) if nodes else _launch_of_current(wrapper)

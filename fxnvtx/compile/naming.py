@@ -6,6 +6,7 @@ excluded, renamed or replaced since it was traced.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -45,15 +46,23 @@ def entries_of(control: Control) -> dict[int, Entry]:
 class Binding:
     """One anchor of a region in one call: which module it is now. `module` None: not known which."""
 
-    __slots__ = ("control", "entries", "fqn", "kind", "module", "text")
+    __slots__ = ("_module", "control", "entries", "fqn", "kind", "text")
 
     def __init__(self, kind: type, module: nn.Module | None, fqn: str | None = None) -> None:
         self.kind = kind
-        self.module = module
+        self._module = None if module is None else weakref.ref(module)  # compiled code must not keep a model alive
         self.control = family(module) if module is not None else None
         self.entries = {} if self.control is None else entries_of(self.control)
         self.fqn = fqn
         self.text = self._own_text()
+
+    @property
+    def module(self) -> nn.Module | None:
+        return None if self._module is None else self._module()
+
+    @property
+    def died(self) -> bool:
+        return self._module is not None and self._module() is None
 
     def _own_text(self) -> str | None:
         """Label of the anchor itself; None where it was left out by instrument()'s options."""

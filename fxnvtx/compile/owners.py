@@ -166,6 +166,10 @@ class Owners:
             self._chains[node] = found
         return found
 
+    def forget(self) -> None:
+        """Drop what was looked up: it keeps the graphs alive."""
+        self._chains.clear()
+
     def _recorded(self, node: Node) -> Chain | None:
         stack = stack_of(node)
         if stack is None:

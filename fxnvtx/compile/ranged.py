@@ -10,6 +10,7 @@ import torch
 from .. import ranges as _ranges
 from ..ranges import push
 from .invisible import hide_module
+from .notices import warn_once
 from .region import Call, Region
 from .runtime import BACKWARD, Table, close, current
 
@@ -51,7 +52,11 @@ def _marked(call: Callable[..., Any], compiled: Any) -> Callable[..., Any]:
 def _listened(
     region: Region, compiled: Callable[..., Any], args: tuple[Any, ...], table: Table | None, watching: bool
 ) -> Any:
-    call = region.call(args)
+    try:
+        call = region.call(args)
+    except Exception as error:  # a model runs, whatever its ranges may be called
+        warn_once("names", f"the compiled region {region.title} is not shown, naming it failed: {error!r}")
+        return compiled(*args)
     before = current.call, current.silent, current.cursor
     current.call, current.silent, current.cursor = call, call.silent, None
     opened = [] if current.silent else call.open()

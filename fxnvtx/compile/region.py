@@ -52,8 +52,8 @@ class Region:
     def call(self, args: Sequence[Any]) -> Call:
         """Whose call this is."""
         signature = tuple(id(args[k]) for a in self.anchors for k in a.parameters)
-        known = self.bound.get(signature)
-        if known is not None and known.holds():
+        known = self._known(signature)
+        if known is not None:
             return known
         pairs: Pairs = [[(args[k], (name,)) for k, name in a.parameters.items()] for a in self.anchors]
         return self._remember(signature, pairs)
@@ -61,8 +61,8 @@ class Region:
     def call_of(self, tensors: Sequence[Any]) -> Call:
         """The same, from tensors that are parameters of the region in unknown order (a backward graph has those)."""
         signature = ("tensors", *map(id, tensors))
-        known = self.bound.get(signature)
-        if known is not None and known.holds():
+        known = self._known(signature)
+        if known is not None:
             return known
         pairs: Pairs = [[(t, tuple(a.parameters.values())) for t in tensors] for a in self.anchors]
         return self._remember(signature, pairs)
@@ -74,11 +74,17 @@ class Region:
             bindings.append(binding)
             certain = certain and sure
         call = Call(self, bindings)
-        if certain:
-            if len(self.bound) > 4096:
-                self.bound.clear()
-            self.bound[signature] = call
+        if len(self.bound) > 4096:
+            self.bound.clear()
+        self.bound[signature if certain else (signature, open_labels())] = call
         return call
+
+    def _known(self, signature: Any) -> Call | None:
+        for key in (signature, (signature, open_labels())):
+            found = self.bound.get(key)
+            if found is not None and found.holds():
+                return found
+        return None
 
 
 families: dict[str, list[weakref.ref[Region]]] = {}
@@ -90,6 +96,11 @@ def remember(region: Region) -> None:
     with _lock:
         alive = [r for r in families.get(region.key, ()) if r() is not None]
         families[region.key] = [*alive, weakref.ref(region)]
+
+
+def open_labels() -> tuple[str, ...]:
+    """The ranges open on this thread, outermost first."""
+    return tuple([e[0].text if type(e) is tuple else e.label.text for e in local.stack])
 
 
 def bind(anchor: Anchor, tensors: list[tuple[Any, tuple[str, ...]]]) -> tuple[Binding, bool]:
@@ -125,8 +136,7 @@ def _modules(control: Control) -> Any:
 
 def _running(anchor: Anchor) -> tuple[Control, str] | None:
     """The innermost module of the anchor's class whose range is open on this thread."""
-    for entry in reversed(local.stack):
-        text = entry[0].text if type(entry) is tuple else entry.label.text
+    for text in reversed(open_labels()):
         for control in reversed(controls()):
             for known in control.entries:
                 if known.kind is anchor.kind:
@@ -217,7 +227,7 @@ class Call:
         """Whether the models are still instrumented as they were."""
         alive = controls()
         return all(
-            b.control is None or (b.control in alive and b.control.entries is e)
+            (b.control is None or (b.control in alive and b.control.entries is e)) and not b.died
             for b, e in zip(self.bindings, self._entries, strict=True)
         )
 
@@ -234,15 +244,11 @@ class Call:
 
     def is_open(self) -> bool:
         """Whether the range of the region's module is open on this thread already (the eager path opened it)."""
-        for entry in local.stack:
-            text = entry[0].text if type(entry) is tuple else entry.label.text
-            if text == self.base:
-                return True
-        return False
+        return self.base in open_labels()
 
     def open(self) -> list[Any]:
         """Open the region's own range, unless it is open."""
-        if self.base is None or (self.is_open()):
+        if self.base is None or self.is_open():
             return []
         made = label(self.base, "module" if self.region.framed else "op")
         entry = push(made)

@@ -184,7 +184,7 @@ def _operation(node: Node) -> str:
 def _writers() -> bytes:
     """What writes into generated code. Another version of it must not find this version's cache entries."""
     found = hashlib.sha256()
-    for name in ("inductor.py", "owners.py"):
+    for name in ("inductor.py", "launches.py", "owners.py"):
         try:
             found.update(Path(__file__).with_name(name).read_bytes())
         except OSError:  # not on disk (a zip): the version of the package has to do
@@ -218,6 +218,7 @@ def read_graph(graph_module: GraphModule, frame: Frame, tensors: list[Any]) -> t
     if not book.framed and frame.own_code and frame.name:
         function = f"{frame.name}()"
     paths = list(dict.fromkeys(s.path or book.anchors[s.anchor].kind.__name__ for s in book.steps()))
+    book.frame = Frame(None, {}, {})  # its variables must not live as long as the compiled code
     key = digest("", graph_module, owners)
     return Region(key, book.anchors, book.framed, function, paths, _repeats(graph_module)), owners
 

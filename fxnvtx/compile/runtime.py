@@ -15,6 +15,7 @@ from typing import Any
 from .. import ranges as _ranges
 from ..ranges import HANDLE, Label, close_tuple, label, local, nvtx_pop, nvtx_push, pop, push
 from .invisible import hide_module
+from .notices import warn_once
 from .region import Call, families
 from .shared import moved_row, moves_of
 
@@ -72,14 +73,21 @@ class Table:
     def enter(self, *tensors: Any) -> Cursor | None:
         """Called at the start of the generated function, while somebody listens. `tensors`: those of its arguments
         that may be parameters, where these are needed to tell whose call it is."""
-        call = current.call
-        if call is not None and call.key == self.key:
-            return None if current.silent else Cursor(self, self.resolve(call, tensors), call, [])
-        found = self._find(tensors)
-        if found is None or found.silent:
+        if current.silent:
             return None
-        base = [open_range(BACKWARD, found.control)] if self.backward else []
-        return Cursor(self, self.resolve(found, tensors), found, base + found.open())
+        try:
+            call = current.call
+            if call is not None and call.key == self.key:
+                return Cursor(self, self.resolve(call, tensors), call, [])
+            call = self._find(tensors)
+            if call is None or call.silent:
+                return None
+            resolved = self.resolve(call, tensors)
+        except Exception as error:  # a model runs, whatever its ranges may be called
+            warn_once("names", f"layers of a compiled region are not shown, naming them failed: {error!r}")
+            return None
+        base = [open_range(BACKWARD, call.control)] if self.backward else []
+        return Cursor(self, resolved, call, base + call.open())
 
     def _find(self, tensors: tuple[Any, ...]) -> Call | None:
         for reference in reversed(families.get(self.key, ())):
@@ -93,6 +101,8 @@ class Table:
         signature = (call.signature, moved)
         found = self._resolved.get(signature)
         if found is None:
+            if len(self._resolved) > 1024:
+                self._resolved.clear()
             names = call.names()
             found = (Resolved([names.levels(moved_row(row, moved)) for row in self.rows]), call)
             self._resolved[signature] = found
