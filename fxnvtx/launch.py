@@ -61,7 +61,7 @@ def instrument_everything(depth: int | None = None, path: str = "auto") -> Itera
 
     nn.Module.__call__ = call  # type: ignore[method-assign]
     torch.compile = compile_with_layers  # the same kernels, with their layers named
-    diffusers.watch()
+    diffusers.watch(depth=depth, path=path)
     try:
         yield
     finally:

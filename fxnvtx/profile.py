@@ -166,12 +166,14 @@ def _runner(job: Job) -> Run:
     """(is_warmup, on_step) -> result, for each kind of --pipeline."""
     if job.pipeline in BUILT_IN:
         return _built_in(job)
-    if job.residency or job.stages_only:
-        raise ConfigError(f"--residency and --stages-only are for {' and '.join(BUILT_IN)}, not {job.pipeline}")
+    if job.residency:
+        raise ConfigError(f"--residency is for {' and '.join(BUILT_IN)}, not {job.pipeline}")
     if job.pipeline.startswith("diffusers:"):
         from .integrations.diffusers import runner
 
         return runner(job.pipeline.partition(":")[2], job)
+    if job.stages_only:
+        raise ConfigError(f"--stages-only has no meaning for {job.pipeline}")
     from .launch import factory_runner
 
     path, colon, factory = job.pipeline.rpartition(":")
