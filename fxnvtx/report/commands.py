@@ -68,6 +68,18 @@ def report_command(
     """Read captures (nsys .sqlite or .nsys-rep) and recordings, and say which module of which step costs what.
 
     Several files are several ranks: they are merged, and every row says how far the ranks are apart.
+
+    \b
+    calls     how often the range ran (-: replayed by a CUDA graph, no Python ran)
+    total     CPU time inside the range; self: without the ranges inside it
+    gpu       time the device was busy with what was launched inside, overlaps once;
+              self: what was launched right here, each instant given to one range
+    kernels   kernels, copies and memsets
+    gap       device idle time between two launches of the range
+    min, median, max   over what a row puts together: steps, requests, blocks
+    hidden    residency work that passed while something computed; bytes: its size
+    skew      how far the ranks are apart: (highest - lowest) / highest
+    ~         an estimate (--split-fused)
     """
     if scrubbed:
         if output is None or len(captures) != 1:

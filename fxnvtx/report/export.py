@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,8 +15,8 @@ __all__ = ["exported"]
 
 
 @contextmanager
-def exported(path: Path) -> Iterator[Path]:
-    """The SQLite export of a .nsys-rep, for the duration of the block."""
+def exported(path: Path, tick: Callable[[int], None] | None = None) -> Iterator[Path]:
+    """The SQLite export of a .nsys-rep, for the duration of the block. tick: called with 0 while nsys works."""
     if not path.stat().st_size:
         raise CaptureError(f"{path} is empty: the recording did not finish")
     nsys = shutil.which("nsys")
@@ -27,16 +27,20 @@ def exported(path: Path) -> Iterator[Path]:
         )
     with tempfile.TemporaryDirectory(prefix="fxnvtx-") as folder:
         target = Path(folder) / (path.stem + ".sqlite")
-        done = subprocess.run(
-            [nsys, "export", "--type", "sqlite", "--force-overwrite", "true", "--output", str(target), str(path)],
-            capture_output=True,
-            text=True,
-            errors="replace",
-        )
-        if done.returncode or not target.exists():
-            said = (done.stderr or done.stdout).strip().splitlines()
+        log = Path(folder) / "log"
+        command = [nsys, "export", "--type", "sqlite", "--force-overwrite", "true", "--output", str(target), str(path)]
+        with open(log, "wb") as file, subprocess.Popen(command, stdout=file, stderr=file) as process:
+            while True:
+                try:
+                    code = process.wait(0.5)
+                    break
+                except subprocess.TimeoutExpired:
+                    if tick is not None:
+                        tick(0)
+        if code or not target.exists():
+            said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
             raise ToolError(
-                f"nsys could not export {path}: {said[-1] if said else f'exit code {done.returncode}'};"
+                f"nsys could not export {path}: {said[-1] if said else f'exit code {code}'};"
                 " a newer nsys wrote it perhaps: use that one"
             )
         yield target

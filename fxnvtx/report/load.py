@@ -36,7 +36,7 @@ def read_file(path: Path, exact: bool = False, tick: Callable[[int], None] | Non
             part.rank = rank
         return [part]
     if kind == "nsys-rep":
-        with exported(path) as sqlite:
+        with exported(path, tick) as sqlite:
             parts = read_sqlite(sqlite, exact, tick, rank)
         for part in parts:
             part.source = str(path)

@@ -9,7 +9,7 @@ from .tree import Node, merge_into
 
 __all__ = ["split_fused"]
 
-_SHARED = ("gpu_self", "gpu_sum", "gpu_shared", "gap_self", "cpu_self")
+_SHARED = ("gpu_self", "gpu_sum", "gap_self", "cpu_self")
 _MORE = re.compile(r"^(\d+) more$")
 ESTIMATE = frozenset({"estimate"})
 
@@ -22,18 +22,22 @@ def split_fused(root: Node) -> Node:
     """
     copy = Node(root.name, None)
     merge_into(copy, root)
-    fused: dict[int, tuple[Node, list[Node]]] = {}
-    for node in copy.walk():
-        if node.parent is not None and fused_owners(node.name.text):
-            fused.setdefault(id(node.parent), (node.parent, []))[1].append(node)
-    for parent, nodes in fused.values():
-        for node in nodes:
-            del parent.kids[node.name]
-        known: dict[str, Node] = {}
-        for below in parent.walk():
-            known.setdefault(below.name.text, below)
-        for node in nodes:
-            _share(node, parent, [_owner(parent, owner, known) for owner in _owners(node)])
+    fused = [node for node in copy.walk() if node.parent is not None and fused_owners(node.name.text)]
+    known: dict[int, dict[str, Node]] = {}  # by parent: what may be an owner in it
+    for node in reversed(fused):  # from the inside out
+        parent = node.parent
+        assert parent is not None
+        del parent.kids[node.name]
+        if node.kids or id(parent) not in known:
+            for kid in node.kids.values():
+                into = parent.kids.get(kid.name)
+                if into is None:
+                    into = parent.kids[kid.name] = Node(kid.name, parent)
+                merge_into(into, kid)
+            names = known[id(parent)] = {}
+            for below in parent.walk():
+                names.setdefault(below.name.text, below)
+        _share(node, parent, [_owner(parent, owner, known[id(parent)]) for owner in _owners(node)])
     return copy
 
 
@@ -64,22 +68,19 @@ def _owner(parent: Node, owner: str, known: dict[str, Node]) -> Node:
 def _share(node: Node, parent: Node, owners: list[Node]) -> None:
     for index, owner in enumerate(owners):
         owner.flags = owner.flags | ESTIMATE
-        part = _part(node.cpu, len(owners), index)
+        for field in _SHARED:
+            part = _part(getattr(node, field), len(owners), index)
+            setattr(owner, field, getattr(owner, field) + part)
+        part = _part(node.cpu_self, len(owners), index)
         at: Node | None = owner
         while at is not None and at is not parent:  # the parent has it already
             at.cpu += part
             at = at.parent
-    for below in node.walk():
-        for field in _SHARED:
-            value = getattr(below, field)
-            if value:
-                for index, owner in enumerate(owners):
-                    setattr(owner, field, getattr(owner, field) + _part(value, len(owners), index))
-        first = owners[0]
-        for field in ("kernels", "copies", "copied_bytes"):
-            setattr(first, field, getattr(first, field) + getattr(below, field))
-        for name, (count, duration, credit) in (below.ops or {}).items():
-            first.add_op(name, count, duration, credit)
+    first = owners[0]
+    for field in ("kernels", "copies", "copied_bytes"):
+        setattr(first, field, getattr(first, field) + getattr(node, field))
+    for name, (count, duration, credit) in (node.ops or {}).items():
+        first.add_op(name, count, duration, credit)
 
 
 def _part(value: int, parts: int, index: int) -> int:

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fxnvtx.recording import Range, Recording
-from fxnvtx.report import Report, from_recording, load
+from fxnvtx.report import Report, from_recording, load, render_html, render_text
 from fxnvtx.report.overlap import covered, union
 from fxnvtx.report.tree import Node
 
@@ -200,3 +200,34 @@ def test_a_grouped_view_counts_nothing_twice(view: str, tmp_path: Path) -> None:
         assert rows["a"].calls == 2
         assert sum(row.cpu_self for row in rows.values()) == 100
         assert sum(row.gpu_self for row in rows.values()) == 30
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(
+    threads, st.lists(st.integers(0, 30), min_size=1, max_size=9), st.booleans(), st.booleans(), st.integers(30, 150)
+)
+def test_no_view_loses_or_invents_time(
+    items: list[list[Written | int]], gaps: list[int], folded: bool, split: bool, width: int
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        writer = Writer(Capture(Path(folder) / "views.sqlite"), itertools.cycle([gap + 1 for gap in gaps]), 2)
+        for tid, thread in enumerate(items, 1):
+            writer.thread(tid, thread)
+        report = load(writer.capture.close())
+    root = report.root
+    rows = report.rows(fold=folded, split_fused=split)
+    assert sum(row.cpu_self for row in rows) == root.cpu
+    assert sum(row.gpu_self for row in rows) == root.gpu
+    assert sum(row.calls for row in rows) + sum(r.label.startswith("fused") for r in writer.ranges) * split == len(
+        writer.ranges
+    )
+    assert sum(row.kernels for row in rows if row.depth == 0) == len(writer.intervals)
+    assert sum(row.gpu for row in report.rows(by="kernel", fold=folded)) == root.gpu
+    for view in ("module", "range", "component"):
+        grouped = report.rows(by=view, fold=folded, split_fused=split)
+        assert all(0 <= row.cpu_self <= row.cpu for row in grouped), view
+        assert all(row.gpu <= row.gpu_sum for row in grouped), view
+    text = render_text(report, width=width, fold=folded, split_fused=split)
+    assert max((len(line) for line in text.splitlines()), default=0) <= width
+    page = render_html(report, fold=folded, split_fused=split)
+    assert "__DATA__" not in page
