@@ -131,13 +131,13 @@ READ = """
 import json, resource, sys, time
 import fxnvtx.report as report
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-start = time.perf_counter()
+start, cpu = time.perf_counter(), time.process_time()
 found = report.load(sys.argv[1])
-seconds = time.perf_counter() - start
+seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
 rows = found.rows(by="tree")
 text = report.render_text(found, by="module", fold=True, width=120)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps({"seconds": seconds, "all": time.perf_counter() - start, "before": before, "peak": peak,
+print(json.dumps({"seconds": seconds, "cpu": cpu, "all": time.perf_counter() - start, "before": before, "peak": peak,
                   "calls": sum(row.calls for row in rows), "rows": len(rows),
                   "kernels": sum(row.kernels for row in rows if row.depth == 0)}))
 """
@@ -151,8 +151,8 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = arguments.keep or Path(tempfile.mkdtemp(prefix="fxnvtx-bench-"))
     folder.mkdir(parents=True, exist_ok=True)
-    titles = ("ranges", "kernels", "file", "read", "+ views", "peak", "over import")
-    widths = (12, 12, 10, 9, 9, 9, 12)
+    titles = ("ranges", "kernels", "file", "read", "cpu", "+ views", "peak", "over import")
+    widths = (12, 12, 10, 9, 9, 9, 9, 12)
     print(" ".join(f"{title:>{width}}" for title, width in zip(titles, widths, strict=True)), " nsys stats")
     try:
         for millions in (float(part) for part in arguments.millions.split(",")):
@@ -164,6 +164,7 @@ def main() -> None:
             assert seen["kernels"] == kernels, (seen, kernels)
             print(
                 f"{ranges:>12,} {kernels:>12,} {path.stat().st_size / 2**20:>6.0f} MiB {seen['seconds']:>7.1f} s"
+                f" {seen['cpu']:>7.1f} s"
                 f" {seen['all'] - seen['seconds']:>7.2f} s {seen['peak'] / 1024:>5.0f} MiB"
                 f" {(seen['peak'] - seen['before']) / 1024:>8.0f} MiB  {nsys_stats(path) if arguments.nsys else '-'}",
                 flush=True,

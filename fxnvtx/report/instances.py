@@ -11,7 +11,7 @@ from ..recording import Recording
 from .export import exported
 from .load import kind_of, rank_of
 from .nsys import PUSH_POP, START_END, Reader
-from .recording import spans_of
+from .recording import damaged_recording, spans_of
 from .schema import damaged, detect, open_capture
 from .sweep import Span
 
@@ -39,6 +39,7 @@ def processes(source: Recording | Path, files: ExitStack, exact: bool = True) ->
         return [_recorded(source, "recording")]
     kind = kind_of(source)
     if kind == "recording":
+        files.enter_context(damaged_recording(str(source)))
         return [_recorded(Recording.load(source), str(source))]
     path = files.enter_context(exported(source)) if kind == "nsys-rep" else source
     connection = open_capture(path)

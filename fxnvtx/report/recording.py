@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import CaptureError
@@ -13,7 +14,7 @@ from .overlap import Compute
 from .part import Part
 from .sweep import Span, Sweep
 
-__all__ = ["read_recording", "spans_of"]
+__all__ = ["damaged_recording", "load_recording", "read_recording", "spans_of"]
 
 
 def read_recording(recording: Recording, source: str = "recording", exact: bool = False) -> Part:
@@ -27,11 +28,9 @@ def read_recording(recording: Recording, source: str = "recording", exact: bool 
     connection = sqlite3.connect("")
     try:
         compute = Compute(connection)
-        try:
+        with damaged_recording(source):
             Sweep(part.tree, lambda node, both, what: None, compute.watch).run(spans_of(ranges, exact), ())
-        except (TypeError, AttributeError) as error:
-            raise CaptureError(f"{source} is a damaged fxnvtx recording: {error}") from error
-        compute.settle(None)
+            compute.settle(None)
     finally:
         connection.close()
     part.tree.total()
@@ -39,6 +38,17 @@ def read_recording(recording: Recording, source: str = "recording", exact: bool 
     if leaked:
         part.notes.append(f"{leaked:,} ranges were closed by the range around them (leaked)")
     return part
+
+
+@contextmanager
+def damaged_recording(source: str) -> Iterator[None]:
+    """Turn what rows of the wrong types cause into one CaptureError."""
+    try:
+        yield
+    except (TypeError, AttributeError, ValueError, OverflowError, sqlite3.Error) as error:
+        if isinstance(error, CaptureError):
+            raise
+        raise CaptureError(f"{source} is a damaged fxnvtx recording: {error}") from error
 
 
 def spans_of(ranges: list[Range], exact: bool = False) -> Iterator[Span]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import sqlite3
@@ -14,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fxnvtx.errors import CaptureError, FxnvtxError, ToolError
-from fxnvtx.report import load, render_text
+from fxnvtx.report import chrome, load, render_text, speedscope
 
 from .captures import DATA, Capture, process
 
@@ -302,6 +303,43 @@ def test_fuzzed(tmp_path: Path, changes: list[tuple[float, bytes]], keep: float)
     broken = tmp_path / "broken.sqlite"
     broken.write_bytes(content)
     answered(broken)
+
+
+def test_fuzzed_recordings(tmp_path: Path) -> None:
+    """Every value of a recording replaced by every wrong one."""
+    row = ["a", "module", 3, 1, 0, 10, 20, False]
+    document = {
+        "format": "fxnvtx-recording", "version": 1, "meta": {"pid": 5, "classes": {"a": "A"}}, "strays": 0, "marks": [],
+        "ranges": [row, ["b", "step", None, 1, 1, 12, 15, False], ["c", "residency", 7, 2, 0, 5, 9, True]],
+    }  # fmt: skip
+    wrong: list[object] = [None, "x", -1, 2**70, 1.5, [], {}, True]
+    path = tmp_path / "recording.json"
+    cases = 0
+    for place in range(8):
+        for value in wrong:
+            for which in range(3):
+                changed = json.loads(json.dumps(document))
+                changed["ranges"][which][place] = value
+                path.write_text(json.dumps(changed))
+                _answered_everywhere(path, tmp_path)
+                cases += 1
+    for key in document:
+        for value in wrong:
+            path.write_text(json.dumps({**document, key: value}))
+            _answered_everywhere(path, tmp_path)
+            cases += 1
+    assert cases == 8 * 8 * 3 + 6 * 8
+
+
+def _answered_everywhere(path: Path, folder: Path) -> None:
+    answered(path)
+    for write in (chrome.write, speedscope.write):
+        refusal = ""
+        try:
+            write(path, folder / "out.json")
+        except FxnvtxError as error:
+            refusal = str(error)
+        assert "\n" not in refusal
 
 
 def test_nsys_rep_without_nsys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
