@@ -6,7 +6,7 @@ import re
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-__all__ = ["UNKNOWN", "Name", "clean", "fold", "fused_owners", "infer_category", "is_module", "numbered"]
+__all__ = ["UNKNOWN", "Name", "category_of", "clean", "fold", "fused_owners", "infer_category", "is_module", "numbered"]
 
 UNKNOWN = "cannot attribute: "
 
@@ -57,11 +57,14 @@ def infer_category(text: str) -> str:
 _KNOWN = {"request", "stage", "loop", "step", "module", "op", "residency", "compile", "range", "unknown"}
 
 
+def category_of(name: Name) -> str:
+    """The range's category. One that fxnvtx does not know, such as another program's "layer", is judged by the text."""
+    return name.category if name.category in _KNOWN else infer_category(name.text)
+
+
 def is_module(name: Name) -> bool:
-    """Whether a range stands for a module (or an operator) of a model. Categories that fxnvtx does not know, such as
-    another program's "layer", are judged by the text."""
-    category = name.category if name.category in _KNOWN else infer_category(name.text)
-    return category in ("module", "op")
+    """Whether a range stands for a module or an operator of a model."""
+    return category_of(name) in ("module", "op")
 
 
 def numbered(text: str, category: str, payload: Any) -> str:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from fnmatch import fnmatchcase
 
-from .labels import Name, fold, fused_owners, is_module
+from .keys import Keys
+from .labels import fold, fused_owners
 from .part import Part
 from .rows import VIEWS, Row, Selection, Spread
 from .split import split_fused
 from .tree import BELOW, Node, merge_into, total
 
 __all__ = ["VIEWS", "Row", "Selection", "rows_of"]
-
-NO_CLASS = "class not recorded"
 
 
 def rows_of(root: Node, side: Node, parts: list[Part], classes: dict[str, str], chosen: Selection) -> list[Row]:
@@ -23,14 +21,15 @@ def rows_of(root: Node, side: Node, parts: list[Part], classes: dict[str, str], 
         root = split_fused(root)
         total(root)
     whole = root.gpu if gpu else root.cpu
-    rows = _view(root, side, classes, chosen, gpu)
+    keys = Keys(root, classes, chosen)
+    rows = _view(root, side, keys, chosen, gpu)
     if len(parts) > 1:
         for part in parts:
             own = split_fused(part.tree.root) if chosen.split_fused else part.tree.root
             if chosen.split_fused:
                 total(own)
             title = _title(part, parts)
-            values = {row.path: row.gpu if gpu else row.cpu for row in _view(own, part.side.root, classes, chosen, gpu)}
+            values = {row.path: row.gpu if gpu else row.cpu for row in _view(own, part.side.root, keys, chosen, gpu)}
             for row in rows:
                 row.ranks[title] = values.get(row.path, 0)
     for row in rows:
@@ -43,12 +42,12 @@ def _title(part: Part, parts: list[Part]) -> str:
     return part.title if len(same) == 1 else f"{part.title} ({part.index + 1} of {part.source})"
 
 
-def _view(root: Node, side: Node, classes: dict[str, str], chosen: Selection, gpu: bool) -> list[Row]:
+def _view(root: Node, side: Node, keys: Keys, chosen: Selection, gpu: bool) -> list[Row]:
     if chosen.by == "tree":
         return _tree(root, side, chosen, gpu)
     if chosen.by == "kernel":
         return _kernels(root, chosen)
-    return _grouped(root, side, classes, chosen, gpu)
+    return _grouped(root, side, keys, chosen, gpu)
 
 
 # ------------------------------------------------------------------------------------------------ by path
@@ -133,8 +132,8 @@ def _excluded(node: Node, chosen: Selection) -> bool:
 # ------------------------------------------------------------------------------------------------ by a property
 
 
-def _grouped(root: Node, side: Node, classes: dict[str, str], chosen: Selection, gpu: bool) -> list[Row]:
-    key = _key_function(classes, chosen)
+def _grouped(root: Node, side: Node, keys: Keys, chosen: Selection, gpu: bool) -> list[Row]:
+    key = keys.function()
     rows: dict[str, Row] = {}
     values: dict[str, list[int]] = {}
     roots = [(root, False)] + ([(side, True)] if chosen.by == "range" else [])
@@ -195,60 +194,6 @@ def _wanted(node: Node, name: str, chosen: Selection) -> bool:
     if _matches(name, path, chosen.exclude) or _matches(node.name.text, path, chosen.exclude):
         return False
     return not chosen.include or _matches(name, path, chosen.include) or _matches(node.name.text, path, chosen.include)
-
-
-def _key_function(classes: dict[str, str], chosen: Selection) -> Callable[[Node], str | None]:
-    by = chosen.by
-
-    def shown(name: Name) -> str:
-        return fold(name.text, name.category) if chosen.fold else name.text
-
-    if by == "range":
-        return lambda node: f"{node.name.domain}:{shown(node.name)}" if node.name.domain else shown(node.name)
-    if by in {"request", "stage", "step"}:
-        return lambda node: shown(node.name) if node.name.category == by else None
-
-    if by == "component":
-
-        def component(node: Node) -> str | None:
-            if node.is_unknown():
-                return node.name.text
-            above = node.parent
-            if not is_module(node.name):
-                return None
-            while above is not None:
-                if is_module(above.name):
-                    return None
-                above = above.parent
-            return shown(node.name)
-
-        return component
-    if by == "class":
-
-        def class_of(node: Node) -> str | None:
-            if node.is_unknown():
-                return node.name.text
-            if not is_module(node.name):
-                return None
-            return classes.get(_bare(node.name.text), NO_CLASS)
-
-        return class_of
-
-    def module(node: Node) -> str | None:
-        if node.is_unknown():
-            return node.name.text
-        if not is_module(node.name) or fused_owners(node.name.text):
-            return None
-        text = shown(node.name)
-        if chosen.depth is not None:
-            text = ".".join(_bare(text).split(".")[: chosen.depth])
-        return text
-
-    return module
-
-
-def _bare(text: str) -> str:
-    return text.partition(" in=")[0]
 
 
 # ------------------------------------------------------------------------------------------------ by kernel

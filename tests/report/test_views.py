@@ -281,3 +281,21 @@ def test_the_compilers_unknown_owners_are_no_modules(tmp_path: Path) -> None:
     capture.range(10, 20, "owner unknown (?)", "op")
     rows = load(capture.close()).rows()
     assert [row.kind for row in rows] == ["range", "unknown"]
+
+
+def test_operators_are_no_modules_where_there_are_modules(tmp_path: Path) -> None:
+    """`predict_noise` encloses the denoiser, `aten::mm` lies inside of it: neither is a component or a class."""
+    capture = Capture(tmp_path / "ops.sqlite")
+    capture.range(0, 1000, "predict_noise", "op")
+    capture.range(100, 900, "denoising.dit")
+    capture.range(200, 800, "denoising.dit.proj")
+    capture.range(300, 400, "aten::mm", "op")
+    capture.kernel(5000, 5100, capture.call(310, 320))
+    report = load(capture.close())
+    report.classes.update({"denoising.dit": "DiT", "denoising.dit.proj": "Linear"})
+    assert [(row.name, row.gpu) for row in report.rows(by="component")] == [("denoising.dit", 100)]
+    assert [(row.name, row.gpu_self) for row in report.rows(by="module")] == [
+        ("denoising.dit", 0),
+        ("denoising.dit.proj", 100),
+    ]
+    assert [row.name for row in report.rows(by="class")] == ["DiT", "Linear"]

@@ -1,0 +1,76 @@
+"""Which row of a grouped view a range belongs to (pure)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .labels import Name, category_of, fold, fused_owners
+from .rows import Selection
+from .tree import Node
+
+__all__ = ["Keys"]
+
+NO_CLASS = "class not recorded"
+
+
+class Keys:
+    """Made from the whole tree, used on it and on each process's own.
+
+    A module is a range of category "module". Captures that have none (torch's own ranges) are shown by operator: there
+    "op" takes its place.
+    """
+
+    def __init__(self, root: Node, classes: dict[str, str], chosen: Selection) -> None:
+        self._classes = classes
+        self._chosen = chosen
+        some = any(node.parent is not None and category_of(node.name) == "module" for node in root.walk())
+        self._unit = "module" if some else "op"
+
+    def function(self) -> Callable[[Node], str | None]:
+        """range -> its row's name, or None where it belongs to the row around it."""
+        by = self._chosen.by
+        if by in {"request", "stage", "step"}:
+            return lambda node: self._shown(node.name) if node.name.category == by else None
+        return {"range": self._range, "component": self._component, "class": self._class}.get(by, self._module)
+
+    def _shown(self, name: Name) -> str:
+        return fold(name.text, name.category) if self._chosen.fold else name.text
+
+    def _is_module(self, node: Node) -> bool:
+        return category_of(node.name) == self._unit and not fused_owners(node.name.text)
+
+    def _range(self, node: Node) -> str:
+        shown = self._shown(node.name)
+        return f"{node.name.domain}:{shown}" if node.name.domain else shown
+
+    def _component(self, node: Node) -> str | None:
+        if node.is_unknown():
+            return node.name.text
+        if not self._is_module(node):
+            return None
+        above = node.parent
+        while above is not None:
+            if self._is_module(above):
+                return None
+            above = above.parent
+        return self._shown(node.name)
+
+    def _class(self, node: Node) -> str | None:
+        if node.is_unknown():
+            return node.name.text
+        return self._classes.get(_bare(node.name.text), NO_CLASS) if self._is_module(node) else None
+
+    def _module(self, node: Node) -> str | None:
+        if node.is_unknown():
+            return node.name.text
+        if not self._is_module(node):
+            return None
+        text = self._shown(node.name)
+        if self._chosen.depth is not None:
+            text = ".".join(_bare(text).split(".")[: self._chosen.depth])
+        return text
+
+
+def _bare(text: str) -> str:
+    """A label without the shapes of its inputs."""
+    return text.partition(" in=")[0]
