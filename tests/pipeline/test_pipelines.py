@@ -10,6 +10,7 @@ from fxnvtx.models import build as build_models
 from fxnvtx.pipeline import PIPELINES, Batch, ServerArgs, reference, run, two_stage
 from fxnvtx.pipeline.args import RESIDENCY_MODES
 from fxnvtx.pipeline.device import DeviceInfo
+from fxnvtx.report import from_recording
 
 from .nets import LAYERS, STAGES, labels, weight_bytes
 
@@ -131,6 +132,20 @@ def test_the_tree_of_one_video():
     tiles = [x for x in labels(recording) if x.startswith("vae_tile")]
     assert len(tiles) == len(set(tiles)) > 1
     assert not labels(recording, "module")
+
+
+def test_two_lora_switches_are_two_rows_in_ranges_figures_and_report():
+    with fxnvtx.record() as recording:
+        result = run("two-stage", prompt="a fox", steps=1, args=STAGES)
+    switches = ["stage_lora_on", "stage_lora_off"]
+    assert [x for x in labels(recording, "stage") if "lora" in x] == switches
+    assert [(s.name, s.range) for s in result.metrics.stages.values() if "lora" in s.range] == [
+        ("lora_on", "stage_lora_on"),
+        ("lora_off", "stage_lora_off"),
+    ]
+    rows = {row.name: row.calls for row in from_recording(recording).rows(by="stage")}
+    assert [rows[name] for name in switches] == [1, 1]
+    assert rows.keys() >= {s.range for s in result.metrics.stages.values()}
 
 
 def test_tiles_of_the_vae_hold_their_own_layers():
