@@ -17,7 +17,7 @@ from .views import Row
 __all__ = ["render_text", "table_of"]
 
 Cell = Callable[[Row], str]
-LEAST_NAME = 24
+LEAST_NAME, NAME_SHARE = 24, 0.38  # columns give way to names up to this part of the width
 
 
 def render_text(
@@ -67,7 +67,8 @@ def table_of(report: Report, rows: list[Row], by: str, width: int, limit: int | 
     # the least important columns go first where the terminal is narrow; the name keeps what is left
     order = sorted(range(len(columns)), key=lambda i: _PRIORITY.index(columns[i][0]))
     chosen: list[int] = []
-    room = width - LEAST_NAME
+    longest = max([len(row.name) + (2 * row.depth if by == "tree" else 0) for row in shown], default=0)
+    room = width - max(LEAST_NAME, min(longest, int(width * NAME_SHARE)))
     for index in order:
         if widths[index] + 2 <= room:
             chosen.append(index)
