@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import graph as _graph
 from .compile.invisible import hide_from_dynamo
+from .names import walk_paths
 from .ranges import HANDLE, label, nvtx_pop, nvtx_push, unwind
 from .slot import SLOT, Slot, calls_plainly, in_range
 from .soundness import Facts, Refused, read_forward
@@ -132,7 +133,8 @@ def _first_paths(module: nn.Module) -> dict[int, str]:
     """By id, the first path to each module below. Refused where this level can reach one by several names: one call
     in the graph stands for one name, and the other may be given another module later."""
     paths: dict[int, str] = {}
-    for path, child in module.named_modules(remove_duplicate=False):
+    for steps, child, _ in walk_paths(module):
+        path = ".".join(steps)
         first = paths.setdefault(id(child), path)
         if first != path and child is not module and _in_reach(module, path):
             raise Refused(f"{first} and {path} are the same module")
@@ -277,18 +279,21 @@ def _same(now: Any, then: Any) -> bool:
 # ------------------------------------------------------------------------------------------------ code
 
 # A child call between its range nodes. `__m` is the child as it is now. If it has a slot of ours, the slot's body is
-# called, for the range is already open; anything else is called as the original forward would.
+# called, for the range is already open; anything else has been put there later, and takes the general form.
 _FAST = """
 __m = CHILD
 __c = __getattr(__m, __SLOT, None)
-__stack.append(__labels[ENTRY])
-__push(__labels[ATTRIBUTES], __HANDLE)
-TARGET = (__c.__self__.body if type(__c) is __Method and type(__c.__self__) is __Slot else __m)(ARGUMENTS)
-if len(__stack) == __depth:
-    del __stack[-1]
-    __pop(__HANDLE)
+if type(__c) is __Method and type(__c.__self__) is __Slot:
+    __stack.append(__labels[ENTRY])
+    __push(__labels[ATTRIBUTES], __HANDLE)
+    TARGET = __c.__self__.body(ARGUMENTS)
+    if len(__stack) == __depth:
+        del __stack[-1]
+        __pop(__HANDLE)
+    else:
+        __unwind(__stack, __depth - 1)
 else:
-    __unwind(__stack, __depth - 1)
+    TARGET = __in_range(__m, __labels[ENTRY][0], ARGUMENTS)
 """
 _GENERAL = """
 TARGET = __in_range(CHILD, __labels[ENTRY][0], ARGUMENTS)

@@ -104,8 +104,10 @@ class Named:
 
 def unwrapped(model: M) -> M:
     """The module itself where torch.compile has wrapped it: a range around the wrapper would only double it."""
-    inner = model.__dict__.get("_modules", {}).get("_orig_mod")
-    return cast(M, inner) if isinstance(inner, nn.Module) and type(model).__name__ == "OptimizedModule" else model
+    if type(model).__name__ != "OptimizedModule":
+        return model
+    inner = model._modules.get("_orig_mod")
+    return cast(M, inner) if isinstance(inner, nn.Module) else model
 
 
 def is_callable_module(module: nn.Module) -> bool:
@@ -114,7 +116,8 @@ def is_callable_module(module: nn.Module) -> bool:
 
 
 def walk_paths(model: nn.Module) -> Iterator[tuple[tuple[str, ...], nn.Module, tuple[nn.Module, ...]]]:
-    """Every (path, module, ancestors) of a model in registration order, tied modules once per path, cycles cut."""
+    """Every (path, module, ancestors) of a model in registration order, tied modules once per path, cycles cut, what
+    torch.compile has wrapped as if it had not."""
     todo: list[tuple[tuple[str, ...], nn.Module, tuple[nn.Module, ...]]] = [((), model, ())]
     for _ in range(MAX_PATHS):
         if not todo:
@@ -122,7 +125,8 @@ def walk_paths(model: nn.Module) -> Iterator[tuple[tuple[str, ...], nn.Module, t
         path, module, above = todo.pop()
         yield path, module, above
         below = (*above, module)
-        children = [(n, c) for n, c in module._modules.items() if c is not None and not any(c is a for a in below)]
+        found = [(n, unwrapped(c)) for n, c in module._modules.items() if c is not None]
+        children = [(n, c) for n, c in found if not any(c is a for a in below)]
         todo.extend(((*path, name), child, below) for name, child in reversed(children))
 
 

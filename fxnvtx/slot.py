@@ -18,7 +18,7 @@ from torch import nn
 
 from . import ranges as _ranges
 from .compile.invisible import dynamo_active
-from .names import input_shapes
+from .names import input_shapes, unwrapped
 from .ranges import HANDLE, Label, close_tuple, local, mark_now, nvtx_pop, nvtx_push, pop, push
 
 if TYPE_CHECKING:
@@ -230,13 +230,19 @@ def slot_of(module: nn.Module) -> Slot | None:
     return None
 
 
+def _brings_its_range(module: Any) -> bool:
+    """Whether this is torch.compile's wrapper, put later around a module that has a slot."""
+    return isinstance(module, nn.Module) and slot_of(unwrapped(module)) is not None
+
+
 def in_range(module: Any, label: Label, /, *args: Any, **kwargs: Any) -> Any:
     """Call a child from a generated forward in the general form: its range is opened here, not by its own slot."""
+    found = getattr(module, SLOT, None)
+    slot = found.__self__ if type(found) is MethodType else None
+    if isinstance(slot, OuterSlot) or (slot is None and _brings_its_range(module)):
+        return module(*args, **kwargs)
     entry = push(label)
     try:
-        found = getattr(module, SLOT, None)
-        if type(found) is MethodType and type(found.__self__) is Slot:
-            return found.__self__.body(*args, **kwargs)
-        return module(*args, **kwargs)
+        return slot.body(*args, **kwargs) if type(slot) is Slot else module(*args, **kwargs)
     finally:
         pop(entry)

@@ -16,7 +16,7 @@ from .tools import equal, outcome, run_recorded, shape
 from .trees import Chain, Decides, Looped, Twice, W, Wraps, build, recipes
 
 slow = settings(
-    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
 )
 
 
@@ -97,7 +97,7 @@ def test_every_path_shows_the_same_tree(recipe, seed):
     check(recipe, seed)
 
 
-@settings(slow, max_examples=50)
+@settings(slow, max_examples=30)
 @given(recipes(traceable=True), st.integers(0, 3))
 def test_straight_line_models_take_the_fx_path_as_a_whole(recipe, seed):
     assert "fx" in check(recipe, seed, traceable=True)
