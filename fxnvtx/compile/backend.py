@@ -168,6 +168,8 @@ def backend(
         raise CompileError(f"depth must be a whole number from 1 on, or None for all levels, not {depth!r}")
     if mode and options:
         raise CompileError("give the fxnvtx backend either a mode or options, not both")
+    if not isinstance(inner, str) and not callable(inner):
+        raise CompileError(f"inner must be the name of a Dynamo backend or a callable, not {inner!r}")
     if inner == "fxnvtx" or isinstance(inner, Backend):
         raise CompileError("the fxnvtx backend cannot be its own inner backend; name the one that does the work")
     dynamo.lookup(inner)

@@ -243,6 +243,7 @@ def _with_ranges(base: Any) -> Any:
         self.fxnvtx_backward = compilation.backward
         self.fxnvtx_rows = {}
         self.fxnvtx_shapes = []
+        self.fxnvtx_calling = False
         self.fxnvtx_here = None
         self.fxnvtx_handle = None
         self.fxnvtx_nodes = {}
@@ -252,7 +253,7 @@ def _with_ranges(base: Any) -> Any:
         self.fxnvtx_handle = (kernel_name, announced(self, kernel_name, debug_handle))
 
     def writeline(self: Any, line: Any) -> None:
-        if _active.compilation is not None:
+        if _active.compilation is not None and not self.fxnvtx_calling:
             launch = attributed(self, line, wrapper_line)
             if launch is not None and launch.row != self.fxnvtx_here:
                 self.fxnvtx_here = launch.row
@@ -261,10 +262,6 @@ def _with_ranges(base: Any) -> Any:
                     self.fxnvtx_shapes.append(launch.shapes)
                 base.writeline(self, owner_line(number, self.fxnvtx_shapes.index(launch.shapes)))
         base.writeline(self, line)
-
-    def codegen_partition_call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        _to_base(self, owner_line, base)
-        return base.codegen_partition_call(self, *args, **kwargs)
 
     def run_wrapper_ir_passes(self: Any, is_inference: bool) -> None:
         base.run_wrapper_ir_passes(self, is_inference)
@@ -288,9 +285,7 @@ def _with_ranges(base: Any) -> Any:
         f.__name__: f
         for f in (fxnvtx_start, write_provenance_debug_handle, writeline, run_wrapper_ir_passes, generate_return)
     }
-    if hasattr(base, "codegen_partition_call"):
-        methods["codegen_partition_call"] = codegen_partition_call
-    for name in ("codegen_subgraph_call", "codegen_subgraph_call_with_flattened_outputs"):
+    for name in ("codegen_partition_call", "codegen_subgraph_call", "codegen_subgraph_call_with_flattened_outputs"):
         if hasattr(base, name):
             methods[name] = _calling_below(base, name, owner_line)
     return type(f"{base.__name__}WithRanges", (base,), methods)
@@ -306,11 +301,15 @@ def _telling(wrapper: Any, below: bool) -> list[str]:
 
 
 def _calling_below(base: Any, name: str, owner_line: Any) -> Any:
-    """A subgraph's function opens its own ranges, from the region's range on."""
+    """A function below (a subgraph's, a partition's) opens its own ranges, from the region's range on."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         _to_base(self, owner_line, base)
-        return getattr(base, name)(self, *args, **kwargs)
+        self.fxnvtx_calling = True
+        try:
+            return getattr(base, name)(self, *args, **kwargs)
+        finally:
+            self.fxnvtx_calling = False
 
     return call
 

@@ -128,6 +128,16 @@ def enclosing(recording: Recording, launch: Launch) -> list[Range]:
     return sorted(around, key=lambda r: r.depth)
 
 
+def check_nesting(recording: Recording) -> None:
+    """Every module's range lies in a module it is part of (a call graph through other parents is not in our models)."""
+    above: list[Range] = []
+    for item in recording.ranges:
+        del above[item.depth :]
+        if item.category == "module" and above and above[-1].category == "module" and above[-1].label != "backward":
+            assert item.label.startswith(f"{above[-1].label}."), (above[-1].label, item.label)
+        above.append(item)
+
+
 def innermost(recording: Recording, launch: Launch) -> str | None:
     around = enclosing(recording, launch)
     return around[-1].label if around else None

@@ -145,6 +145,7 @@ def test_modes_and_options_are_inductors():
     ("options", "message"),
     [
         ({"inner": "nonsense"}, "no Dynamo backend; known ones: .*inductor"),
+        ({"inner": 5}, "must be the name of a Dynamo backend or a callable"),
         ({"inner": "fxnvtx"}, "its own inner backend"),
         ({"boundaries": "loose"}, "'fused', 'strict'"),
         ({"inner": "eager", "boundaries": "strict"}, "leave boundaries out"),

@@ -8,7 +8,7 @@ from torch import nn
 
 import fxnvtx
 
-from .launches import enclosing, innermost, witness
+from .launches import check_nesting, enclosing, innermost, witness
 from .models import Mlp
 
 pytestmark = pytest.mark.slow
@@ -89,6 +89,7 @@ def test_fallbacks_of_every_kind():
             compiled(x)
     assert recording.balanced
     assert all(enclosing(recording, n) for n in launches)
+    check_nesting(recording)
     names = [n.name for n in launches]
     for module, (_, operator) in KINDS.items():
         found = [n for n in launches if operator and operator in n.name]
@@ -141,12 +142,14 @@ def test_control_flow(sign):
             assert torch.equal(compiled(x), expected)
     assert recording.balanced
     owners = {8: "net.step", 11: "net.yes", 13: "net.no", 17: "net.last"}
+    check_nesting(recording)
     matmuls = [n for n in launches if n.name in ("mm", "addmm")]
     for launch in matmuls:
         width = next((n for n in (11, 13, 17) if any(n in s for s in launch.shapes)), 8)
         assert innermost(recording, launch) == owners[width]
     seen = [innermost(recording, n) for n in matmuls]
     assert seen == [("net.yes" if sign > 0 else "net.no"), "net.step", "net.step", "net.step", "net.last"]
+    assert not any("unknown" in r.label for r in recording.ranges)
     assert all(enclosing(recording, n) for n in launches)
 
 
@@ -176,6 +179,7 @@ def test_a_subgraph_that_serves_several_blocks():
         expected = compiled(x)
         with witness() as launches, fxnvtx.record() as recording:
             assert torch.equal(compiled(x), expected)
+    check_nesting(recording)
     matmuls = [n for n in launches if n.name in ("mm", "addmm")]
     seen = [innermost(recording, n) for n in matmuls]
     assert seen == [f"net.blocks.{b}.{m}" for b in range(3) for m in ("up", "mid", "down")]
@@ -191,9 +195,14 @@ def test_partitions():
         expected = compiled(x)
         with witness() as launches, fxnvtx.record() as recording:
             assert torch.equal(compiled(x), expected)
+    check_nesting(recording)
     seen = [(n.name, innermost(recording, n)) for n in launches if "cpp" not in n.name]
     assert [s for _, s in seen] == ["net.before", "net.cut", "net.after"], seen
-    assert all(enclosing(recording, n) for n in launches)
+    for launch in launches:  # a partition's ranges lie in the region's, not in those of whatever came before
+        labels = [r.label for r in enclosing(recording, launch)]
+        assert len(labels) <= 2, labels
+        assert labels[0] == "net"
+    assert not any("unknown" in r.label for r in recording.ranges)
 
 
 class Cut(nn.Module):

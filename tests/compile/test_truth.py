@@ -10,7 +10,7 @@ import torch
 import fxnvtx
 from fxnvtx.instrument import instrument
 
-from .launches import empty_ranges, enclosing, innermost, witness
+from .launches import check_nesting, empty_ranges, enclosing, innermost, witness
 from .models import Broken, Twice, Unique, linear_shapes
 
 pytestmark = pytest.mark.slow
@@ -60,6 +60,7 @@ WAYS = {
 def _check(recording, launches, names, backward_from_ns):
     """All matmuls in the innermost range of their module; all launches in some range; no range without a launch."""
     assert recording.balanced
+    check_nesting(recording)
     matmuls = [n for n in launches if n.name in ("addmm", "mm")]
     seen = set()
     for launch in matmuls:
