@@ -64,7 +64,8 @@ class Reader:
         self.has_strings = schema.strings is not None
         self.copy_names = self._enum("ENUM_CUDA_MEMCPY_OPER")
         self.domains, self.categories = self._registered()
-        self.last = 0
+        self.last = 0  # the last moment of any range
+        self.aside: dict[int, int] = {}  # process -> number of start/end ranges
 
     def read(self, rank: int | None) -> list[Part]:
         pids = self.processes()
@@ -122,18 +123,23 @@ class Reader:
     def processes(self) -> list[int]:
         """Every process with a range or an operation, and what is wrong with their rows."""
         kinds = ", ".join(map(str, PUSH_POP + START_END))
+        other_end = f"{self.nvtx.pick('endGlobalTid')} != globalTid"
         found: set[int] = set()
-        for pid, last, bad in self.connection.execute(
-            f"SELECT globalTid & {PROCESS}, max(max(start), max(coalesce(end, start))), sum(end < start)"
+        lost = 0
+        for pid, last, backwards, elsewhere, aside in self.connection.execute(
+            f"SELECT globalTid & {PROCESS}, max(max(start), max(coalesce(end, start))), sum(end < start),"
+            f" sum(eventType IN ({kinds}) AND {other_end}), sum(eventType IN ({', '.join(map(str, START_END))}))"
             f" FROM {self.nvtx.sql} GROUP BY 1"
         ):
             self.last = max(self.last, last or 0)
-            if bad:
-                self.notes.append(f"{bad:,} ranges end before they begin and were left out")
-            if pid is not None:
-                found.add(pid)
-            else:
+            lost += elsewhere or 0
+            if backwards:
+                self.notes.append(f"{backwards:,} ranges end before they begin and were left out")
+            if pid is None:
                 self.notes.append("some ranges do not say which thread they are from and were left out")
+                continue
+            found.add(pid)
+            self.aside[pid] = aside
         for table in (self.schema.kernel, self.schema.memcpy, self.schema.memset, self.schema.graph_trace):
             if table is not None:
                 found.update(
@@ -141,10 +147,6 @@ class Reader:
                     for row in self.connection.execute(f"SELECT DISTINCT globalPid FROM {table.sql}")
                     if row[0] is not None
                 )
-        (lost,) = self.connection.execute(
-            f"SELECT count(*) FROM {self.nvtx.sql} WHERE eventType IN ({kinds})"
-            f" AND {self.nvtx.pick('endGlobalTid')} IS NOT NULL AND {self.nvtx.pick('endGlobalTid')} != globalTid"
-        ).fetchone()
         if lost:
             self.notes.append(f"{lost:,} {CROSS_THREAD}")
         return sorted(found)
@@ -243,12 +245,7 @@ class Reader:
 
     def _side(self, part: Part, pid: int) -> None:
         """Start/end ranges: they nest in nothing, so they get a tree of their own that no total counts."""
-        kinds = ", ".join(map(str, START_END))
-        (count,) = self.connection.execute(
-            f"SELECT count(*) FROM {self.nvtx.sql} WHERE eventType IN ({kinds}) AND globalTid BETWEEN ? AND ?",
-            (pid, pid | 0xFFFFFF),
-        ).fetchone()
-        if not count:
+        if not self.aside.get(pid):
             return
         again = bytearray(int(self.connection.execute("SELECT count(*) FROM temp.fx_op").fetchone()[0]) + 1)
         filler = _Filler(self, part.side, None, None, None)

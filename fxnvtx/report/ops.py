@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from .schema import Schema, Table
 
@@ -14,21 +14,10 @@ KERNEL, COPY, SET, GRAPH = 0, 1, 2, 3
 PROCESS = "~16777215"  # globalTid & this = globalPid: the low 24 bits are the thread
 
 
-class Op(NamedTuple):
-    """One operation. `credit`: its time not covered by operations that started earlier on this device; `idle`: the
-    device's idle time right before it; `shared`: it overlaps another one. All times in ns. `node`: CUDA graph node."""
-
-    row: int
-    start: int
-    end: int
-    kind: int
-    name: int
-    device: int
-    node: int | None
-    size: int
-    credit: int
-    idle: int
-    shared: int
+# One operation: row, start, end, kind, name, device, CUDA graph node, size, credit (its time not covered by operations
+# that started earlier on this device), idle (the device's idle time right before it), shared (it overlaps another
+# one). All times in ns. A plain tuple, as SQLite gives it: there are millions.
+Op = tuple[int, int, int, int, int, int, int | None, int, int, int, int]
 
 
 def _source(table: Table, kind: int, name: str, size: str) -> str:
@@ -96,18 +85,15 @@ def launches(
     )
     current: tuple[Any, ...] = ()
     group: list[Op] = []
-    make = Op._make
     for row in rows:
-        op = make(row[4:])
-        if seen[op[0]]:
+        if seen[row[4]]:
             continue  # a second call with the same correlation: the first one launched it
-        seen[op[0]] = 1
-        head = row[:4]
-        if head != current:
+        seen[row[4]] = 1
+        if row[:4] != current:
             if group:
                 yield current[0], current[1], current[2], group
-            current, group = head, []
-        group.append(op)
+            current, group = row[:4], []
+        group.append(row[4:])
     if group:
         yield current[0], current[1], current[2], group
 
@@ -118,4 +104,4 @@ def strays(connection: sqlite3.Connection, pid: int, seen: bytearray) -> Iterato
         return
     for row in connection.execute(f"SELECT {_OP} FROM temp.fx_op AS o WHERE pid = ?", (pid,)):
         if not seen[row[0]]:
-            yield Op._make(row)
+            yield row

@@ -98,7 +98,7 @@ class Sweep:
                 parent.cpu_self -= end - (start if start > above[2] else above[2])
                 above[2] = end
             stack.append([end, node, start, None, None, 0, above, start])
-            if watch is not None:
+            if watch is not None and (size < state.modules or not state.modules or name[1] == "residency"):
                 state.look(watch, node, at, start, end, size)
         while point is not None:
             state.point(point)
