@@ -14,6 +14,7 @@ import fxnvtx
 from fxnvtx.errors import PipelineError
 from fxnvtx.instrument import is_enabled, label_of
 from fxnvtx.pipeline import ComponentResidencyManager, ComponentUse, ServerArgs
+from fxnvtx.pipeline.residency import Timeline
 
 from .nets import LAYERS, STAGES, Net, Uses, labels, weight_bytes
 
@@ -110,6 +111,20 @@ def test_a_changed_module_object_or_dtype_is_prepared_again():
         assert torch.equal(second.head.weight, Net(seed=3).head.weight)
 
 
+def test_another_module_under_the_same_use_takes_the_ranges_over():
+    first, second = Net(seed=8), Net(seed=9)
+    with Request() as r:
+        r.manager.begin_use("a", module=first)
+        assert "s.a.head" in r.shown(lambda: first(X))
+        r.manager.begin_use("a", module=second)
+        assert label_of(first) is None
+        assert "s.a.head" in r.shown(lambda: second(X))
+        with r.manager.use_component("a", module=first):
+            assert r.shown(lambda: (first.head(X), second.head(X))) == ["s.a.head"] * 2
+        assert r.shown(lambda: second.head(X)) == ["s.a.head"]
+        assert label_of(first) is None
+
+
 def test_nested_uses_do_not_silence_the_outer_one():
     with Request() as r:
         a, b = r.components["a"], r.components["b"]
@@ -165,6 +180,28 @@ def test_a_component_that_is_no_module_is_handed_over_as_it_is():
         with r.manager.use_component("t") as tokenizer:
             assert tokenizer("x") == "X"
         r.manager.refresh_pipeline()
+
+
+def test_uses_of_one_key_are_taken_in_their_order():
+    low = ComponentUse("a", dtype=torch.bfloat16)
+    with Request(uses=(ComponentUse("a"), low, ComponentUse("b"))) as r:
+        seen = []
+        for _ in range(3):
+            with r.manager.use_component("a") as a:
+                seen.append(a.head.weight.dtype)
+        assert seen == [torch.float32, torch.bfloat16, torch.float32]
+
+
+def test_a_stage_that_runs_twice_finds_its_uses_again():
+    timeline = Timeline([ComponentUse(c, stage=s) for s, c in (("s", "a"), ("t", "b"), ("s", "a"), ("u", "c"))])
+    nexts = []
+    for stage in ("s", "t", "s", "u", "t"):
+        timeline.stage_begins(stage)
+        use = timeline.next_heavy()
+        timeline.begins(use)
+        coming = timeline.next_heavy()
+        nexts.append((use.component, coming and coming.component))
+    assert nexts == [("a", "b"), ("b", "a"), ("a", "c"), ("c", None), ("b", "a")]
 
 
 def test_prefix_of_a_use():

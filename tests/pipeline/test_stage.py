@@ -196,6 +196,16 @@ def test_a_router_that_calls_the_stage_shows_it_inside_its_own():
     assert list(batch.metrics.stages) == ["stage_Bare", "stage_router"]
 
 
+def test_figures_of_an_inner_stage_do_not_mix_with_those_of_its_namesake():
+    pipeline = pipeline_of({}, {"one": Bare(), "router": Uses(lambda stage, batch: Bare()(batch, LAYERS))})
+    batch = pipeline(Batch())
+    assert {s.range: s.name for s in batch.metrics.stages.values()} == {
+        "stage_one": "Bare",
+        "stage_Bare": "stage_Bare",
+        "stage_router": "Uses",
+    }
+
+
 def test_a_stage_outside_of_any_pipeline_uses_its_own_modules():
     stage = calls()
     stage.modules = {"net": Net()}

@@ -189,12 +189,12 @@ def test_a_component_whose_ranges_are_off_costs_nothing():
     pipeline = pipeline_of({"net": net}, {"s": Uses(work, "net")}, ServerArgs(enable_stage_nvtx_marker=True))
     pipeline(Batch())
     assert seen.keys() - {"ratio"} == vars(plain).keys()
-    assert seen["ratio"] < 1.5
+    assert seen["ratio"] < 1.5  # the public hooks make such a call three times as long and more
 
 
 def _time(module):
     begin = perf_counter()
-    for _ in range(20_000):
+    for _ in range(1000):
         module(None)
     return perf_counter() - begin
 

@@ -248,6 +248,22 @@ def test_tied_and_overlapping_weights_stay_tied(kind):
 
 
 @pytest.mark.parametrize("kind", OFFLOADING)
+def test_a_view_put_in_later_is_tied_to_what_it_looks_into(kind):
+    net = Net()
+    strategy, account = hold(kind, net)
+    strategy.bring_back(net)
+    total = weight_bytes(net)
+    net.register_buffer("row", net.embed.weight.detach()[0])
+    strategy.refresh(net)
+    assert account.resident_bytes == weight_bytes(net) == total
+    strategy.finish_use(net)
+    assert account.resident_bytes == weight_bytes(net) == 0
+    strategy.bring_back(net)
+    assert net.row.data_ptr() == net.embed.weight.data_ptr()
+    assert torch.equal(net.row, Net().embed.weight[0])
+
+
+@pytest.mark.parametrize("kind", OFFLOADING)
 def test_replaced_parts_are_picked_up(kind):
     net = Net()
     strategy, account = hold(kind, net)

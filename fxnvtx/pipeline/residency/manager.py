@@ -77,7 +77,6 @@ class ComponentResidencyManager:
         self.attachments = Attachments()
         self.holdings = Holdings(self.kinds, self.args, place, self._in_use)
         self._seen: dict[str, weakref.ref[nn.Module]] = {}
-        self._keys: dict[tuple[str, str, str | None], weakref.ref[nn.Module]] = {}
         self._requests: list[_Request] = []
         self._lock = threading.RLock()
 
@@ -253,10 +252,6 @@ class ComponentResidencyManager:
         if not (request.args.enable_layerwise_nvtx_marker and request.use_nvtx):
             self.attachments.silence(active.module, active.use.prefix)
             return
-        old = self._keys.get(active.use.key)
-        if old is not None and (before := old()) is not None and before is not active.module:
-            self.remove_nvtx_hooks_for_module(before)
-        self._keys[active.use.key] = weakref.ref(active.module)
         self.attachments.enable(active.module, active.use.prefix, request.args.nvtx_depth, request.layers)
         active.ranged = True
 
