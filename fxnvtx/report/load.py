@@ -18,7 +18,7 @@ from .report import Report
 
 __all__ = ["from_recording", "load", "read_file"]
 
-_RANK = re.compile(r"rank[-_.]?(\d+)", re.IGNORECASE)
+_RANK = re.compile(r"(?<![a-z])rank[-_.]?(\d+)", re.IGNORECASE)
 
 
 def from_recording(recording: Recording, source: str = "this process") -> Report:
@@ -63,8 +63,8 @@ def kind_of(path: Path) -> str:
 
 
 def rank_of(path: Path) -> int | None:
-    """The rank that a file's name tells ("capture.rank3.sqlite")."""
-    found = _RANK.findall(path.name)
+    """The rank that a file's name tells ("capture.rank3.sqlite"), or the folder it is in ("rank3/capture.sqlite")."""
+    found = _RANK.findall(path.name) or _RANK.findall(path.absolute().parent.name)
     return int(found[-1]) if found else None
 
 

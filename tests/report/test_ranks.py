@@ -14,6 +14,7 @@ from fxnvtx.recording import Recording
 from fxnvtx.report import load, render_text
 from fxnvtx.report.cluster import load_on
 from fxnvtx.report.labels import Name
+from fxnvtx.report.load import rank_of
 from fxnvtx.report.tree import Node, Tree
 
 from .captures import Capture
@@ -82,6 +83,21 @@ def test_rank_of_a_recording_comes_from_the_recording(tmp_path: Path) -> None:
         recording.stop()
         paths.append(recording.save(tmp_path / f"{rank}.json"))
     assert [part.title for part in load(*paths).parts] == ["rank 0", "rank 1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "rank"),
+    [
+        ("run.rank3.sqlite", 3),
+        ("rank_12.nsys-rep", 12),
+        ("RANK-0/capture.sqlite", 0),
+        ("rank1/rank2.sqlite", 2),
+        ("lowrank16.sqlite", None),
+        ("rank3/deeper/capture.sqlite", None),
+    ],
+)
+def test_rank_from_a_path(name: str, rank: int | None) -> None:
+    assert rank_of(Path(name)) == rank
 
 
 def test_equal_titles_are_told_apart(tmp_path: Path) -> None:
