@@ -57,7 +57,7 @@ class Reader:
         self.path = path
         self.exact = exact
         self.tick = tick
-        self.notes: list[str] = []
+        self.notes: list[str] = list(schema.notes)
         self.texts: dict[int, str] = {}
         assert schema.nvtx is not None
         self.nvtx = schema.nvtx

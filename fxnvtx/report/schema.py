@@ -47,6 +47,7 @@ class Schema:
     graph_nodes: Table | None = None
     graph_trace: Table | None = None
     tables: dict[str, Table] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)  # tables that were expected to be readable and are not
 
     @property
     def has_device_work(self) -> bool:
@@ -149,6 +150,9 @@ def detect(connection: sqlite3.Connection, path: Path) -> Schema:
         if kind == "strings":
             fitting = [t for t in fitting if t.name == usual]
         setattr(schema, kind, fitting[0] if fitting else None)
+        if not fitting and usual in tables and kind != "graph_nodes":
+            missing = ", ".join(sorted(needed - tables[usual].columns))
+            schema.notes.append(f"table {usual} was not read: it has no column {missing}")
     if schema.nvtx is None:
         if "META_DATA_EXPORT" in tables or schema.has_device_work or "StringIds" in tables:
             raise CaptureError(

@@ -187,6 +187,21 @@ def test_half_an_export_gives_what_there_is(tmp_path: Path, table: str) -> None:
         assert not report.has_gpu
 
 
+def test_a_table_of_an_unknown_layout_is_told(tmp_path: Path) -> None:
+    capture = small(tmp_path / "layout.sqlite")
+    capture.database.execute("ALTER TABLE CUPTI_ACTIVITY_KIND_KERNEL RENAME COLUMN correlationId TO cid")
+    report = load(capture.close())
+    assert "table CUPTI_ACTIVITY_KIND_KERNEL was not read: it has no column correlationId" in report.notes
+
+
+def test_a_table_under_another_name_is_found_by_its_columns(tmp_path: Path) -> None:
+    capture = small(tmp_path / "renamed.sqlite")
+    for table in ("NVTX_EVENTS", "CUPTI_ACTIVITY_KIND_KERNEL", "CUPTI_ACTIVITY_KIND_RUNTIME"):
+        capture.database.execute(f"ALTER TABLE {table} RENAME TO NEW_{table}")
+    (row,) = load(capture.close()).rows()
+    assert (row.name, row.gpu) == ("a", 10)
+
+
 def test_no_ranges_table(tmp_path: Path) -> None:
     capture = small(tmp_path / "none.sqlite")
     capture.database.execute("DROP TABLE NVTX_EVENTS")
