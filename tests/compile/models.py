@@ -83,6 +83,16 @@ class Same(nn.Module):
         return torch.randn(batch, 8)
 
 
+def widths_of_blocks(model: Unique) -> dict[int, str]:
+    """A width that occurs in one block only -> that block: what a generated kernel's arguments tell about its owner."""
+    widths: dict[int, set[str]] = {}
+    for index, block in enumerate(model.blocks):
+        inner = getattr(block, "_orig_mod", block)
+        for width in (inner.up.out_features, inner.mid.out_features):
+            widths.setdefault(width, set()).add(f"blocks.{index}")
+    return {w: found.pop() for w, found in widths.items() if len(found) == 1}
+
+
 def linear_shapes(model: nn.Module) -> dict[frozenset[int], set[str]]:
     """{in, out} -> the FQNs of the Linears that have it (several only where a module is tied)."""
     found: dict[frozenset[int], set[str]] = {}

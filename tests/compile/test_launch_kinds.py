@@ -8,6 +8,7 @@ from torch import nn
 
 import fxnvtx
 
+from .generated import wrapper_sources
 from .launches import check_nesting, enclosing, innermost, witness
 from .models import Mlp
 
@@ -185,12 +186,20 @@ def test_a_subgraph_that_serves_several_blocks():
     assert seen == [f"net.blocks.{b}.{m}" for b in range(3) for m in ("up", "mid", "down")]
 
 
-def test_partitions():
-    """A custom operator that must not be captured cuts the generated code into functions."""
+def test_partitions(monkeypatch):
+    """An operator that no CUDA graph can hold cuts the generated code into functions. Inductor does so only where it
+    uses CUDA graphs; the code it generates is the same without them."""
+    from torch._inductor.scheduler import Scheduler
+
+    def cuts_at_negate(self, node):
+        return "a custom operator" if "negate" in str(getattr(node.node, "op_overload", "")) else None
+
+    monkeypatch.setattr(Scheduler, "should_partition", cuts_at_negate)
     model = fxnvtx.instrument(Cut(), "net")
     x = torch.randn(5, 8)
-    patch = {"graph_partition": True, "custom_should_partition_ops": ["fxnvtx_tests::negate"]}
-    with torch.no_grad(), torch._inductor.config.patch(patch):
+    patch = {"graph_partition": True, "fx_graph_cache": False}
+    no_cache = torch._functorch.config.patch(enable_autograd_cache=False)
+    with torch.no_grad(), torch._inductor.config.patch(patch), no_cache:
         compiled = torch.compile(model, backend="fxnvtx", fullgraph=True)
         expected = compiled(x)
         with witness() as launches, fxnvtx.record() as recording:
@@ -203,6 +212,7 @@ def test_partitions():
         assert len(labels) <= 2, labels
         assert labels[0] == "net"
     assert not any("unknown" in r.label for r in recording.ranges)
+    assert "self.partitions[1]" in wrapper_sources()[-1]
 
 
 class Cut(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from time import perf_counter_ns
 
 import pytest
@@ -11,7 +12,7 @@ import fxnvtx
 from fxnvtx.instrument import instrument
 
 from .launches import check_nesting, empty_ranges, enclosing, innermost, witness
-from .models import Broken, Twice, Unique, linear_shapes
+from .models import Broken, Twice, Unique, linear_shapes, widths_of_blocks
 
 pytestmark = pytest.mark.slow
 
@@ -57,7 +58,7 @@ WAYS = {
 }
 
 
-def _check(recording, launches, names, backward_from_ns):
+def _check(recording, launches, names, widths, backward_from_ns):
     """All matmuls in the innermost range of their module; all launches in some range; no range without a launch."""
     assert recording.balanced
     check_nesting(recording)
@@ -73,8 +74,18 @@ def _check(recording, launches, names, backward_from_ns):
         assert len(set(labels)) == len(labels), labels  # each level once
         seen.add(innermost(recording, launch))
     assert {o for found in names.values() for o in found} & {s[4:] for s in seen}
+    generated = 0
     for launch in launches:
-        assert enclosing(recording, launch), launch
+        labels = [r.label for r in enclosing(recording, launch)]
+        assert labels, launch
+        blocks = {widths[n] for shape in launch.shapes for n in shape if n in widths}
+        if launch.name.startswith("cpp") and len(blocks) == 1:
+            block = blocks.pop()
+            named = [n.replace("again", "blocks.0") for n in labels]
+            fused = [n for n in named if n.startswith("fused(") and re.search(rf"\b{re.escape(block)}\b", n)]
+            assert f"net.{block}" in named or fused, (launch, labels)
+            generated += 1
+    assert generated >= 4 * len(set(widths.values()))
     return matmuls, seen
 
 
@@ -82,7 +93,7 @@ def _check(recording, launches, names, backward_from_ns):
 def test_every_matmul_is_inside_its_own_module(way):
     make, compiling = WAYS[way]
     model = make()
-    names = linear_shapes(model)
+    names, widths = linear_shapes(model), widths_of_blocks(model)
     instrument(model, "net", path="hooks" if way == "replaced" else "auto")
     compiled = compiling(model)
     x = model.inputs()
@@ -92,7 +103,7 @@ def test_every_matmul_is_inside_its_own_module(way):
         middle = perf_counter_ns()
         result.sum().backward()
     # only what is compiled leaves launches; the eager rest of a regional model does not
-    matmuls, seen = _check(recording, launches, names, middle)
+    matmuls, seen = _check(recording, launches, names, widths, middle)
     inside = {n for found in names.values() for n in found if way not in ("regional", "replaced") or "blocks" in n}
     if way == "twice and tied":
         inside = {n for n in inside if not n.startswith("again")}
