@@ -68,8 +68,6 @@ const table = (() => {
 
   function heading() {
     const list = columns();
-    const grid = `minmax(280px, 1fr) repeat(${list.length}, minmax(86px, max-content))`;
-    box.style.setProperty("--grid", grid);
     head.style.gridTemplateColumns = `minmax(280px, 1fr) repeat(${list.length}, 100px)`;
     head.replaceChildren(...["name", ...list].map((name) => {
       const holder = document.createElement("div"), button = document.createElement("button");

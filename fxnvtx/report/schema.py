@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -121,7 +120,6 @@ def open_capture(path: Path) -> sqlite3.Connection:
             connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
             connection.execute("PRAGMA temp_store = FILE")
             connection.execute("PRAGMA cache_size = -16384")
-            connection.execute("PRAGMA query_only = OFF")
             connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
             if path.stat().st_size <= _SMALL:
                 verdict = connection.execute("PRAGMA quick_check(1)").fetchone()
@@ -185,8 +183,3 @@ def _check_header(path: Path) -> None:
 def _is_wal(path: Path) -> bool:
     with open(path, "rb") as file:
         return file.read(20)[18:20] == b"\x02\x02"
-
-
-def temp_folder() -> str:
-    """Where SQLite puts temporary tables."""
-    return os.environ.get("SQLITE_TMPDIR") or os.environ.get("TMPDIR") or "/var/tmp"

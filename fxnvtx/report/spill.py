@@ -22,9 +22,6 @@ class Spill:
         self._made = False
         self._reading: list[sqlite3.Cursor] = []
 
-    def __len__(self) -> int:
-        return self._count
-
     def add(self, row: tuple[Any, ...]) -> None:
         self._waiting.append(row)
         self._count += 1
