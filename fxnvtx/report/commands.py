@@ -67,7 +67,7 @@ def report_command(
 ) -> None:
     """Read captures (nsys .sqlite or .nsys-rep) and recordings, and say which module of which step costs what.
 
-    Several files are several ranks: they are merged, and every row says how far the ranks are apart.
+    Several files are several ranks: their times add up, and every row says how far the ranks are apart.
 
     \b
     calls     how often the range ran (-: replayed by a CUDA graph, no Python ran)
@@ -119,7 +119,11 @@ def report_command(
 @click.option("-o", "--output", type=CAPTURE, help="write to this file instead of the terminal")
 @click.option("--limit", type=click.IntRange(min=1), help="at most so many rows (text only)")
 def diff_command(a: Path, b: Path, depth: int | None, form: str, output: Path | None, limit: int | None) -> None:
-    """Compare two captures module by module: B minus A."""
+    """Compare two captures module by module: B minus A.
+
+    Times are medians over steps (over requests outside of steps). A change is called one where it is larger than what
+    the scatter over steps explains; how two runs differ as a whole (clocks, temperature) cannot be seen from inside.
+    """
     with Late(f"reading {a.name} and {b.name}") as tick:
         found = diff(load(a, tick=tick), load(b, tick=tick), depth)
     if form == "text":

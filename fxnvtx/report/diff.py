@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from statistics import median
 
-from .labels import fused_owners, is_module
+from .labels import fold, fused_owners, is_module
 from .report import Report
 from .tree import Node
 
@@ -52,9 +52,10 @@ class Comparison:
 
 
 def diff(a: Report, b: Report, depth: int | None = None) -> Comparison:
-    """Compare by module path; biggest change first, modules on one side only after those on both.
+    """Compare by module path; biggest change first, what is on one side only after what is on both.
 
-    depth: only modules with at most so many dotted parts.
+    Requests, stages, steps and residency work are compared as well: offloading shows there. depth: only names with at
+    most so many dotted parts.
     """
     measure = "gpu" if a.has_gpu and b.has_gpu else "cpu"
     notes = []
@@ -89,6 +90,8 @@ def verdict(a: list[int], b: list[int]) -> str:
     slow first step does not count. What differs between two runs as a whole (clocks, temperature) cannot be seen from
     within them; reports of several runs each can show it.
     """
+    if median(a) == median(b):
+        return NOISE
     if len(a) < FEWEST or len(b) < FEWEST:
         return CHANGE if any(a) != any(b) else UNSURE
     distance = abs(median(a) - median(b))
@@ -128,6 +131,8 @@ def _key(node: Node) -> str | None:
         return None
     if fused_owners(node.name.text):
         return f"{node.parent.name.text} {node.name.text}".strip()
-    if node.is_unknown():
+    if node.is_unknown() or node.name.category in ("stage", "residency"):
         return node.name.text
+    if node.name.category in ("request", "step"):
+        return fold(node.name.text, node.name.category)
     return node.name.text.partition(" in=")[0] if is_module(node.name) else None

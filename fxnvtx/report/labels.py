@@ -21,6 +21,7 @@ _OP = re.compile(r"^(?:\w+::\w+|autograd::|\w+Backward\d*$)")
 _MODULE = re.compile(r"^[A-Za-z_]\w*(?:\.\w+)*(?: in=\[.*\])?$")
 _FUSED = re.compile(r"^fused\((.*)\)$")
 _DIGITS = re.compile(r"\d+")
+_NUMBER = re.compile(r"\d+(?:\.\d+)?")  # timesteps may have a fraction
 
 
 class Name(NamedTuple):
@@ -89,6 +90,6 @@ def fold(text: str, category: str) -> str:
     Modules: dotted parts that are numbers ("blocks.7.attn" -> "blocks.*.attn"). Steps and requests: every number.
     """
     if category in {"step", "request"}:
-        return re.sub(r"(?:\[?\*\]?_t)\*", r"*", _DIGITS.sub("*", text)) if "_t" in text else _DIGITS.sub("*", text)
+        return _NUMBER.sub("*", text).replace("*_t*", "*").replace("[*]", "*")
     head, mark, tail = text.partition(" in=")
     return re.sub(r"(?<=\.)\d+(?=[.,)]|$)", "*", head) + mark + tail

@@ -36,7 +36,7 @@ def diff_text(found: Comparison, width: int | None = None, limit: int | None = N
         widths = [max(len(title), *(len(line[i]) for line in lines)) + 2 for i, title in enumerate(titles)]
         names = max(12, columns - sum(widths) - 1)
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-        table.add_column("module", no_wrap=True, overflow="crop", max_width=names)
+        table.add_column("range", no_wrap=True, overflow="crop", max_width=names)
         for title in titles:
             table.add_column(title, justify="left" if title == "verdict" else "right", no_wrap=True)
         for row, line in zip(shown, lines, strict=True):

@@ -110,7 +110,7 @@ def test_diff(capture: Path, tmp_path: Path) -> None:
     text = run("diff", capture, slower)
     assert "+50.0%" in text
     document = json.loads(run("diff", capture, slower, "--format", "json"))
-    assert document["rows"][0]["name"] == "transformer"
+    assert document["rows"][0]["name"] == "request#*"
     assert "transformer" in run("diff", capture, slower, "--format", "csv", "--depth", "1")
     run("diff", capture, tmp_path / "none.sqlite", code=1)
 

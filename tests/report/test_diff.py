@@ -47,7 +47,8 @@ def test_absolute_and_relative(tmp_path: Path) -> None:
     assert (attn.total_a, attn.total_b, attn.count_a) == (8 * 30_000, 8 * 45_000, 8)
     assert rows["transformer"].delta == 3 * 23_000
     assert rows["transformer.blocks.0 fused(norm, attn)"].delta == 3_000
-    assert found.rows[0].name == "transformer", "the biggest change comes first"
+    assert (rows["denoising_step_*"].a, rows["denoising_step_*"].count_a) == (3 * 46_000, 8)
+    assert [row.name for row in found.rows[:3]] == ["request#*", "denoising_step_*", "transformer"], "biggest first"
 
 
 def test_the_same_capture_has_no_changes(tmp_path: Path) -> None:
@@ -76,6 +77,24 @@ def test_eager_against_compiled_says_what_exists_on_one_side_only(tmp_path: Path
     assert rows["net fused(norm, ff)"].verdict == ONLY_B
     assert rows["net.ff"].verdict == NOISE
     assert rows["net"].delta == 0
+
+
+def test_resident_against_offloaded(tmp_path: Path) -> None:
+    resident, offloaded = Capture(tmp_path / "resident.sqlite"), Capture(tmp_path / "offloaded.sqlite")
+    for capture in (resident, offloaded):
+        for request in range(4):
+            at = request * 10_000_000
+            end = at + (1_000_000 if capture is resident else 3_000_000)
+            capture.range(at, end, f"request#{request}", "request")
+            capture.range(at + 10, end - 500_000, "stage_denoising", "stage")
+            capture.range(at + 100_000, at + 400_000, "dit")
+            if capture is offloaded:
+                capture.range(at + 500_000, at + 2_400_000, "residency.load dit", "residency")
+    rows = {row.name: row for row in diff(load(resident.close()), load(offloaded.close())).rows}
+    assert (rows["residency.load dit"].verdict, rows["residency.load dit"].b) == (ONLY_B, 1_900_000)
+    assert rows["dit"].verdict == NOISE
+    assert (rows["stage_denoising"].verdict, rows["stage_denoising"].delta) == (CHANGE, 2_000_000)
+    assert rows["request#*"].relative == 2.0
 
 
 def test_cpu_and_gpu_captures_are_compared_by_cpu_time_and_say_so(tmp_path: Path) -> None:
@@ -122,8 +141,9 @@ def test_repetitions_are_steps_or_requests() -> None:
         ]
     recording = Recording()
     recording._frozen, recording._frozen_marks = ranges, []
-    (row,) = diff(from_recording(recording), from_recording(recording)).rows
-    assert (row.count_a, row.a) == (3, 100)
+    rows = {row.name: row for row in diff(from_recording(recording), from_recording(recording)).rows}
+    assert (rows["vae"].count_a, rows["vae"].a) == (3, 100)
+    assert (rows["request#*"].count_a, rows["request#*"].a) == (3, 900)
 
 
 def test_outputs(tmp_path: Path) -> None:
@@ -136,13 +156,18 @@ def test_outputs(tmp_path: Path) -> None:
     document = json.loads(diff_json(found))
     assert (document["format"], document["version"], document["measure"]) == ("fxnvtx-diff", 1, "cpu")
     lines = list(csv.DictReader(io.StringIO(diff_csv(found))))
-    assert [row["name"] for row in document["rows"]] == [line["name"] for line in lines] == ["a", "new", "gone"]
-    assert float(lines[0]["relative"]) == pytest.approx(0.5)
+    names = [line["name"] for line in lines]
+    assert [row["name"] for row in document["rows"]] == names == ["denoising_step_*", "a", "new", "gone"]
+    assert float(lines[1]["relative"]) == pytest.approx(0.5)
 
 
 def test_depth() -> None:
     one = steps({"net": [5], "net.a": [5], "net.a.b": [5]})
-    assert [row.name for row in diff(one, one, depth=2).rows] == ["net", "net.a"]
+    assert [row.name for row in diff(one, one, depth=2).rows] == [
+        "denoising_step_*",
+        "net",
+        "net.a",
+    ]
 
 
 def test_nothing_to_compare() -> None:

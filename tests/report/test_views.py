@@ -252,6 +252,8 @@ def test_texts() -> None:
     assert fold("a.10.b.3", "module") == "a.*.b.*"
     assert fold("conv2d.3x3.1 in=[[2, 3]]", "module") == "conv2d.3x3.* in=[[2, 3]]"
     assert fold("denoising_step_4_t881", "step") == "denoising_step_*"
+    assert fold("denoising_step_4_t937.5", "step") == "denoising_step_*"
+    assert fold("step[3]", "step") == "step*"
     assert fold("request#12", "request") == "request#*"
     assert fused_owners("fused(norm1, attn.to_q)") == ("norm1", "attn.to_q")
     assert fused_owners("fused") == ()
