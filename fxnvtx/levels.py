@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import dis
 import inspect
+import itertools
 import linecache
 import types
 import weakref
@@ -54,6 +55,7 @@ class Level:
         return tuple(item for text in made for item in ((text,), text.attributes))
 
 
+_numbers = itertools.count()
 _cache: weakref.WeakKeyDictionary[type, dict[Any, Level | str]] = weakref.WeakKeyDictionary()
 
 
@@ -103,14 +105,14 @@ def _trace(module: nn.Module, function: types.FunctionType, facts: Facts, ranged
     code = graph.python_code("self")
     tree = ast.parse(code.src)
     definition = next(s for s in tree.body if isinstance(s, ast.FunctionDef))
-    name = f"<fxnvtx level of {type(module).__qualname__}>"
+    name, number = f"<fxnvtx level of {type(module).__qualname__}", next(_numbers)
     return Level(
         tuple(children),
         graph,
         code.src,
         _guard(module, facts, function, children),
-        _build(definition, _FAST, children, code.globals, function, f"{name[:-1]}, {len(_cache)}>"),
-        _build(definition, _GENERAL, children, code.globals, function, f"{name[:-1]}, general {len(_cache)}>"),
+        _build(definition, _FAST, children, code.globals, function, f"{name}, {number}>"),
+        _build(definition, _GENERAL, children, code.globals, function, f"{name}, general {number}>"),
     )
 
 

@@ -178,10 +178,11 @@ class Slot:
         if self.by_parent is not None:
             above = stack[-1]
             label = above[0] if type(above) is tuple else above.label
-        labels = self.below.get(label.text)
-        if labels is None:
+        known = self.below.get(label.text)
+        if known is None or known[0] is not level:  # another thread may give this slot another level meanwhile
             prefix = self.prefix if self.by_parent is None else f"{label.text}."
-            labels = self.below[label.text] = level.labels_below(prefix)
+            known = self.below[label.text] = (level, level.labels_below(prefix))
+        labels = known[1]
         if self.control.fast:
             return level.fast(module, stack, labels, *args, **kwargs)
         return level.general(module, stack, labels, *args, **kwargs)

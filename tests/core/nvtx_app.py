@@ -18,15 +18,24 @@ import fxnvtx
 from fxnvtx.ranges import local
 
 
+class Leaks(nn.Module):
+    """Forgets a range, inside a level that can be traced."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        fxnvtx.range_push("forgotten")
+        return x * 2
+
+
 class Block(nn.Module):
     def __init__(self, width: int, shared: nn.Module) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Dropout(0.1), nn.Linear(width, width))
         self.shared = shared
+        self.leaks = Leaks()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self.norm(x)
+        h = self.leaks(self.norm(x))
         h = self.mlp(h) + self.shared(h)
         return x + h
 
@@ -99,9 +108,11 @@ def work(model: Model) -> None:
     toggled = model.blocks[1].register_forward_pre_hook(lambda *_: fxnvtx.set_enabled(model, False))
     model(x, None, None)  # goes on as it began
     toggled.remove()
-    model(x, None, None)  # silent
+    with fxnvtx.range("silent"):  # takes what Leaks forgets
+        model(x, None, None)
     toggled = model.blocks[1].register_forward_pre_hook(lambda *_: fxnvtx.set_enabled(model, True))
-    model(x, None, None)  # stays silent
+    with fxnvtx.range("stays silent"):
+        model(x, None, None)
     toggled.remove()
     model(x, None, None)
     y = torch.ones(2, 8, requires_grad=True)

@@ -220,6 +220,15 @@ def test_two_instrumented_models_one_inside_the_other():
     assert seen(outer) == []
 
 
+@PATHS
+def test_a_part_instrumented_later_keeps_its_own_name(path):
+    outer = fxnvtx.instrument(Holder(zoo.Straight()), "outer", path=path)
+    fxnvtx.instrument(outer.shared, "inner", path=path)
+    assert seen(outer) == ["outer", "inner", "inner.a", "inner.b"]
+    fxnvtx.uninstrument(outer.shared)
+    assert seen(outer) == ["outer", "outer.shared", "outer.shared.a", "outer.shared.b"]
+
+
 def test_naming_is_pure():
     model = Model()
     before = [dict(m.__dict__) for m in model.modules()]

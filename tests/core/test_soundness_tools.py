@@ -270,7 +270,7 @@ def test_quantization_swaps_children():
 
 
 @pytest.mark.parametrize("path", ["auto", "hooks"])
-@pytest.mark.parametrize("kind", [zoo.Wide, zoo.SharedList, zoo.Decides, zoo.Factory])
+@pytest.mark.parametrize("kind", [zoo.Wide, zoo.SharedList, zoo.Decides, zoo.LocalFactory])
 def test_nothing_keeps_a_model_or_a_replaced_child_alive(kind, path):
     _, model = pair(kind, path=path)
     sample = x(*data.get(kind, (3, zoo.W)))

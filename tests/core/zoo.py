@@ -148,6 +148,14 @@ class Factory(Base):
         return self.a(x + pos)
 
 
+class LocalFactory(Base):
+    """Read as sound, refused while it is traced."""
+
+    def forward(self, x):
+        size = 4
+        return self.a(x + torch.ones(size))
+
+
 class SymbolicFactory(Base):
     def forward(self, x):
         return self.a(x) + torch.zeros(x.shape[0], 1)
@@ -382,6 +390,7 @@ REFUSED = (
     GlobalTable,
     Factory,
     RandomFactory,
+    LocalFactory,
     AugAssign,
     SharedList,
     SharedDict,
