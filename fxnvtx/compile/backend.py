@@ -36,6 +36,7 @@ class Backend:
         self.mode = mode
         self.options = options
         self.__name__ = "fxnvtx"
+        self._cuda_graphs = False  # whether any region was compiled to be replayed
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Backend) and self._options() == other._options()
@@ -78,6 +79,7 @@ class Backend:
             )
             return ranged(region, inductor.compile_plain(graph_module, inputs, patches))
         region.replayed = inductor.replays(patches)
+        self._cuda_graphs = self._cuda_graphs or region.replayed
         if self.boundaries == "strict":
             if has_subgraphs(graph_module):
                 about.reason = "strict boundaries are not possible around control flow; kernels may be fused"
@@ -135,7 +137,8 @@ class Backend:
 
     def reset(self) -> None:
         """Called by torch._dynamo.reset(): CUDA graphs that Inductor keeps must go, as with its own backend."""
-        dynamo.reset(self.inner, self.mode, self.options)
+        dynamo.reset(self.inner, self._cuda_graphs)
+        self._cuda_graphs = False
 
 
 def _given(mode: Any, options: Any, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, cast
 
-import torch
 from torch.fx import Node
 
 from ..errors import CompileError
@@ -25,9 +24,13 @@ def current_frame() -> Frame:
         return Frame(None, {}, {})
 
 
-def reset(inner: Any, mode: str | None, options: Any) -> None:
+def reset(inner: Any, cuda_graphs: bool) -> None:
+    """What torch._dynamo.reset() does to the inner backend."""
     if inner == "inductor":
-        torch._TorchCompileInductorWrapper(mode, options, None).reset()
+        if cuda_graphs:
+            from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+            reset_cudagraph_trees()
     elif hasattr(inner, "reset"):
         inner.reset()
 

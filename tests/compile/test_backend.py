@@ -141,6 +141,37 @@ def test_modes_and_options_are_inductors():
         torch.compile(model, backend="fxnvtx", options={"nonsense": 1})(model.inputs())
 
 
+def test_a_pass_of_the_users_own_still_runs():
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    class Seen(CustomGraphPass):
+        graphs = 0
+
+        def __call__(self, graph):
+            Seen.graphs += 1
+
+        def uuid(self):
+            return "fxnvtx tests: Seen"
+
+    with torch._inductor.config.patch(fx_graph_cache=False), torch._functorch.config.patch(enable_autograd_cache=False):
+        _, recording = _compiled("fxnvtx", Unique(1), options={"post_grad_custom_post_pass": Seen()})
+    assert Seen.graphs == 2  # forward and backward
+    assert "net.blocks.0.up" in _labels(recording)
+
+
+def test_reset_drops_cuda_graphs_as_inductor_does(monkeypatch):
+    from torch._inductor import cudagraph_trees
+
+    dropped = []
+    monkeypatch.setattr(cudagraph_trees, "reset_cudagraph_trees", lambda: dropped.append(1))
+    _compiled("fxnvtx", Unique(1), mode="reduce-overhead")
+    torch._dynamo.reset()
+    assert dropped == [1]
+    _compiled("fxnvtx", Unique(1))
+    torch._dynamo.reset()
+    assert dropped == [1]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

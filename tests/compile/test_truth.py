@@ -94,7 +94,7 @@ def test_every_matmul_is_inside_its_own_module(way):
     make, compiling = WAYS[way]
     model = make()
     names, widths = linear_shapes(model), widths_of_blocks(model)
-    instrument(model, "net", path="hooks" if way == "replaced" else "auto")
+    instrument(model, "net")
     compiled = compiling(model)
     x = model.inputs()
     compiled(x).sum().backward()  # compiles forward and backward
