@@ -98,6 +98,8 @@ class PipelineExecutor:
         single = not isinstance(payload, list)
         texts = [self._next_label(item) for item in ([payload] if single else payload)]
         outer = texts[0] if single else label("request_group", "request")
+        if use_nvtx and args.enable_layerwise_nvtx_marker:
+            pipeline.residency.attach_ahead(pipeline.stages.values(), args)
         with (
             running_with(
                 use_nvtx=use_nvtx,

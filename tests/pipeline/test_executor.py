@@ -115,6 +115,25 @@ def test_a_mixed_group_is_gated_the_same_everywhere():
     assert [b.metrics.range for b in done] == [None, "request#0", "request#1"]
 
 
+def test_reading_a_model_is_not_part_of_the_request(monkeypatch):
+    from fxnvtx.pipeline.residency import attach
+
+    seen = []
+    real = attach.instrument
+
+    def noted(*args, **kwargs):
+        seen.append(len(fxnvtx.ranges.local.stack))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(attach, "instrument", noted)
+    pipeline = pipeline_of({"net": Net()}, {"a": calls()})
+    with fxnvtx.record() as recording:
+        for _ in range(2):
+            pipeline(Batch())
+    assert seen == [0]
+    assert labels(recording).count("a.net.head") == 2
+
+
 def test_a_group_of_warmups_shows_nothing():
     seen = []
     pipeline = pipeline_of({"net": Net()}, {"a": Gates(seen), "b": calls()})

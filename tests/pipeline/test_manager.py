@@ -420,6 +420,50 @@ def test_a_request_inside_a_request():
         assert r.resident() == set()
 
 
+def test_a_silent_request_inside_one_with_layers():
+    with Request() as r, r.manager.use_component("a") as a:
+        inner = stage_of("inner", "a")
+        r.manager.begin_request([inner], OFFLOAD, is_warmup=True)
+        r.manager.before_stage(inner)
+        with r.manager.use_component("a"):
+            assert r.shown(lambda: a.head(X)) == []
+        r.manager.finish_request()
+        assert r.shown(lambda: a.head(X)) == ["s.a.head"]
+
+
+class Straight(nn.Module):
+    """A forward that may be generated."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.head(self.embed(x))
+
+
+class Branching(Straight):
+    """The same with a branch on its input: hooks only."""
+
+    def forward(self, x):
+        if x.sum() > 1e6:
+            return x
+        return self.head(self.embed(x))
+
+
+def test_components_on_the_fx_path_and_on_the_hooks_path_look_the_same():
+    seen = []
+    for kind, path in ((Straight, "fx"), (Branching, "hooks")):
+        request = Request()
+        request.components["a"] = nn.Sequential(kind(), kind())
+        with request as r, r.manager.use_component("a") as a:
+            paths = {row.label: row.path for row in fxnvtx.explain(a).rows}
+            assert paths["s.a.0.head"] == path
+            seen.append(r.shown(lambda a=a: a(X)))
+    assert seen[0] == seen[1] == ["s.a"] + [f"s.a.{n}{part}" for n in (0, 1) for part in ("", ".embed", ".head")]
+
+
 def test_another_mode_from_one_request_to_the_next():
     wanted = Net(seed=1)(X)
     r = Request()

@@ -1,5 +1,7 @@
 """The two pipelines, end to end: the same pixels in every way of keeping weights, and the tree of it."""
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -14,8 +16,17 @@ from fxnvtx.report import from_recording
 
 from .nets import LAYERS, STAGES, labels, weight_bytes
 
-IMAGE, VIDEO = generate("a fox", 2, 0), generate_video("a fox", 2, 0)
 DITS = ("dit", "refiner")
+
+
+@cache
+def image():
+    return generate("a fox", 2, 0)
+
+
+@cache
+def video():
+    return generate_video("a fox", 2, 0)
 
 
 def components(pipeline):
@@ -34,7 +45,7 @@ def pixels(result):
 @pytest.mark.parametrize("mode", RESIDENCY_MODES)
 @pytest.mark.parametrize("args", [ServerArgs(), LAYERS])
 def test_the_pixels_are_the_same_to_the_bit_and_the_weights_within_the_bound(name, mode, args):
-    wanted = IMAGE if name == "reference" else VIDEO
+    wanted = image() if name == "reference" else video()
     seen = run(name, prompt="a fox", steps=2, args=args.with_values(residency=everywhere(mode, name)))
     assert torch.equal(pixels(seen), wanted)
     models = (build_models if name == "reference" else build_video)().components()
@@ -79,7 +90,7 @@ def test_one_request_after_the_other_in_changing_modes():
     pipeline = reference.build()
     for mode in (*RESIDENCY_MODES, *reversed(RESIDENCY_MODES)):
         batch = pipeline(Batch(prompt="a fox", steps=2), LAYERS.with_values(residency=everywhere(mode)))
-        assert torch.equal(batch.image, IMAGE), mode
+        assert torch.equal(batch.image, image()), mode
 
 
 def test_the_tree_of_one_image():
@@ -197,9 +208,9 @@ def test_a_lower_precision_for_one_stage_leaves_the_weights_as_they_are():
     pipeline = reference.build()
     pipeline.stages["denoising"].dtype = torch.bfloat16
     low = pipeline(Batch(prompt="a fox", steps=2)).image
-    assert not torch.equal(low, IMAGE)
+    assert not torch.equal(low, image())
     pipeline.stages["denoising"].dtype = None
-    assert torch.equal(pipeline(Batch(prompt="a fox", steps=2)).image, IMAGE)
+    assert torch.equal(pipeline(Batch(prompt="a fox", steps=2)).image, image())
 
 
 def test_groups_give_the_images_of_their_requests():
@@ -207,8 +218,8 @@ def test_groups_give_the_images_of_their_requests():
     seeds = [0, 1, 0]
     with fxnvtx.record() as recording:
         done = pipeline.run_grouped([Batch(prompt="a fox", steps=2, seed=s) for s in seeds])
-    assert torch.equal(done[0].image, IMAGE)
-    assert torch.equal(done[2].image, IMAGE)
+    assert torch.equal(done[0].image, image())
+    assert torch.equal(done[2].image, image())
     assert torch.equal(done[1].image, generate("a fox", 2, 1))
     assert labels(recording).count("encode_prompt") == 1  # one prompt, encoded once
     assert labels(recording).count("denoising_loop") == 3
@@ -221,7 +232,9 @@ def test_a_warmup_is_silent_and_changes_nothing(name):
         pipeline(Batch(prompt="a cat", steps=1, is_warmup=True))
     assert recording.ranges == []
     done = pipeline(Batch(prompt="a fox", steps=2))
-    assert torch.equal(done.image if done.image is not None else done.video, IMAGE if name == "reference" else VIDEO)
+    assert torch.equal(
+        done.image if done.image is not None else done.video, image() if name == "reference" else video()
+    )
 
 
 def test_progress():

@@ -7,7 +7,6 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -15,11 +14,11 @@ from torch import nn
 
 from ...errors import PipelineError
 from ..args import ServerArgs
-from ..steps import StepWindows
 from .account import ByteAccount
 from .attach import Attachments, unwrapped
 from .holdings import Holdings
 from .place import Place
+from .requests import Active, Request
 from .uses import ComponentUse, Timeline
 
 __all__ = ["ComponentResidencyManager", "UsesComponents"]
@@ -34,27 +33,6 @@ class UsesComponents(Protocol):
     def component_name(self) -> str: ...
 
     def component_uses(self, args: ServerArgs, stage_name: str) -> list[ComponentUse]: ...
-
-
-@dataclass(eq=False)
-class _Active:
-    """A use that is going on."""
-
-    use: ComponentUse
-    module: nn.Module
-    scoped: bool
-    ranged: bool = False
-
-
-@dataclass
-class _Request:
-    args: ServerArgs
-    use_nvtx: bool
-    timeline: Timeline
-    stage: str | None = None
-    active: list[_Active] = field(default_factory=list)
-    layers: bool = True  # whether the present step shows its layers
-    windows: StepWindows = field(default_factory=StepWindows)
 
 
 class ComponentResidencyManager:
@@ -77,7 +55,7 @@ class ComponentResidencyManager:
         self.attachments = Attachments()
         self.holdings = Holdings(self.kinds, self.args, place, self._in_use)
         self._seen: dict[str, weakref.ref[nn.Module]] = {}
-        self._requests: list[_Request] = []
+        self._requests: list[Request] = []
         self._lock = threading.RLock()
 
     # ------------------------------------------------------------------------------------------------- requests
@@ -97,15 +75,11 @@ class ComponentResidencyManager:
         self._lock.acquire()
         try:
             wanted = args.stage_ranges and not is_warmup if use_nvtx is None else use_nvtx
-            uses = [
-                use.by(stage.component_name)
-                for stage in stages
-                for use in stage.component_uses(args, stage.component_name)
-            ]
+            uses = _uses_of(stages, args)
             for use in uses:
                 self._module(use.component)
             self.args = self.holdings.args = args
-            self._requests.append(_Request(args, wanted, Timeline(uses), windows=args.step_windows()))
+            self._requests.append(Request(args, wanted, Timeline(uses), windows=args.step_windows()))
             self.holdings.marks.enabled = wanted
             try:
                 self.refresh_pipeline()
@@ -224,6 +198,18 @@ class ComponentResidencyManager:
 
     # ---------------------------------------------------------------------------------------------- instrumentation
 
+    def attach_ahead(self, stages: Iterable[UsesComponents], args: ServerArgs) -> None:
+        """Instrument the components of a request before it begins, switched off: reading a large model takes tens of
+        milliseconds, which would otherwise show as a stage's own."""
+        with self._lock:
+            met: set[str] = set()
+            for use in _uses_of(stages, args):
+                module = self._module(use.component)
+                if use.component not in met and isinstance(module, nn.Module) and not self._in_use(module):
+                    self.attachments.enable(module, use.prefix, args.nvtx_depth)
+                    self.attachments.disable(module)
+                met.add(use.component)
+
     def remove_nvtx_hooks_for_module(self, module: nn.Module) -> None:
         """Leave no trace of instrumentation in `module`, in the middle of its use too."""
         for request in self._requests:
@@ -246,7 +232,7 @@ class ComponentResidencyManager:
                 if active.ranged:
                     self.attachments.switch(active.module, enabled)
 
-    def _enable_nvtx_for_use(self, request: _Request, active: _Active) -> None:
+    def _enable_nvtx_for_use(self, request: Request, active: Active) -> None:
         if not isinstance(active.module, nn.Module):
             return
         if not (request.args.enable_layerwise_nvtx_marker and request.use_nvtx):
@@ -255,7 +241,7 @@ class ComponentResidencyManager:
         self.attachments.enable(active.module, active.use.prefix, request.args.nvtx_depth, request.layers)
         active.ranged = True
 
-    def _disable_active_nvtx(self, active: _Active) -> None:
+    def _disable_active_nvtx(self, active: Active) -> None:
         if active.ranged:
             active.ranged = False
             self.attachments.disable(active.module)
@@ -290,9 +276,9 @@ class ComponentResidencyManager:
 
     # --------------------------------------------------------------------------------------------------- details
 
-    def _begin(self, request: _Request, use: ComponentUse, module: nn.Module, *, scoped: bool) -> _Active:
+    def _begin(self, request: Request, use: ComponentUse, module: nn.Module, *, scoped: bool) -> Active:
         self._load(use, module)
-        active = _Active(use, module, scoped)
+        active = Active(use, module, scoped)
         request.active.append(active)
         request.timeline.begins(use)
         try:
@@ -320,7 +306,7 @@ class ComponentResidencyManager:
             strategy.give_up(inner)
             raise
 
-    def _finish_down_to(self, request: _Request, depth: int) -> None:
+    def _finish_down_to(self, request: Request, depth: int) -> None:
         """End the innermost uses until `depth` are left: all of them, whatever fails. Raises the first failure."""
         failure: BaseException | None = None
         while len(request.active) > depth:
@@ -331,7 +317,7 @@ class ComponentResidencyManager:
         if failure is not None:
             raise failure
 
-    def _finish(self, active: _Active) -> None:
+    def _finish(self, active: Active) -> None:
         """End one use: its ranges first, then its weights; an outer use of the same module gets both back."""
         request = next(r for r in self._requests if active in r.active)
         self._disable_active_nvtx(active)
@@ -344,17 +330,17 @@ class ComponentResidencyManager:
         seen = self._seen.get(active.use.component)
         if seen is not None and seen() is not module and not self._in_use(module):
             self.attachments.remove(module)  # it was replaced while it was in use
-        outer = next((a for r in reversed(self._requests) for a in reversed(r.active) if a.module is module), None)
+        outer = next(((r, a) for r in reversed(self._requests) for a in reversed(r.active) if a.module is module), None)
         strategy = self.holdings.of(module)
         if outer is None:
             if strategy is not None:
                 strategy.finish_use(unwrapped(module))
-        else:
-            if strategy is not None and outer.use.dtype != active.use.dtype:
-                strategy.wait_for_use(unwrapped(module), outer.use.dtype)
-            self._enable_nvtx_for_use(request, outer)
+            return
+        if strategy is not None and outer[1].use.dtype != active.use.dtype:
+            strategy.wait_for_use(unwrapped(module), outer[1].use.dtype)
+        self._enable_nvtx_for_use(*outer)
 
-    def _prefetch_next(self, request: _Request) -> None:
+    def _prefetch_next(self, request: Request) -> None:
         use = request.timeline.next_heavy()
         if use is None or not use.prefetch:
             return
@@ -365,7 +351,7 @@ class ComponentResidencyManager:
         self.holdings.prefetch(strategy, module, use.dtype, self.components)
 
     def _declared(
-        self, request: _Request, component: str | ComponentUse, phase: str | None, dtype: torch.dtype | None
+        self, request: Request, component: str | ComponentUse, phase: str | None, dtype: torch.dtype | None
     ) -> ComponentUse:
         wanted = component if isinstance(component, ComponentUse) else ComponentUse(component, phase, dtype)
         stage = wanted.stage or request.stage or ""
@@ -403,7 +389,7 @@ class ComponentResidencyManager:
             for a in r.active
         )
 
-    def _request(self) -> _Request:
+    def _request(self) -> Request:
         if not self._requests:
             raise PipelineError("no request is under way: call begin_request() first")
         return self._requests[-1]
@@ -411,3 +397,7 @@ class ComponentResidencyManager:
     def _leave_request(self) -> None:
         self._requests.pop()
         self.holdings.marks.enabled = bool(self._requests) and self._requests[-1].use_nvtx
+
+
+def _uses_of(stages: Iterable[UsesComponents], args: ServerArgs) -> list[ComponentUse]:
+    return [use.by(s.component_name) for s in stages for use in s.component_uses(args, s.component_name)]
