@@ -8,10 +8,11 @@ failure all ranks are at the same point and the next request works.
 from __future__ import annotations
 
 import ctypes
+import io
 import pickle
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -91,7 +92,12 @@ class Group:
             sizes = self._meet(operation, size=len(data))
             buffer = _buffer(data, sizes[0])
             self._guarded(lambda: dist.broadcast(buffer, group=self._control, group_src=0))
-            return value if self.rank == 0 else pickle.loads(_bytes(buffer))  # type: ignore[return-value]
+            try:
+                found: Any = value if self.rank == 0 else _unpacked(buffer)
+            except BaseException as error:  # a class that this rank does not have
+                self.fail(error)
+            self._meet("agree")
+            return cast(T, found)
 
     def gather_cfg(self, mine: Tensor) -> list[Tensor]:
         """The tensors of the ranks that share the guidance passes, in the order of their ranks."""
@@ -109,10 +115,13 @@ class Group:
         return range(label(what, "op"), payload=self.rank, enabled=enabled)
 
     def _pickled(self, value: object, operation: str) -> bytes:
+        file = io.BytesIO()
         try:
-            return pickle.dumps(value)
+            torch.save(value, file)
+            return file.getvalue()
         except Exception as error:
-            what = PipelineError(f"rank 0 cannot {operation} a {type(value).__name__}: it does not pickle ({error})")
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            what = PipelineError(f"rank 0 cannot {operation} a {type(value).__name__}: it does not pickle ({reason})")
             what.__cause__ = error
             self.fail(what)
 
@@ -168,6 +177,15 @@ def portable(error: BaseException) -> bytes:
 
 def same(one: BaseException, other: BaseException) -> bool:
     return type(one) is type(other) and str(one) == str(other)
+
+
+def _unpacked(buffer: Tensor) -> Any:
+    return torch.load(io.BytesIO(_bytes(buffer)), map_location=_here, weights_only=False)
+
+
+def _here(storage: Any, location: str) -> Any:
+    """Tensors that lay on rank 0's GPU go to this rank's own."""
+    return storage if location == "cpu" else storage.cuda()
 
 
 def _buffer(data: bytes, size: int) -> Tensor:

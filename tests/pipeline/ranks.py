@@ -173,6 +173,26 @@ def unpicklable(group, _):
     return _caught(lambda: pipeline(Batch(extra={"no": lambda: None})))
 
 
+class OnlyOnRankZero:
+    """Pickles everywhere, unpickles on rank 0 alone."""
+
+    def __reduce__(self):
+        return _refuse, ()
+
+
+def _refuse():
+    if dist.get_rank():
+        raise ToldError("not here")
+    return OnlyOnRankZero()
+
+
+def unreadable(group, _):
+    """A batch that one rank can send and another cannot read; the request after it works."""
+    pipeline = pipeline_of(group, Work(StageParallelism.CFG_PARALLEL))
+    caught = _caught(lambda: pipeline(Batch(extra={"no": OnlyOnRankZero()})))
+    return {**caught, "after": _caught(lambda: pipeline(Batch()))["type"]}
+
+
 def different(group, _):
     """Ranks with different pipelines are told so."""
     kind = StageParallelism.REPLICATED if group.rank else StageParallelism.MAIN_RANK_ONLY

@@ -10,7 +10,7 @@ from fxnvtx.pipeline import ParallelExecutor, StageParallelism
 from . import ranks
 
 pytestmark = pytest.mark.slow
-SCENARIOS = ["every_type", "failures", "inside", "loading", "unpicklable", "different", "images"]
+SCENARIOS = ["every_type", "failures", "inside", "loading", "unpicklable", "unreadable", "different", "images"]
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -82,6 +82,11 @@ def test_a_request_that_cannot_be_sent(found):
     for result in found:
         assert result["unpicklable"]["type"] == "PipelineError"
         assert "does not pickle" in result["unpicklable"]["text"]
+
+
+def test_a_request_that_cannot_be_read(found):
+    for result in found:
+        assert result["unreadable"] == {"type": "ToldError", "text": "not here", "after": None}
 
 
 def test_ranks_with_different_pipelines(found):
