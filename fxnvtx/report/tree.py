@@ -35,6 +35,7 @@ SUMS = (
 
 # self counters whose sums over a node and all below it are wanted, in the order of Node.below
 BELOW = ("gpu_sum", "kernels", "copies", "copied_bytes", "resident", "overlap")
+_NOTHING = (0,) * len(BELOW)
 
 
 class Node:
@@ -66,30 +67,15 @@ class Node:
         "parent",
     )
 
-    calls: int
-    cpu: int
-    cpu_self: int
-    open: int
-    launches: int
-    kernels: int
-    copies: int
-    copied_bytes: int
-    gpu_sum: int
-    gpu_self: int
-    gpu_shared: int
-    gap_self: int
-    proj: int
-    proj_calls: int
-    overlap: int
-    resident: int
-    payload: int
-
     def __init__(self, name: Name, parent: Node | None) -> None:
         self.name = name
         self.parent = parent
         self.kids: dict[Name, Node] = {}
-        for field in SUMS:
-            setattr(self, field, 0)
+        # the counters of SUMS
+        self.calls = self.cpu = self.cpu_self = self.open = self.launches = 0
+        self.kernels = self.copies = self.copied_bytes = 0
+        self.gpu_sum = self.gpu_self = self.gpu_shared = self.gap_self = self.proj = self.proj_calls = 0
+        self.overlap = self.resident = self.payload = 0
         self.cpu_min: int | None = None
         self.cpu_max: int | None = None
         self.first: int | None = None
@@ -98,7 +84,7 @@ class Node:
         # set by total(): the sums over this node and all below it
         self.gpu = 0
         self.gap = 0
-        self.below: tuple[int, ...] = (0,) * len(BELOW)
+        self.below: tuple[int, ...] = _NOTHING
 
     def path(self) -> tuple[Name, ...]:
         """From the outermost range to this one."""

@@ -190,6 +190,8 @@ def _summary(rows: list[Row], by: str) -> list[Row]:
 
 
 def _wanted(node: Node, name: str, chosen: Selection) -> bool:
+    if not chosen.include and not chosen.exclude:
+        return True
     path = "/".join(part.text for part in node.path())
     if _matches(name, path, chosen.exclude) or _matches(node.name.text, path, chosen.exclude):
         return False
