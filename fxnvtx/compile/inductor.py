@@ -247,6 +247,7 @@ def _with_ranges(base: Any) -> Any:
         self.fxnvtx_here = None
         self.fxnvtx_handle = None
         self.fxnvtx_nodes = {}
+        self.fxnvtx_written = set()
         self.fxnvtx_ready = True
 
     def write_provenance_debug_handle(self: Any, kernel_name: str, debug_handle: int | None = None) -> None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, cast
 
 from torch.fx import Node
 
+from .computed import computed_nodes
 from .explain import CompiledRegion
 from .notices import warn_once
 from .owners import Before, Owners, Row, input_shapes
@@ -113,7 +114,7 @@ def _launch_of(wrapper: Any, line: Any, wrapper_line: type) -> Launch | None:
             return None
         handle = wrapper.fxnvtx_handle
         if kind == "KernelCallLine" and handle is not None:
-            return cast(Launch, handle[1])
+            return _launch_of_kernel(wrapper, line, handle[1])
         node = getattr(line, "node", None)
         launch = _launch_of_ir(wrapper, node)
         if launch is not None:
@@ -152,15 +153,20 @@ def _launch_of_current(wrapper: Any) -> Launch:
     return compilation_of(wrapper).launch(nodes)
 
 
-def announced(wrapper: Any, kernel_name: str, handle: int | None) -> Launch:
-    """The launch that Inductor announces under this handle."""
+def _launch_of_kernel(wrapper: Any, line: Any, named: list[Node]) -> Launch:
+    from torch._inductor.virtualized import V
+
+    if not named:
+        return _launch_of_current(wrapper)
     try:
-        return _announced(wrapper, kernel_name, handle)
-    except Exception as error:
-        return _unattributed(error)
+        named = computed_nodes(V.graph, getattr(line, "call_args", ()), wrapper.fxnvtx_written, named)
+    except (AttributeError, KeyError, TypeError, RecursionError):  # not in this torch, too deep: the names have to do
+        pass
+    return compilation_of(wrapper).launch(named)
 
 
-def _announced(wrapper: Any, kernel_name: str, handle: int | None) -> Launch:
+def announced(wrapper: Any, kernel_name: str, handle: int | None) -> list[Node]:
+    """The nodes that Inductor announces under this handle."""
     from torch._inductor import debug
     from torch._inductor.virtualized import V
 
@@ -169,5 +175,4 @@ def _announced(wrapper: Any, kernel_name: str, handle: int | None) -> Launch:
     known = wrapper.fxnvtx_nodes.get(id(graph))
     if known is None:
         known = wrapper.fxnvtx_nodes[id(graph)] = {n.name: n for n in graph.nodes}
-    nodes = [known[n] for n in names if n in known]
-    return compilation_of(wrapper).launch(nodes) if nodes else _launch_of_current(wrapper)
+    return [known[n] for n in names if n in known]

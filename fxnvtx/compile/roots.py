@@ -184,7 +184,7 @@ def _operation(node: Node) -> str:
 def _writers() -> bytes:
     """What writes into generated code. Another version of it must not find this version's cache entries."""
     found = hashlib.sha256()
-    for name in ("inductor.py", "launches.py", "owners.py"):
+    for name in ("computed.py", "inductor.py", "launches.py", "owners.py"):
         try:
             found.update(Path(__file__).with_name(name).read_bytes())
         except OSError:  # not on disk (a zip): the version of the package has to do

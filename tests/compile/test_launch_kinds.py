@@ -224,3 +224,36 @@ class Cut(nn.Module):
 
     def forward(self, x):
         return self.after(self.cut(self.before(x).relu())).relu()
+
+
+class Crossed(nn.Module):
+    """Attention between two sequences: 5 queries of width 8 and 3 keys, each normed by a module of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.to_q, self.to_k, self.to_v = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.norm_q, self.norm_k = nn.RMSNorm(8), nn.RMSNorm(8)
+
+    def forward(self, x, context):
+        q, k, v = self.norm_q(self.to_q(x)), self.norm_k(self.to_k(context)), self.to_v(context)
+        return nn.functional.scaled_dot_product_attention(q[None, None], k[None, None], v[None, None])
+
+
+def test_a_kernel_has_no_owner_whose_values_it_does_not_touch():
+    model = fxnvtx.instrument(Crossed(), "net")
+    x, context = torch.randn(5, 8), torch.randn(3, 8)
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="fxnvtx", fullgraph=True)
+        compiled(x, context)
+        with witness() as launches, fxnvtx.record() as recording:
+            compiled(x, context)
+    checked = set()
+    for launch in launches:
+        sizes = {n for shape in launch.shapes for n in shape}
+        text = " ".join(r.label for r in enclosing(recording, launch))
+        if launch.name.startswith("cpp") and (5 in sizes) != (3 in sizes):
+            mine, other = ("norm_q", "norm_k") if 5 in sizes else ("norm_k", "norm_q")
+            assert mine in text, (launch, text)
+            assert other not in text, (launch, text)
+            checked.add(mine)
+    assert checked == {"norm_q", "norm_k"}
