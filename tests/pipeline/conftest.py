@@ -2,7 +2,7 @@ import pytest
 import torch
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="package")
 def _one_thread():
     """Small models gain nothing from a second thread, and lose much where another process wants the core."""
     threads = torch.get_num_threads()

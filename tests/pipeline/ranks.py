@@ -76,6 +76,18 @@ class GatherThenFail(PipelineStage):
         return batch
 
 
+class SwallowsFailure(GatherThenFail):
+    """The ranks that wait make nothing of the failure that they are told of."""
+
+    def forward(self, batch, args):
+        try:
+            return super().forward(batch, args)
+        except ToldError:
+            if self.group.rank == self.fails_on:
+                raise
+            return batch
+
+
 def pipeline_of(group, *stages):
     pipeline = ComposedPipeline(RANGES, executor=ParallelExecutor(group))
     torch.manual_seed(0)
@@ -130,7 +142,9 @@ def inside(group, _):
     pipeline = pipeline_of(group, GatherThenFail(group, group.size - 1))
     failed = _caught(lambda: pipeline(Batch(extra={"fail": True})))
     after = pipeline(Batch()).extra["gathered"]
-    return {"failed": failed, "after": after}
+    swallowing = pipeline_of(group, SwallowsFailure(group, group.size - 1))
+    swallowed = _caught(lambda: swallowing(Batch(extra={"fail": True})))
+    return {"failed": failed, "after": after, "swallowed": swallowed, "then": _caught(lambda: swallowing(Batch()))}
 
 
 def loading(group, _):

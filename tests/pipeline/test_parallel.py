@@ -69,6 +69,8 @@ def test_a_failure_is_the_same_error_on_every_rank_within_seconds(found):
 def test_a_rank_that_fails_while_the_others_wait_inside_the_stage(found):
     for result in found:
         assert result["inside"]["failed"] == {"type": "ToldError", "text": "failed before the gather"}
+        assert result["inside"]["swallowed"] == result["inside"]["failed"]
+        assert result["inside"]["then"]["type"] is None
         assert result["inside"]["after"] == [float(rank) for rank in range(len(found))]
 
 
