@@ -121,10 +121,6 @@ class LayerwiseOffload(Strategy):
     def prefetch_bytes(self) -> int:
         return sum(p.nbytes - p.resident_bytes for p in (self.outside, *self.blocks[:1]) if not p.pending)
 
-    def finish_request(self, module: nn.Module) -> None:
-        for piece in self.pieces():
-            piece.cancel()
-
     def update(self, module: nn.Module, change: Callable[[nn.Module], None], in_use: bool) -> None:
         """Call `change` on one block after the other, then on each part that holds no block."""
         for piece, ref in zip(self.blocks, list(self._modules), strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -17,7 +18,7 @@ from .weights import Piece, module_tensors
 __all__ = ["ComponentOffload", "Resident", "SnapshotOffload", "Strategy"]
 
 
-class Strategy:
+class Strategy(ABC):
     """Brings the weights of one module in before a use and lets them go after.
 
     The manager calls before_use, wait_for_use, (the use), finish_use; prefetch at any time in between uses; and
@@ -33,48 +34,51 @@ class Strategy:
         self.account = account
         self.ranges = ranges
 
+    @abstractmethod
     def refresh(self, module: nn.Module) -> None:
         """Take the module's tensors as they are now: children and parameters may have been replaced."""
-        raise NotImplementedError
 
+    @abstractmethod
     def before_use(self, module: nn.Module, dtype: torch.dtype | None) -> None:
         """Have the weights on their way: begin, unless a prefetch has begun."""
-        raise NotImplementedError
 
+    @abstractmethod
     def wait_for_use(self, module: nn.Module, dtype: torch.dtype | None) -> None:
         """Return when the weights are there."""
-        raise NotImplementedError
 
+    @abstractmethod
     def finish_use(self, module: nn.Module) -> None:
         """The use is over: let go of what this strategy does not keep."""
-        raise NotImplementedError
 
+    @abstractmethod
     def give_up(self, module: nn.Module) -> None:
         """Loading failed: leave the weights where they were before it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def prefetch(self, module: nn.Module, dtype: torch.dtype | None) -> None:
         """A use is near: begin to bring in what it will need first."""
 
+    @abstractmethod
     def prefetch_bytes(self) -> int:
         """Bytes that `prefetch` would add."""
-        return 0
 
     def finish_request(self, module: nn.Module) -> None:
-        """Drop what was brought in for a use that never came."""
+        """Drop what was on its way for a use that never came."""
+        for piece in self.pieces():
+            piece.cancel()
 
+    @abstractmethod
     def update(self, module: nn.Module, change: Callable[[nn.Module], None], in_use: bool) -> None:
         """Call `change` on the module, or on its parts one by one, while the weights are there, and keep what it
         changes in them. `in_use`: the weights must still be there afterwards."""
-        raise NotImplementedError
 
+    @abstractmethod
     def bring_back(self, module: nn.Module) -> None:
         """Leave the module as if it had never been managed: all weights there, as they were made."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pieces(self) -> list[Piece]:
         """What moves by itself."""
-        raise NotImplementedError
 
     @property
     def committed_bytes(self) -> int:
@@ -87,9 +91,9 @@ class Strategy:
             piece.dispose()
 
     @property
+    @abstractmethod
     def bound_bytes(self) -> int:
         """The most that this component may hold in compute memory."""
-        raise NotImplementedError
 
 
 class _Whole(Strategy):
@@ -127,9 +131,6 @@ class _Whole(Strategy):
 
     def prefetch_bytes(self) -> int:
         return 0 if self.piece.pending else self.piece.nbytes - self.piece.resident_bytes
-
-    def finish_request(self, module: nn.Module) -> None:
-        self.piece.cancel()
 
     def update(self, module: nn.Module, change: Callable[[nn.Module], None], in_use: bool) -> None:
         if not in_use:
