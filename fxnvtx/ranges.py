@@ -1,4 +1,4 @@
-"""The primitive: one NVTX domain, prebuilt labels, and push/pop that can never lose balance.
+"""The primitive: push/pop that can never lose balance, and who listens.
 
 Balance is kept by a stack per thread. Every push puts one entry on it and returns that entry; a pop
 names the entry it closes. So a pop closes its own range and whatever was leaked inside it, and does
@@ -21,22 +21,26 @@ from types import TracebackType
 from typing import Any, Protocol, TypeVar, cast
 
 import nvtx
-from nvtx._lib.lib import Domain as _NvtxDomain
-from nvtx._lib.lib import DomainHandle, mark, pop_range, push_range
+from nvtx._lib.lib import mark
 
-from .errors import LabelError
+from .labels import CATEGORIES, DOMAIN, HANDLE, Label, domain, kinds, label, nvtx_pop, nvtx_push
 
 __all__ = [
     "CATEGORIES",
     "DOMAIN",
+    "HANDLE",
     "Label",
     "Mark",
     "Open",
+    "domain",
+    "kinds",
     "label",
     "listening",
     "mark_now",
     "maybe_nvtx_range",
     "mode",
+    "nvtx_pop",
+    "nvtx_push",
     "pop",
     "push",
     "range",
@@ -45,88 +49,8 @@ __all__ = [
     "tool_attached",
 ]
 
-DOMAIN = "fxnvtx"
-# ARGB. Fixed per category, so that the same colour means the same thing in every capture.
-CATEGORIES: dict[str, int] = {
-    "request": 0xFF1F77B4,
-    "stage": 0xFF17A2B8,
-    "loop": 0xFF2CA02C,
-    "step": 0xFF98DF8A,
-    "module": 0xFF9467BD,
-    "op": 0xFFC5B0D5,
-    "residency": 0xFFFF7F0E,
-    "compile": 0xFF7F7F7F,
-}
 log = logging.getLogger("fxnvtx")
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-class _Domain(_NvtxDomain):
-    """nvtx.Domain without its question whether the domain is enabled.
-
-    From nvtx 0.2.13 on, `Domain()` asks nvtxDomainIsEnabled. That entry point belongs to the payload
-    extension; Nsight Systems 2022.4 and 2023.4 refuse the newer extension, the answer is 0, and every call is
-    dropped without a word although the tool listens. Calling NVTX with no tool attached is harmless.
-    """
-
-    def __new__(cls, name: str | None = None) -> _Domain:
-        domain: _Domain = object.__new__(cls)
-        domain.handle = DomainHandle(name)
-        return domain
-
-
-# The cheapest way into NVTX: push(prebuilt attributes, domain handle), pop(domain handle).
-nvtx_push: Callable[[Any, Any], None] = push_range
-nvtx_pop: Callable[[Any], None] = pop_range
-domain = _Domain(DOMAIN)
-HANDLE = domain.handle
-
-
-class Label:
-    """The text of a range with its NVTX attributes, built once. Make one with `label()`."""
-
-    __slots__ = ("attributes", "category", "color", "text")
-
-    def __init__(self, text: str, category: str, color: int) -> None:
-        self.text = text
-        self.category = category
-        self.color = color
-        self.attributes = domain.get_event_attributes(text, color, category)
-
-    def with_payload(self, payload: object) -> Any:
-        """NVTX attributes of this label with a number attached (other payloads stay in recordings)."""
-        if type(payload) is float or (type(payload) is int and -(2**63) <= payload < 2**63):
-            return domain.get_event_attributes(self.text, self.color, self.category, payload)
-        return self.attributes
-
-    def __repr__(self) -> str:
-        return f"Label({self.text!r}, {self.category!r})"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return label, (self.text, self.category, self.color)
-
-
-_labels: dict[tuple[str, str, int], Label] = {}
-kinds: dict[str, str] = {}  # label text -> class of the module it names, for those who show ranges by class
-
-
-def label(text: str, category: str | None = None, color: int | None = None) -> Label:
-    """The one `Label` of this text. Registered with NVTX once and kept: strings that die while a CUDA graph
-    is captured have crashed Nsight Systems, and `--capture-range=nvtx` matches registered strings only."""
-    if type(text) is not str:
-        raise LabelError(f"a range label must be a str, not {type(text).__name__}; pass str(...) of it")
-    if category is not None and type(category) is not str:
-        raise LabelError(f"a range category must be a str, not {type(category).__name__}")
-    if color is not None and type(color) is not int:
-        raise LabelError(f"a range color must be an int 0xAARRGGBB, not {type(color).__name__}")
-    kind = category or "module"
-    key = (text, kind, CATEGORIES.get(kind, 0xFFBBBBBB) if color is None else color & 0xFFFFFFFF)
-    found = _labels.get(key)
-    if found is None:
-        # NVTX takes C strings: a NUL would cut the label, a lone surrogate cannot be encoded.
-        safe = text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode("utf-8")
-        found = _labels.setdefault(key, Label(safe, *key[1:]))
-    return found
 
 
 # ------------------------------------------------------------------------------------------------ listeners

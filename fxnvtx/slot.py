@@ -13,11 +13,10 @@ from collections.abc import Callable
 from types import MethodType
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from torch import nn
 
 from . import ranges as _ranges
-from .compile.invisible import dynamo_active
+from .compile.invisible import dynamo_active, jit_traces
 from .names import input_shapes, unwrapped
 from .ranges import HANDLE, Label, close_tuple, local, mark_now, nvtx_pop, nvtx_push, pop, push
 
@@ -214,13 +213,12 @@ def _silent_slot(module: nn.Module) -> Slot:
 
 
 _module_call = nn.Module.__call__
-_jit_state = torch._C._get_tracing_state
 
 
 def _traced() -> bool:
     """Whether torch.fx (it replaces nn.Module.__call__ meanwhile) or torch.jit watches the calls of modules now: a
     generated forward goes past the places where they look."""
-    return nn.Module.__call__ is not _module_call or _jit_state() is not None
+    return nn.Module.__call__ is not _module_call or jit_traces()
 
 
 def slot_of(module: nn.Module) -> Slot | None:

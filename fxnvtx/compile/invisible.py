@@ -10,12 +10,14 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 try:
     from torch._C._dynamo import eval_frame as _eval_frame
 except ImportError:  # a torch built without Dynamo
     _eval_frame = None  # type: ignore[assignment]
 
-__all__ = ["dynamo_active", "hide_from_dynamo", "hide_module"]
+__all__ = ["dynamo_active", "hide_from_dynamo", "hide_from_torchscript", "hide_module", "jit_traces"]
 
 _set_strategy = getattr(_eval_frame, "set_code_exec_strategy", None)
 _Strategy = getattr(_eval_frame, "_FrameExecStrategy", None)
@@ -27,6 +29,7 @@ def _nothing_active() -> Any:
 
 
 _callback: Callable[[], Any] = getattr(_eval_frame, "get_eval_frame_callback", _nothing_active)
+_jit_state: Callable[[], Any] = getattr(torch._C, "_get_tracing_state", _nothing_active)
 
 
 def hide_from_dynamo(code: types.CodeType) -> None:
@@ -42,6 +45,20 @@ def hide_from_dynamo(code: types.CodeType) -> None:
 def dynamo_active() -> bool:
     """Whether Dynamo watches the frames that this thread enters now: inside a compiled call, or being compiled."""
     return _callback() is not None
+
+
+def hide_from_torchscript(attribute: str) -> None:
+    """torch.jit.script converts whatever lies in a module's dict; let it pass this one over."""
+    from torch.jit import _recursive
+
+    ignored = getattr(_recursive, "ignored_attributes", None)
+    if isinstance(ignored, list) and attribute not in ignored:
+        ignored.append(attribute)
+
+
+def jit_traces() -> bool:
+    """Whether torch.jit.trace is following this thread."""
+    return _jit_state() is not None
 
 
 def hide_module(namespace: Mapping[str, Any]) -> None:
