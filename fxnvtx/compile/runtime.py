@@ -12,6 +12,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from .. import ranges as _ranges
 from ..ranges import HANDLE, Label, close_tuple, label, local, nvtx_pop, nvtx_push, pop, push
 from .invisible import hide_module
@@ -30,6 +32,12 @@ class _Current(threading.local):
     cursor: Cursor | None = None  # where range nodes are in a graph that runs as it is
     unfinished: Callable[[], None] | None = None  # closes the range of a backward that is under way
     opening: Callable[[], None] | None = None  # opens it, at its first launch
+
+
+def captured() -> bool:
+    """Whether this thread is recording a CUDA graph. Its ranges tell the layers of every replay to come, so they are
+    emitted also where the model is switched off: a graph is usually captured in a warm-up, which shows nothing else."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 current = _Current()
@@ -73,14 +81,14 @@ class Table:
     def enter(self, *tensors: Any) -> Cursor | None:
         """Called at the start of the generated function, while somebody listens. `tensors`: those of its arguments
         that may be parameters, where these are needed to tell whose call it is."""
-        if current.silent:
+        if current.silent and not captured():
             return None
         try:
             call = current.call
             if call is not None and call.key == self.key:
                 return Cursor(self, self.resolve(call, tensors), call, [])
             call = self._find(tensors)
-            if call is None or call.silent:
+            if call is None or (call.silent and not captured()):
                 return None
             resolved = self.resolve(call, tensors)
         except Exception as error:  # a model runs, whatever its ranges may be called

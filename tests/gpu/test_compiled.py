@@ -185,6 +185,23 @@ def test_c7_modes(mode):
     assert {f"net.{n}" for n in ("embed", "blocks.0.up", "blocks.1.down", "head")} <= seen
 
 
+def test_c7_layers_are_named_while_a_graph_is_captured_even_in_a_silent_warm_up():
+    """The report attributes replays to what was open at capture, and serving captures in a warm-up."""
+    model = _model()
+    compiled = torch.compile(model, backend="fxnvtx", mode="reduce-overhead")
+    x = model.inputs().cuda()
+    fxnvtx.set_enabled(model, False)
+    with fxnvtx.record() as warm_up, torch.no_grad():
+        for _ in range(4):
+            compiled(x)
+    shown = {label.rpartition(".")[0] or label for label in _labels(warm_up)}
+    assert warm_up.balanced
+    assert any(label.startswith("net") for label in shown)
+    with fxnvtx.record() as replay, torch.no_grad():
+        compiled(x)
+    assert _labels(replay) == []
+
+
 def test_c7_training_under_cuda_graphs():
     model = _model()
     compiled = torch.compile(model, backend="fxnvtx", mode="reduce-overhead")
