@@ -8,6 +8,7 @@ failure all ranks are at the same point and the next request works.
 from __future__ import annotations
 
 import ctypes
+import functools
 import io
 import pickle
 from collections.abc import Callable
@@ -49,11 +50,11 @@ class Group:
         self._told: BaseException | None = None  # what an exchange raised on every rank since `together` began
         self._timeout = timedelta(seconds=timeout_s)
         # apart from anybody else's traffic; control messages are small and on the CPU whatever the data's backend is
-        self._control: Any = dist.new_group(backend="gloo", timeout=self._timeout)
+        self._control: Any = self._guarded(lambda: dist.new_group(backend="gloo", timeout=self._timeout))
         self._cfg: Any = None
         for first in _counted(0, self.size, self.cfg_size):
             members = list(_counted(first, first + self.cfg_size, 1))
-            made = dist.new_group(members, timeout=self._timeout)
+            made = self._guarded(functools.partial(dist.new_group, members, timeout=self._timeout))
             if self.rank in members:
                 self._cfg = made
 
@@ -155,9 +156,9 @@ class Group:
         self._told = error
         return error
 
-    def _guarded(self, call: Callable[[], Any]) -> None:
+    def _guarded(self, call: Callable[[], T]) -> T:
         try:
-            call()
+            return call()
         except RuntimeError as error:
             raise self._tell(
                 PipelineError(f"rank {self.rank} lost the others ({str(error).splitlines()[0]}): start all ranks again")
