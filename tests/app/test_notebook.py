@@ -7,7 +7,8 @@ import pytest
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "quickstart.ipynb"
 
 
-def test_the_quickstart_runs_and_shows_a_tree_and_a_plot(tmp_path: Path) -> None:
+def test_the_quickstart_runs_and_shows_a_tree_and_a_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # the kernel draws into the notebook
     nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed: pip install 'fxnvtx[notebook]'")
     nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed: pip install 'fxnvtx[notebook]'")
     pytest.importorskip("ipykernel", reason="ipykernel is not installed: pip install 'fxnvtx[notebook]'")
