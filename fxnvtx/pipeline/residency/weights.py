@@ -208,7 +208,8 @@ class Piece:
             try:
                 made = pending.wait()
             except Exception as error:
-                log.warning("bringing %s in ahead of its use failed (%s): trying once more", self.name, error)
+                # its text only: a log that kept the exception would keep the frames above, and so the module, alive
+                log.warning("bringing %s in ahead of its use failed (%s): trying once more", self.name, str(error))
                 return
             self._put(missing, made)
 
