@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .labels import Name, category_of, fold, fused_owners
+from .labels import Folding, Name, category_of, fused_owners
 from .rows import Selection
 from .tree import Node
 
@@ -23,6 +23,7 @@ class Keys:
     def __init__(self, root: Node, classes: dict[str, str], chosen: Selection) -> None:
         self._classes = classes
         self._chosen = chosen
+        self.fold = Folding(classes)
         some = any(node.parent is not None and category_of(node.name) == "module" for node in root.walk())
         self._unit = "module" if some else "op"
 
@@ -34,7 +35,7 @@ class Keys:
         return {"range": self._range, "component": self._component, "class": self._class}.get(by, self._module)
 
     def _shown(self, name: Name) -> str:
-        return fold(name.text, name.category) if self._chosen.fold else name.text
+        return self.fold(name.text, name.category) if self._chosen.fold else name.text
 
     def _is_module(self, node: Node) -> bool:
         return category_of(node.name) == self._unit and not fused_owners(node.name.text)

@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-__all__ = ["UNKNOWN", "Name", "category_of", "clean", "fold", "fused_owners", "infer_category", "is_module", "numbered"]
+__all__ = [
+    "UNKNOWN",
+    "Folding",
+    "Name",
+    "category_of",
+    "clean",
+    "fold",
+    "fused_owners",
+    "infer_category",
+    "is_module",
+    "numbered",
+]
 
 UNKNOWN = "cannot attribute: "
 
@@ -81,6 +93,36 @@ def fused_owners(text: str) -> tuple[str, ...]:
     if not match:
         return ()
     return tuple(part for part in (owner.strip() for owner in match[1].split(", ")) if part)
+
+
+class Folding:
+    """`fold` for labels whose modules' classes are known: a number stays where it tells different classes apart, as in
+    a Sequential of a Linear and an activation, and becomes `*` where it only counts identical blocks."""
+
+    def __init__(self, classes: Mapping[str, str]) -> None:
+        self._several: set[str] = set()
+        self._known: dict[str, str] = {}
+        first: dict[str, str] = {}
+        for label in sorted(classes, key=lambda text: text.count(".")):  # what lies above is decided before
+            pattern = self._folded(label)
+            if first.setdefault(pattern, classes[label]) != classes[label]:
+                self._several.add(pattern)
+
+    def __call__(self, text: str, category: str) -> str:
+        if not self._several or category in {"step", "request"} or fused_owners(text):
+            return fold(text, category)
+        found = self._known.get(text)
+        if found is None:
+            head, mark, tail = text.partition(" in=")
+            found = self._known[text] = self._folded(head) + mark + tail
+        return found
+
+    def _folded(self, label: str) -> str:
+        parts: list[str] = []
+        for part in label.split("."):
+            counted = ".".join([*parts, "*"])
+            parts.append("*" if parts and part.isdecimal() and counted not in self._several else part)
+        return ".".join(parts)
 
 
 @lru_cache(maxsize=200_000)

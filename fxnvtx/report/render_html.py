@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
-from .labels import Name, fold
+from .labels import Folding, Name
 from .report import Report
 from .split import split_fused as split
 from .tree import Node, merge_into, total
@@ -78,6 +78,7 @@ def _shown(report: Report, folded: bool, split_up: bool) -> Node:
     root = split(report.root) if split_up else report.root
     if folded:
         whole = Node(root.name, None)
+        fold = Folding(report.classes)
         merge_into(whole, root, lambda node: node.name._replace(text=fold(node.name.text, node.name.category)))
         root = whole
     if root is not report.root:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 
 from .keys import Keys
-from .labels import fold, fused_owners
+from .labels import Folding, fused_owners
 from .part import Part
 from .rows import VIEWS, Row, Selection, Spread
 from .split import split_fused
@@ -44,7 +44,7 @@ def _title(part: Part, parts: list[Part]) -> str:
 
 def _view(root: Node, side: Node, keys: Keys, chosen: Selection, gpu: bool) -> list[Row]:
     if chosen.by == "tree":
-        return _tree(root, side, chosen, gpu)
+        return _tree(root, side, keys.fold, chosen, gpu)
     if chosen.by == "kernel":
         return _kernels(root, chosen)
     return _grouped(root, side, keys, chosen, gpu)
@@ -53,14 +53,14 @@ def _view(root: Node, side: Node, keys: Keys, chosen: Selection, gpu: bool) -> l
 # ------------------------------------------------------------------------------------------------ by path
 
 
-def _tree(root: Node, side: Node, chosen: Selection, gpu: bool) -> list[Row]:
+def _tree(root: Node, side: Node, fold: Folding, chosen: Selection, gpu: bool) -> list[Row]:
     samples: dict[tuple[str, ...], list[int]] = {}
     shown = root
     if chosen.fold:
         shown = Node(root.name, None)
         merge_into(shown, root, lambda node: node.name._replace(text=fold(node.name.text, node.name.category)))
         total(shown)
-        samples = _samples(root, gpu)
+        samples = _samples(root, fold, gpu)
     keep = _kept(shown, chosen)
     rows: list[Row] = []
     todo: list[tuple[Node, tuple[str, ...]]] = [(kid, ()) for kid in reversed(shown.ordered())]
@@ -88,7 +88,7 @@ def _tree(root: Node, side: Node, chosen: Selection, gpu: bool) -> list[Row]:
     return rows
 
 
-def _samples(root: Node, gpu: bool) -> dict[tuple[str, ...], list[int]]:
+def _samples(root: Node, fold: Folding, gpu: bool) -> dict[tuple[str, ...], list[int]]:
     """Per folded path: the measure of each node that fell on it."""
     found: dict[tuple[str, ...], list[int]] = {}
     todo: list[tuple[Node, tuple[str, ...]]] = [(kid, ()) for kid in root.kids.values()]
