@@ -417,7 +417,8 @@ def test_a_request_inside_a_request():
                 assert r.resident() == {"a", "b"}
             r.manager.finish_request()
             assert r.shown(lambda: a.head(X)) == ["s.a.head"]
-        assert r.resident() == set()
+        assert r.resident() <= {"b"}, "b is declared next and may be on its way already"
+    assert r.resident() == set()
 
 
 def test_a_silent_request_inside_one_with_layers():
