@@ -44,7 +44,7 @@ class DiffusionNvtxHooks:
             control.enabled = self._enabled
             named = control.scan()
             previous = _control.controls_of(model)
-            leaving = [m for e in previous.entries if (m := e.module()) is not None] if previous else []
+            leaving = previous.modules() if previous is not None else []
             _control.register(model, control)
             _control.sync(leaving)
             self._models = [c for c in self._models if c.model() not in (None, model)] + [control]
@@ -63,5 +63,5 @@ class DiffusionNvtxHooks:
                 model = control.model()
                 if model is not None and _control.controls_of(model) is control:
                     _control.unregister(model)
-                    _control.sync([m for e in control.entries if (m := e.module()) is not None])
+                    _control.sync(control.modules())
             self._models = []

@@ -22,7 +22,6 @@ __all__ = [
     "is_enabled",
     "label_of",
     "module_by_id",
-    "prepare",
     "set_enabled",
     "uninstrument",
     "unwrapped",
@@ -79,18 +78,11 @@ def instrument(
     return model
 
 
-def prepare(model: nn.Module, depth: int | None = None) -> None:
-    """Do the one-time part of instrument() now (tracing each class's level takes about 10 ms) and attach nothing."""
-    control = Control(unwrapped(model), None, Selection.of(None, DEFAULT_EXCLUDE, depth), "auto", False)
-    control.scan()
-    choose_paths(control)
-
-
 def attach(model: nn.Module, control: Control) -> None:
     """Register and bring the slots in line; those of modules that left the model are taken out."""
     with lock:
         previous = controls_of(model)
-        leaving = [m for e in previous.entries if (m := e.module()) is not None] if previous is not None else []
+        leaving = previous.modules() if previous is not None else []
         if previous is not None and same(previous, control):
             previous.entries = control.entries
             sync(leaving)
@@ -113,7 +105,7 @@ def uninstrument(model: M) -> M:
     with lock:
         control = unregister(inner)
         if control is not None:
-            sync([m for e in control.entries if (m := e.module()) is not None])
+            sync(control.modules())
     return model
 
 

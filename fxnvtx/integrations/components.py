@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from ..names import unwrapped
+
 __all__ = [
     "ROOT_METHODS",
     "TILED_METHODS",
@@ -65,12 +67,6 @@ def parts_of(pipe: Any) -> Iterator[tuple[str, str, Any]]:
             continue
         seen.add(id(part))
         yield role, name, part
-
-
-def unwrapped(part: Any) -> Any:
-    """The module inside what torch.compile returned."""
-    inner = part._modules.get("_orig_mod") if isinstance(part, nn.Module) else None
-    return inner if isinstance(inner, nn.Module) else part
 
 
 def stages_of(pipe: Any) -> list[str]:

@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from .. import ranges as _ranges
+from ..names import unwrapped
 from ..ranges import label, pop, push
 from .bound import Bound, methods, pipes
-from .components import named_modules, unwrapped
+from .components import named_modules
 from .patches import Held
 
 __all__ = ["hold_residency", "nbytes", "release_residency"]

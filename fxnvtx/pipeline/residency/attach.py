@@ -8,16 +8,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from ...instrument import instrument, label_of, set_enabled, uninstrument
+from ...names import unwrapped
 from ...slot import SLOT, slot_of
 from .methods import unwrap_methods, wrap_methods
 
-__all__ = ["Attachments", "unwrapped"]
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """The module itself where torch.compile has put a wrapper around it: the weights and the names are its."""
-    inner = module.__dict__.get("_modules", {}).get("_orig_mod")
-    return inner if isinstance(inner, nn.Module) else module
+__all__ = ["Attachments"]
 
 
 @dataclass

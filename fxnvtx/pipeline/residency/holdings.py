@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from ...names import unwrapped
 from ..args import ServerArgs
 from .account import ByteAccount
-from .attach import unwrapped
 from .marks import ResidencyRanges
 from .place import MemoryPlace, Place, default_place
 from .strategies import Strategy, strategy_class

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from ...errors import PipelineError
+from ...names import unwrapped
 from ..args import ServerArgs
 from .account import ByteAccount
-from .attach import Attachments, unwrapped
+from .attach import Attachments
 from .holdings import Holdings
 from .place import Place
 from .requests import Active, Request
