@@ -1,12 +1,20 @@
-"""The structure of a diffusion model as NVTX ranges: eager, inside torch.compile, and in a per-layer table."""
+"""The structure of a diffusion model as NVTX ranges: eager, inside torch.compile, and in a per-layer table.
 
-import warnings
-from importlib import import_module
-from typing import Any
+Every public name is imported when it is first asked for: reading a capture needs no torch, and instrumenting a model
+needs no torch._dynamo.
+"""
 
-with warnings.catch_warnings():
-    # torch complains at its import that numpy is not there; nothing here needs it
-    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from ._imports import import_quietly
+
+if TYPE_CHECKING:
+    from . import integrations, models, pipeline, report
+    from .compile.backend import backend
     from .errors import FxnvtxError
     from .explain import Explanation, explain
     from .graph import insert_ranges
@@ -14,6 +22,8 @@ with warnings.catch_warnings():
     from .instrument import instrument, set_enabled, uninstrument
     from .ranges import maybe_nvtx_range, range, range_pop, range_push
     from .recording import Recording, record
+
+__version__ = "0.2.0"
 
 __all__ = [
     "DiffusionNvtxHooks",
@@ -24,22 +34,65 @@ __all__ = [
     "explain",
     "insert_ranges",
     "instrument",
+    "integrations",
     "maybe_nvtx_range",
+    "models",
+    "pipeline",
     "range",
     "range_pop",
     "range_push",
     "record",
+    "report",
     "set_enabled",
     "uninstrument",
 ]
 
-_LATER = ("integrations", "models", "pipeline", "report")
+# public name -> the module it lies in
+_HOMES = {
+    "DiffusionNvtxHooks": "hooks",
+    "Explanation": "explain",
+    "FxnvtxError": "errors",
+    "Recording": "recording",
+    "backend": "compile.backend",
+    "explain": "explain",
+    "insert_ranges": "graph",
+    "instrument": "instrument",
+    "maybe_nvtx_range": "ranges",
+    "range": "ranges",
+    "range_pop": "ranges",
+    "range_push": "ranges",
+    "record": "recording",
+    "set_enabled": "instrument",
+    "uninstrument": "instrument",
+}
+_PACKAGES = frozenset({"integrations", "models", "pipeline", "report"})
+
+
+class _Package(ModuleType):
+    """This package's type: the functions `explain` and `instrument` lie in modules of the same names.
+
+    Python binds a submodule as an attribute of its package when anybody imports it, which would put the module
+    `fxnvtx.explain` where users call the function.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, ModuleType) and _HOMES.get(name) == name:
+            value = getattr(value, name)
+        super().__setattr__(name, value)
 
 
 def __getattr__(name: str) -> Any:
-    """What takes long to import is imported when it is asked for; `backend` brings torch._dynamo."""
-    if name == "backend":
-        return import_module("fxnvtx.compile.backend").backend
-    if name in _LATER:
-        return import_module(f"fxnvtx.{name}")
-    raise AttributeError(f"module 'fxnvtx' has no attribute {name!r}")
+    if name in _HOMES:
+        value = getattr(import_quietly(f"{__name__}.{_HOMES[name]}"), name)
+        setattr(sys.modules[__name__], name, value)
+        return value
+    if name in _PACKAGES:
+        return import_quietly(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+sys.modules[__name__].__class__ = _Package

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 import traceback
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import click
 
+from ._imports import import_quietly
 from .errors import FxnvtxError
 
 __all__ = ["main"]
@@ -32,7 +32,7 @@ class _Group(click.Group):
         if cmd_name not in _COMMANDS:
             return None
         module, attribute = _COMMANDS[cmd_name]
-        command: click.Command = getattr(import_module(module), attribute)
+        command: click.Command = getattr(import_quietly(module), attribute)
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
