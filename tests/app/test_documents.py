@@ -1,0 +1,83 @@
+"""Every block of code in the README and in docs/ does what it says: Python is run, commands are parsed."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import torch
+from torch import nn
+
+import fxnvtx
+from fxnvtx.cli import cli
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *ROOT.glob("[A-Z]*.md")])
+_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(language: str) -> list[Any]:
+    found: dict[Path, list[str]] = {}
+    for document in dict.fromkeys(DOCUMENTS):
+        for kind, text in _BLOCK.findall(document.read_text(encoding="utf-8")):
+            if kind == language:
+                found.setdefault(document, []).append(text)
+    return [pytest.param(texts, id=str(document.relative_to(ROOT))) for document, texts in found.items()]
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.mlp = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.relu(self.mlp(self.norm(x)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("texts", blocks("python"))
+def test_python_blocks_run_in_their_order(
+    texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one namespace a document, beside the `model` and its input `x` that the documents speak of."""
+    monkeypatch.chdir(tmp_path)
+    model = nn.Sequential(Block(), Block())
+    x = torch.ones(2, 8)
+    names: dict[str, Any] = {"__name__": "document", "model": model, "x": x, "torch": torch, "fxnvtx": fxnvtx}
+    want = model(x)
+    try:
+        for text in texts:
+            with contextlib.redirect_stdout(io.StringIO()):
+                exec(compile(text, "document", "exec"), names)
+        torch.testing.assert_close(names["model"](x), want)
+    finally:
+        fxnvtx.uninstrument(model)
+
+
+def _commands(texts: list[str]) -> list[list[str]]:
+    lines = [line for text in texts for line in text.splitlines()]
+    words = [shlex.split(re.sub(r"\s#\s.*", "", part.strip())) for line in lines for part in line.split("&&")]
+    named = [[Path(w[0]).name, *w[1:]] for w in words if w]
+    return [w[1:] for w in named if w[0] == "fxnvtx"]
+
+
+@pytest.mark.parametrize("texts", blocks("sh"))
+def test_commands_have_the_options_that_are_shown(
+    texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for words in _commands(texts):
+        for word in words:
+            if re.fullmatch(r"[\w.-]+\.(sqlite|nsys-rep|json|py)", word):
+                Path(word).touch()
+        name, *rest = words
+        command = cli.get_command(click.Context(cli), name)
+        assert command is not None, words
+        command.make_context(name, rest)
