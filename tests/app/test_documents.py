@@ -43,9 +43,7 @@ class Block(nn.Module):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("texts", blocks("python"))
-def test_python_blocks_run_in_their_order(
-    texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_python_blocks_run_in_their_order(texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one namespace a document, beside the `model` and its input `x` that the documents speak of."""
     monkeypatch.chdir(tmp_path)
     model = nn.Sequential(Block(), Block())
