@@ -11,6 +11,7 @@ import click
 
 from ._imports import import_quietly
 from .errors import FxnvtxError
+from .output import complain
 
 __all__ = ["main"]
 
@@ -41,7 +42,7 @@ class _Group(click.Group):
         except FxnvtxError as error:
             if ctx.params.get("debug"):
                 traceback.print_exc()
-            click.echo(f"fxnvtx: {error}", err=True)
+            complain(f"fxnvtx: {error}")
             sys.exit(1)
         except BrokenPipeError:  # `fxnvtx report ... | head`
             sys.stderr.close()

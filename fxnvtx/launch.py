@@ -20,6 +20,7 @@ from .compile.invisible import dynamo_active, hide_from_dynamo
 from .control import entry_of
 from .errors import ConfigError, FxnvtxError
 from .instrument import instrument, log_once, unwrapped
+from .output import complain
 
 __all__ = ["factory_runner", "instrument_everything", "run_command"]
 
@@ -115,7 +116,7 @@ def run_command(
         finally:
             recording.stop()
             if rows and recording.ranges:
-                click.echo(render_text(from_recording(recording), "tree", fold=True, limit=rows), err=True)
+                complain(render_text(from_recording(recording), "tree", fold=True, limit=rows))
             if output is not None:
                 recording.save(output / "recording.json")
                 chrome.write(recording, output / "trace.json")

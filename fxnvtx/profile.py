@@ -15,6 +15,7 @@ import click
 
 from .cli import writable_folder
 from .errors import ConfigError
+from .output import say, write_text
 
 __all__ = ["profile_command"]
 
@@ -110,9 +111,9 @@ def _under_nsys(output: Path) -> None:
     os.environ.setdefault("COLUMNS", str(shutil.get_terminal_size((120, 24)).columns))
     with Console(stderr=True).status("running under nsys, then exporting"):
         capture([sys.executable, "-m", "fxnvtx", *words, "--no-nsys"], target, cuda=torch.cuda.is_available())
-    click.echo((output / TREE).read_text(encoding="utf-8"), nl=False)
-    click.echo(f"  {target}.nsys-rep   open in Nsight Systems, or: fxnvtx report {target}.sqlite")
-    click.echo("  captures hold the environment of this machine: fxnvtx report --scrub before you share one")
+    say((output / TREE).read_text(encoding="utf-8"), end="")
+    say(f"  {target}.nsys-rep   open in Nsight Systems, or: fxnvtx report {target}.sqlite")
+    say("  captures hold the environment of this machine: fxnvtx report --scrub before you share one")
 
 
 def _in_process(job: Job, output: Path, rows: int) -> None:
@@ -130,8 +131,8 @@ def _in_process(job: Job, output: Path, rows: int) -> None:
     names = ["recording.json", "trace.json", TREE, *_write_picture(result, output)]
     shown = render_text(from_recording(recording), "tree", fold=True, limit=rows)
     shown += f"wrote {', '.join(names)} to {output}/\n  the whole table: fxnvtx report {output}/recording.json\n"
-    (output / TREE).write_text(shown, encoding="utf-8")
-    click.echo(shown, nl=False)
+    write_text(output / TREE, shown)
+    say(shown, end="")
 
 
 @contextmanager

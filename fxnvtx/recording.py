@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from . import ranges as _ranges
-from .errors import CaptureError, OutputError
+from .errors import CaptureError
+from .output import writing
 
 __all__ = ["Node", "Range", "RangeMark", "Recording", "build_tree", "record"]
 
@@ -132,16 +133,8 @@ class Recording:
             "marks": marks,
         }
         target = Path(path)
-        if not target.name:
-            raise OutputError(f"cannot write the recording to {str(path)!r}: it names no file")
-        partial = target.with_name(target.name + ".part")
-        try:
-            with open(partial, "w", encoding="utf-8") as file:
-                json.dump(document, file, default=repr)
-            os.replace(partial, target)
-        except OSError as error:
-            partial.unlink(missing_ok=True) if target.parent.is_dir() else None
-            raise OutputError(f"cannot write the recording to {target}: {error.strerror or error}") from error
+        with writing(target) as file:
+            json.dump(document, file, default=repr)
         return target
 
     @classmethod

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from ..errors import ConfigError, OutputError
+from ..errors import ConfigError
+from ..output import write_bytes
 
 
 def write_png(path: str | os.PathLike[str], image: Tensor) -> Path:
@@ -29,12 +30,7 @@ def write_apng(path: str | os.PathLike[str], frames: Tensor, fps: int = 8) -> Pa
         raise ConfigError(f"an image is uint8 [..., height, width, 3], not {frames.dtype} {list(frames.shape)}")
     if not 1 <= fps <= 0xFFFF:
         raise ConfigError(f"fps must be from 1 to 65535, not {fps}")
-    target = Path(path)
-    try:
-        target.write_bytes(_encode(frames.cpu(), fps))
-    except OSError as error:
-        raise OutputError(f"cannot write the image to {target}: {error.strerror or error}") from error
-    return target
+    return write_bytes(path, _encode(frames.cpu(), fps))
 
 
 def _encode(frames: Tensor, fps: int) -> bytes:

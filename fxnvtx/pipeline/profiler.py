@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..errors import OutputError
+from ..output import write_text
 
 __all__ = ["RequestMetrics", "StageFigures", "StageProfiler", "StepFigures"]
 
@@ -72,12 +72,7 @@ class RequestMetrics:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write `as_dict()` as JSON."""
-        target = Path(path)
-        try:
-            target.write_text(json.dumps(self.as_dict(), indent=1), encoding="utf-8")
-        except OSError as error:
-            raise OutputError(f"cannot write the metrics to {target}: {error.strerror or error}") from error
-        return target
+        return write_text(path, json.dumps(self.as_dict(), indent=1))
 
 
 class StageProfiler:

@@ -9,9 +9,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from ..output import writing
 from ..recording import Recording
 from .instances import Process, nested, processes
-from .output import writing
 
 __all__ = ["write"]
 
@@ -32,8 +32,8 @@ def write(
     the first event of each source. Streams: memory does not grow with the capture. tick: called now and then with the
     number of events written since the last call. Raises CaptureError, OutputError.
     """
-    sources = list(source) if isinstance(source, (list, tuple)) else [source]
-    with writing(path) as file:
+    sources: list[Source] = list(source) if isinstance(source, (list, tuple)) else [source]  # type: ignore[list-item]
+    with writing(path, files_of(sources)) as file:
         file.write('{"displayTimeUnit": "ns", "traceEvents": [\n')
         first = True
         taken: set[int] = set()
@@ -43,10 +43,15 @@ def write(
                 for number, event in enumerate(_events(processes(whole, files), index, taken), 1):
                     if tick is not None and not number & 0x3FFF:
                         tick(0x4000)
-                    file.write(("" if first else ",\n") + json.dumps(event, ensure_ascii=False))
+                    file.write(("" if first else ",\n") + json.dumps(event))
                     first = False
         file.write("\n]}\n")
     return Path(path)
+
+
+def files_of(sources: Sequence[Source]) -> list[str | os.PathLike[str]]:
+    """The sources that are files."""
+    return [source for source in sources if not isinstance(source, Recording)]
 
 
 def _events(found: list[Process], index: int, taken: set[int]) -> Iterator[dict[str, Any]]:

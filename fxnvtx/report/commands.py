@@ -7,10 +7,10 @@ from pathlib import Path
 
 import click
 
+from ..output import STDOUT, check_target, is_stdout, write_text, wrote
 from . import chrome, speedscope
 from .diff import diff
 from .load import load
-from .output import write_text
 from .progress import Late
 from .recording import load_recording
 from .render_csv import render_csv
@@ -24,20 +24,26 @@ from .views import VIEWS
 __all__ = ["diff_command", "report_command"]
 
 CAPTURE = click.Path(path_type=Path)
+FORMATS = ("text", "json", "csv", "html", "chrome", "speedscope")
+DIFF_FORMATS = ("text", "json", "csv")
+# the first that fits
+_ENDINGS = (
+    (".speedscope.json", "speedscope"),
+    (".chrome.json", "chrome"),
+    (".trace.json", "chrome"),
+    (".json", "json"),
+    (".csv", "csv"),
+    (".html", "html"),
+    (".htm", "html"),
+)
 
 
 @click.command("report", short_help="what each module of a capture costs")
 @click.argument("captures", nargs=-1, required=True, type=CAPTURE, metavar="CAPTURE...")
 @click.option("--by", type=click.Choice(VIEWS), default="tree", show_default=True, help="what a row stands for")
 @click.option("--depth", type=click.IntRange(min=1), help="levels of the tree, or dotted parts of a module's name")
-@click.option(
-    "--format",
-    "form",
-    type=click.Choice(["text", "json", "csv", "html", "chrome", "speedscope"]),
-    default="text",
-    show_default=True,
-)
-@click.option("-o", "--output", type=CAPTURE, help="write to this file instead of the terminal")
+@click.option("--format", "form", type=click.Choice(FORMATS), help="default: what the ending of -o says, else text")
+@click.option("-o", "--output", type=CAPTURE, help="write to this file; -: to stdout")
 @click.option("--include", multiple=True, metavar="GLOB", help="only rows that match, with what is inside them")
 @click.option("--exclude", multiple=True, metavar="GLOB", help="no rows that match, nor what is inside them")
 @click.option("--fold", is_flag=True, help="one row for identical blocks, steps and requests")
@@ -52,7 +58,7 @@ def report_command(
     captures: tuple[Path, ...],
     by: str,
     depth: int | None,
-    form: str,
+    form: str | None,
     output: Path | None,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
@@ -84,15 +90,18 @@ def report_command(
     if scrubbed:
         if output is None or len(captures) != 1:
             raise click.UsageError("--scrub needs one capture, and -o FILE for the copy")
-        _said(scrub(captures[0], output))
+        wrote(scrub(captures[0], output))
         return
+    form = form or _format_of(output)
     if form in ("html", "chrome", "speedscope") and output is None:
         raise click.UsageError(f"--format {form} needs -o FILE")
+    inputs = [*captures, *([classes] if classes else [])]
+    check_target(output, inputs)
     if form in ("chrome", "speedscope"):
         writer = chrome.write if form == "chrome" else speedscope.write
         with Late(f"writing {output.name}") as tick:  # type: ignore[union-attr]
             written = writer(list(captures), output, tick)  # type: ignore[arg-type]
-        _said(written)
+        wrote(written)
         return
     with Late(f"reading {captures[0].name}") as tick:
         found = load(*captures, exact=exact, jobs=jobs, tick=tick)
@@ -100,45 +109,51 @@ def report_command(
         found.classes.update(load_recording(classes).classes)
     chosen = {"include": include, "exclude": exclude, "fold": fold, "kernels": kernels, "split_fused": split_fused}
     if form == "text":
-        color = output is None and sys.stdout.isatty()
-        text = render_text(found, by, depth, color=color, limit=limit, **chosen)  # type: ignore[arg-type]
+        text = render_text(found, by, depth, color=_colored(output), limit=limit, **chosen)  # type: ignore[arg-type]
     elif form == "json":
         text = render_json(found, by, depth, **chosen)  # type: ignore[arg-type]
     elif form == "csv":
         text = render_csv(found, by, depth, **chosen)  # type: ignore[arg-type]
     else:
         text = render_html(found, **chosen)  # type: ignore[arg-type]
-    _give(text, output)
+    _give(text, output, inputs)
 
 
 @click.command("diff", short_help="what changed between two captures")
 @click.argument("a", type=CAPTURE)
 @click.argument("b", type=CAPTURE)
 @click.option("--depth", type=click.IntRange(min=1), help="only modules with at most so many dotted parts")
-@click.option("--format", "form", type=click.Choice(["text", "json", "csv"]), default="text", show_default=True)
-@click.option("-o", "--output", type=CAPTURE, help="write to this file instead of the terminal")
+@click.option(
+    "--format", "form", type=click.Choice(DIFF_FORMATS), help="default: what the ending of -o says, else text"
+)
+@click.option("-o", "--output", type=CAPTURE, help="write to this file; -: to stdout")
 @click.option("--limit", type=click.IntRange(min=1), help="at most so many rows (text only)")
-def diff_command(a: Path, b: Path, depth: int | None, form: str, output: Path | None, limit: int | None) -> None:
+def diff_command(a: Path, b: Path, depth: int | None, form: str | None, output: Path | None, limit: int | None) -> None:
     """Compare two captures module by module: B minus A.
 
     Times are medians over steps (over requests outside of steps). A change is called one where it is larger than what
     the scatter over steps explains; how two runs differ as a whole (clocks, temperature) cannot be seen from inside.
     """
+    form = form or _format_of(output, DIFF_FORMATS)
+    check_target(output, [a, b])
     with Late(f"reading {a.name} and {b.name}") as tick:
         found = diff(load(a, tick=tick), load(b, tick=tick), depth)
     if form == "text":
-        text = diff_text(found, limit=limit, color=output is None and sys.stdout.isatty())
+        text = diff_text(found, limit=limit, color=_colored(output))
     else:
         text = diff_json(found) if form == "json" else diff_csv(found)
-    _give(text, output)
+    _give(text, output, [a, b])
 
 
-def _give(text: str, output: Path | None) -> None:
-    if output is None:
-        click.echo(text, nl=False)
-    else:
-        _said(write_text(output, text))
+def _format_of(output: Path | None, known: tuple[str, ...] = FORMATS) -> str:
+    """The format that the ending of the output's name stands for; text where it stands for none."""
+    name = "" if output is None else output.name.lower()
+    return next((form for ending, form in _ENDINGS if name.endswith(ending) and form in known), "text")
 
 
-def _said(path: Path) -> None:
-    click.echo(f"wrote {path} ({path.stat().st_size:,} bytes)", err=True)
+def _colored(output: Path | None) -> bool:
+    return (output is None or is_stdout(output)) and sys.stdout.isatty()
+
+
+def _give(text: str, output: Path | None, inputs: list[Path]) -> None:
+    wrote(write_text(STDOUT if output is None else output, text, inputs))

@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Sequence
 
+from ..printable import csv_cell
 from .report import Report
 from .views import Row
 
@@ -62,11 +63,11 @@ def render_csv(
 def _line(row: Row) -> list[object]:
     each = row.each
     return [
-        "/".join(row.path),
-        row.name,
+        csv_cell("/".join(row.path)),
+        csv_cell(row.name),
         row.depth,
         row.kind,
-        row.category,
+        csv_cell(row.category),
         row.calls,
         row.cpu,
         row.cpu_self,
@@ -85,6 +86,6 @@ def _line(row: Row) -> list[object]:
         each.middle if each else "",
         each.high if each else "",
         f"{row.skew:.6f}" if row.skew is not None else "",
-        "; ".join(row.fused),
+        csv_cell("; ".join(row.fused)),
         "; ".join(row.flags),
     ]

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import shutil
 from dataclasses import asdict
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
+from ..printable import csv_cell, json_text, printable
 from .diff import CHANGE, NOISE, Change, Comparison
+from .render_text import wrapped
+from .table import GAP, Column, Line, painted, table
 from .units import middle, readable_ns
 
 __all__ = ["diff_csv", "diff_json", "diff_text"]
@@ -23,31 +21,29 @@ COLUMNS = ("name", "a_ns", "b_ns", "delta_ns", "relative", "total_a_ns", "total_
 def diff_text(found: Comparison, width: int | None = None, limit: int | None = None, color: bool = False) -> str:
     """The table, as wide as the terminal unless told."""
     columns = width or shutil.get_terminal_size((120, 24)).columns
-    out = io.StringIO()
-    console = Console(
-        file=out, width=columns, force_terminal=color, color_system="standard" if color else None, highlight=False
-    )
     shown = found.rows if limit is None else found.rows[:limit]
-    if not shown:
-        console.print(Text("no modules to compare", style="yellow"))
-    else:
-        lines = [_line(row) for row in shown]
+    if shown:
+        cells = [_line(row) for row in shown]
         titles = (f"A {found.measure}", f"B {found.measure}", "change", "relative", "verdict")
-        widths = [max(len(title), *(len(line[i]) for line in lines)) + 2 for i, title in enumerate(titles)]
+        widths = [max(len(title), *(len(line[i]) for line in cells)) + GAP for i, title in enumerate(titles)]
         names = max(12, columns - sum(widths) - 1)
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-        table.add_column("range", no_wrap=True, overflow="crop", max_width=names)
-        for title in titles:
-            table.add_column(title, justify="left" if title == "verdict" else "right", no_wrap=True)
-        for row, line in zip(shown, lines, strict=True):
-            table.add_row(Text(middle(row.name, names)), *line[:-1], Text(line[-1], style=_style(row)))
-        console.print(table)
-        console.print(Text("times are medians per step (per request or capture outside of steps)", style="dim"))
+        lines = table(
+            "range",
+            names,
+            [Column(title, right=title != "verdict") for title in titles],
+            [
+                Line(middle(printable(row.name), names), line, last_style=_style(row))
+                for row, line in zip(shown, cells, strict=True)
+            ],
+            color,
+        )
+        lines.append(painted("times are medians per step (per request or capture outside of steps)", "dim", color))
+    else:
+        lines = [painted("no modules to compare", "yellow", color)]
     if limit is not None and len(found.rows) > limit:
-        console.print(Text(f"... and {len(found.rows) - limit:,} more rows", style="dim"))
-    for note in found.notes:
-        console.print(Text(f"note: {note}", style="yellow"))
-    return out.getvalue()
+        lines.append(painted(f"... and {len(found.rows) - limit:,} more rows", "dim", color))
+    lines.extend(wrapped(f"note: {note}", columns, color) for note in found.notes)
+    return "\n".join(lines) + "\n"
 
 
 def _line(row: Change) -> tuple[str, ...]:
@@ -77,7 +73,7 @@ def diff_json(found: Comparison) -> str:
         "notes": found.notes,
         "rows": rows,
     }
-    return json.dumps(document, ensure_ascii=False, indent=1) + "\n"
+    return json_text(document, indent=1) + "\n"
 
 
 def diff_csv(found: Comparison) -> str:
@@ -88,6 +84,17 @@ def diff_csv(found: Comparison) -> str:
         relative = "" if row.relative is None else f"{row.relative:.6f}"
         one, two = ("" if row.a is None else row.a), ("" if row.b is None else row.b)
         writer.writerow(
-            (row.name, one, two, row.delta, relative, row.total_a, row.total_b, row.count_a, row.count_b, row.verdict)
+            (
+                csv_cell(row.name),
+                one,
+                two,
+                row.delta,
+                relative,
+                row.total_a,
+                row.total_b,
+                row.count_a,
+                row.count_b,
+                row.verdict,
+            )
         )
     return out.getvalue()

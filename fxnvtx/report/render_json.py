@@ -13,11 +13,11 @@ A change that takes a field away or changes its meaning raises `version`; new fi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from ..printable import json_text
 from .report import Report
 from .views import Row
 
@@ -56,4 +56,4 @@ def render_json(
     split_fused: bool = False,
 ) -> str:
     rows = report.rows(by, depth, include, exclude, fold, kernels, split_fused)
-    return json.dumps(document(report, rows, by), ensure_ascii=False, indent=1) + "\n"
+    return json_text(document(report, rows, by), indent=1) + "\n"

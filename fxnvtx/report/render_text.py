@@ -1,20 +1,17 @@
-"""A report as a table on the terminal."""
+"""A report as a table on the terminal. Its time and size grow with what is printed, not with what was captured."""
 
 from __future__ import annotations
 
-import io
 import shutil
 from collections.abc import Callable, Sequence
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
+from ..printable import printable, width_of
 from .report import Report
+from .table import GAP, Column, Line, painted, table
 from .units import readable_bytes, readable_ns, readable_share, shortened
 from .views import Row
 
-__all__ = ["render_text", "table_of"]
+__all__ = ["render_text"]
 
 Cell = Callable[[Row], str]
 LEAST_NAME, NAME_SHARE = 24, 0.38  # columns give way to names up to this part of the width
@@ -38,55 +35,56 @@ def render_text(
     number of rows left out is said."""
     rows = report.rows(by, depth, include, exclude, fold, kernels, split_fused)
     columns = width or shutil.get_terminal_size((120, 24)).columns
-    out = io.StringIO()
-    console = Console(
-        file=out,
-        width=columns,
-        force_jupyter=False,
-        force_terminal=color,
-        color_system="standard" if color else None,
-        highlight=False,
-    )
-    if rows:
-        console.print(table_of(report, rows, by, columns, limit))
-    else:
-        console.print(Text("no ranges to show", style="yellow"))
-    if limit is not None and len(rows) > limit:
-        console.print(Text(f"... and {len(rows) - limit:,} more rows", style="dim"))
-    for note in report.notes:
-        console.print(Text(f"note: {note}", style="yellow"))
-    return out.getvalue()
-
-
-def table_of(report: Report, rows: list[Row], by: str, width: int, limit: int | None = None) -> Table:
-    """A rich table of these rows."""
     shown = rows if limit is None else rows[:limit]
-    columns = _columns(report, shown, by)
-    texts = [[cell(row) for _title, cell in columns] for row in shown]
-    widths = [max([len(title), *(len(line[i]) for line in texts)]) for i, (title, _cell) in enumerate(columns)]
+    lines = _table(report, shown, by, columns, color) if rows else [painted("no ranges to show", "yellow", color)]
+    if len(rows) > len(shown):
+        lines.append(painted(f"... and {len(rows) - len(shown):,} more rows", "dim", color))
+    lines.extend(wrapped(f"note: {note}", columns, color) for note in report.notes)
+    return "\n".join(lines) + "\n"
+
+
+def wrapped(note: str, width: int, color: bool) -> str:
+    """A sentence broken at its spaces into lines that fit."""
+    lines, line = [], ""
+    for word in printable(note).split(" "):
+        longer = f"{line} {word}" if line else word
+        if line and width_of(longer) > width:
+            lines.append(line)
+            longer = word
+        while width_of(longer) > width:
+            lines.append(longer[:width])
+            longer = longer[width:]
+        line = longer
+    return "\n".join(painted(each, "yellow", color) for each in [*lines, line])
+
+
+def _table(report: Report, rows: list[Row], by: str, width: int, color: bool) -> list[str]:
+    columns = _columns(report, rows, by)
+    texts = [[cell(row) for row in rows] for _title, cell in columns]
+    widths = [max(len(title), *map(len, cells)) for (title, _cell), cells in zip(columns, texts, strict=True)]
     # the least important columns go first where the terminal is narrow; the name keeps what is left
     order = sorted(range(len(columns)), key=lambda i: _PRIORITY.index(columns[i][0]))
     chosen: list[int] = []
-    longest = max([len(row.name) + (2 * row.depth if by == "tree" else 0) for row in shown], default=0)
+    tree = by == "tree"
+    longest = max(len(row.name) + (2 * row.depth if tree else 0) for row in rows)
     room = width - max(LEAST_NAME, min(longest, int(width * NAME_SHARE)))
     for index in order:
-        if widths[index] + 2 <= room:
+        if widths[index] + GAP <= room:
             chosen.append(index)
-            room -= widths[index] + 2
+            room -= widths[index] + GAP
     chosen.sort()
-    names = width - sum(widths[i] + 2 for i in chosen) - 1
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_edge=False)
-    table.add_column(by if by != "tree" else "range", no_wrap=True, overflow="crop", max_width=names)
-    for index in chosen:
-        table.add_column(columns[index][0], justify="right", no_wrap=True)
-    for row, line in zip(shown, texts, strict=True):
-        indent = "  " * row.depth if by == "tree" else ""
-        if len(indent) > names // 2:
-            indent = " " * (names // 2 - 3) + f"{row.depth}: "
-        above = row.path[-2] if by == "tree" and len(row.path) > 1 else ""
-        label = Text(indent + shortened(row.name, above, max(8, names - len(indent))), style=_STYLE.get(row.kind, ""))
-        table.add_row(label, *(line[i] for i in chosen))
-    return table
+    names = width - sum(widths[i] + GAP for i in chosen) - 1
+    lines = []
+    for place, row in enumerate(rows):
+        indent, above = "", ""
+        if tree:
+            # a tree deeper than the terminal is wide shows its depth as a number
+            indent = "  " * row.depth if 2 * row.depth <= names // 2 else f"{row.depth}: ".rjust(names // 2)
+            above = row.path[-2] if len(row.path) > 1 else ""
+        name = indent + shortened(printable(row.name), printable(above), max(8, names - len(indent)))
+        lines.append(Line(name, tuple(texts[i][place] for i in chosen), _STYLE.get(row.kind, "")))
+    titles = [Column(columns[i][0]) for i in chosen]
+    return table(by if not tree else "range", names, titles, lines, color)
 
 
 _STYLE = {"unknown": "yellow", "kernel": "dim", "summary": "bold", "side": "cyan"}

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import CaptureError, OutputError
+from ..output import check_target, writing_file
 from ..recording import Recording
 from .export import exported
 from .load import kind_of
@@ -38,8 +41,7 @@ def scrub(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> Pat
     fxnvtx read the copy. Raises CaptureError, OutputError.
     """
     origin, goal = Path(source), Path(target)
-    if goal.exists() and origin.exists() and goal.samefile(origin):
-        raise OutputError(f"{goal} is the capture itself: name another file")
+    check_target(goal, [origin])
     kind = kind_of(origin)
     if kind == "recording":
         recording = Recording.load(origin)
@@ -47,53 +49,54 @@ def scrub(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> Pat
         return recording.save(goal)
     if kind == "nsys-rep":
         with exported(origin) as sqlite:
-            return _scrub_sqlite(sqlite, goal)
-    return _scrub_sqlite(origin, goal)
-
-
-def _scrub_sqlite(origin: Path, goal: Path) -> Path:
-    reader = open_capture(origin)
-    partial = goal.with_name(f"{goal.name}.{os.getpid()}.part")
-    partial.unlink(missing_ok=True)
-    try:
-        with damaged(origin):
-            detect(reader, origin)
-            try:
-                writer = sqlite3.connect(partial, isolation_level=None)
-                writer.execute("PRAGMA journal_mode = OFF")
-                writer.execute("PRAGMA synchronous = OFF")
-            except sqlite3.OperationalError as error:
-                raise OutputError(f"cannot write {goal}: {error}") from error
-            try:
-                writer.execute("BEGIN")
-                _copy(reader, writer)
-                writer.execute("COMMIT")
-            finally:
-                writer.close()
-        os.replace(partial, goal)
-    except OSError as error:
-        if isinstance(error, OutputError):
-            raise
-        raise OutputError(f"cannot write {goal}: {error.strerror or error}") from error
-    finally:
-        reader.close()
-        partial.unlink(missing_ok=True)
+            _scrub_sqlite(sqlite, goal)
+    else:
+        _scrub_sqlite(origin, goal)
     return goal
 
 
-def _copy(reader: sqlite3.Connection, writer: sqlite3.Connection) -> None:
+def _scrub_sqlite(origin: Path, goal: Path) -> None:
+    reader = open_capture(origin)
+    try:
+        with writing_file(goal, [origin]) as place, damaged(origin):
+            detect(reader, origin)
+            writer = sqlite3.connect(place, isolation_level=None)
+            try:
+                with _written(goal):
+                    writer.execute("PRAGMA journal_mode = OFF")
+                    writer.execute("PRAGMA synchronous = OFF")
+                    writer.execute("BEGIN")
+                _copy(reader, writer, goal)
+                with _written(goal):
+                    writer.execute("COMMIT")
+            finally:
+                writer.close()
+    finally:
+        reader.close()
+
+
+@contextmanager
+def _written(goal: Path) -> Iterator[None]:
+    """What goes wrong here is the copy's fault and not the capture's."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        raise OutputError(f"cannot write {goal}: {error}") from error
+
+
+def _copy(reader: sqlite3.Connection, writer: sqlite3.Connection, goal: Path) -> None:
     tables = reader.execute("SELECT name, sql FROM sqlite_master WHERE type = 'table'").fetchall()
     used: set[int] = set()
     for name, sql in tables:
         if name.startswith(_KEPT):
-            texts = _copy_table(reader, writer, name, sql, None)
+            texts = _copy_table(reader, writer, goal, name, sql, None)
             used.update(texts)
         elif name in _KEPT_NUMBERS:
-            _copy_table(reader, writer, name, sql, _KEPT_NUMBERS[name])
+            _copy_table(reader, writer, goal, name, sql, _KEPT_NUMBERS[name])
         elif name == "META_DATA_EXPORT":
             writer.execute(sql)
             for key, value in reader.execute("SELECT name, value FROM META_DATA_EXPORT"):
-                if key.startswith(_KEPT_META):
+                if isinstance(key, str) and key.startswith(_KEPT_META):
                     writer.execute("INSERT INTO META_DATA_EXPORT (name, value) VALUES (?, ?)", (key, value))
     for name, sql in tables:
         if name == "StringIds":
@@ -105,7 +108,12 @@ def _copy(reader: sqlite3.Connection, writer: sqlite3.Connection) -> None:
 
 
 def _copy_table(
-    reader: sqlite3.Connection, writer: sqlite3.Connection, name: str, sql: str, only: tuple[str, ...] | None
+    reader: sqlite3.Connection,
+    writer: sqlite3.Connection,
+    goal: Path,
+    name: str,
+    sql: str,
+    only: tuple[str, ...] | None,
 ) -> set[int]:
     """Copy a table; returns the ids of the texts its rows refer to. Columns outside `only` become NULL or empty."""
     quoted = '"' + name.replace('"', '""') + '"'
@@ -125,7 +133,8 @@ def _copy_table(
     while rows := cursor.fetchmany(10_000):
         for index in texts:
             used.update(row[index] for row in rows if type(row[index]) is int)
-        writer.executemany(insert, rows)
+        with _written(goal):
+            writer.executemany(insert, rows)
     return used
 
 

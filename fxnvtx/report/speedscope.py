@@ -9,10 +9,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TextIO
 
+from ..output import writing
 from ..recording import Recording
-from .chrome import Source
+from .chrome import Source, files_of
 from .instances import Process, nested, processes
-from .output import writing
 
 __all__ = ["write"]
 
@@ -25,9 +25,9 @@ def write(
     """Write a recording or captures to `path`; returns the path. Times are nanoseconds. Of device operations that
     overlap on a device the later one is cut, because a profile is one stack. tick: called now and then with the number
     of events written since the last call. Raises CaptureError, OutputError."""
-    sources = list(source) if isinstance(source, (list, tuple)) else [source]
+    sources: list[Source] = list(source) if isinstance(source, (list, tuple)) else [source]  # type: ignore[list-item]
     frames: dict[str, int] = {}
-    with writing(path) as file:
+    with writing(path, files_of(sources)) as file:
         file.write(f'{{"$schema": "{SCHEMA}", "exporter": "fxnvtx", "profiles": [\n')
         profiles = _Profiles(file, frames, tick)
         for one in sources:
@@ -39,7 +39,7 @@ def write(
         profiles.close()
         # last, because only now all frames are known; the order of keys is free
         file.write('\n], "shared": {"frames": ')
-        json.dump([{"name": name} for name in frames], file, ensure_ascii=False)
+        json.dump([{"name": name} for name in frames], file)
         file.write("}}\n")
     return Path(path)
 

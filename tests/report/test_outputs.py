@@ -13,8 +13,8 @@ import pytest
 from fxnvtx import range as nvtx_range
 from fxnvtx import record
 from fxnvtx.errors import OutputError
+from fxnvtx.output import write_text
 from fxnvtx.report import Report, chrome, load, render_csv, render_json, render_text, speedscope
-from fxnvtx.report.output import write_text
 from fxnvtx.report.units import middle, readable_bytes, readable_ns
 
 from .captures import DATA, Capture

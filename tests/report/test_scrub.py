@@ -71,7 +71,7 @@ def test_recordings(tmp_path: Path) -> None:
 
 def test_what_cannot_be_done(tmp_path: Path) -> None:
     path = with_secrets(tmp_path / "capture.sqlite")
-    with pytest.raises(OutputError, match="is the capture itself"):
+    with pytest.raises(OutputError, match="is what is being read"):
         scrub(path, path)
     with pytest.raises(OutputError, match="cannot write"):
         scrub(path, tmp_path / "none" / "copy.sqlite")
