@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from .compile.hidden import hide_slots
 from .compile.invisible import hide_from_torchscript, hide_module
 from .slot import SLOT
 
@@ -34,3 +35,4 @@ def keep_out_of_sight() -> None:
             _hidden.add(name)
             hide_module(vars(module))
     hide_from_torchscript(SLOT)
+    hide_slots()

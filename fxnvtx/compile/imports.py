@@ -1,0 +1,69 @@
+"""Do something once a module has been imported, without importing it."""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import sys
+import threading
+import types
+from collections.abc import Callable, Sequence
+
+__all__ = ["when_imported"]
+
+Then = Callable[[types.ModuleType], None]
+_lock = threading.Lock()
+
+
+def when_imported(name: str, then: Then) -> None:
+    """Call `then(module)` right after the module has run: now, where that has happened, else during its import."""
+    with _lock:
+        module = sys.modules.get(name)
+        if module is None:
+            _finder.waiting.setdefault(name, []).append(then)
+            if _finder not in sys.meta_path:
+                sys.meta_path.insert(0, _finder)
+            return
+    then(module)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds nothing itself: asks the others and adds to what they found."""
+
+    def __init__(self) -> None:
+        self.waiting: dict[str, list[Then]] = {}
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname not in self.waiting:
+            return None
+        for other in sys.meta_path:
+            spec = other.find_spec(fullname, path, target) if other is not self else None
+            if spec is not None:
+                self._watch(spec)
+                return spec
+        return None
+
+    def _watch(self, spec: importlib.machinery.ModuleSpec) -> None:
+        loader = spec.loader
+        if loader is None or not hasattr(loader, "__dict__"):
+            return
+
+        def exec_module(module: types.ModuleType) -> None:
+            loader.__dict__.pop("exec_module", None)
+            loader.exec_module(module)
+            for then in self._done(spec.name):
+                then(module)
+
+        loader.__dict__["exec_module"] = exec_module
+
+    def _done(self, name: str) -> list[Then]:
+        with _lock:
+            found = self.waiting.pop(name, [])
+            if not self.waiting and self in sys.meta_path:
+                sys.meta_path.remove(self)
+            return found
+
+
+_finder = _Finder()
