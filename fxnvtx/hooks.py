@@ -17,11 +17,19 @@ __all__ = ["DiffusionNvtxHooks"]
 class DiffusionNvtxHooks:
     """Ranges around the modules of any number of models, switched on and off together. Starts switched off.
 
-    `skip_types`: module types that get no range (default: Identity and Dropout kinds).
+    `skip_types`: module types that get no range (default: Identity and Dropout kinds). `shapes`: a marker
+    `<label> in=[[2, 3], [4]]` with the input shapes at every call. `depth`: levels of ranges below each model.
     """
 
-    def __init__(self, skip_types: Pattern | Iterable[Pattern] = DEFAULT_EXCLUDE) -> None:
-        self._selection = Selection.of(None, skip_types, None)
+    def __init__(
+        self,
+        skip_types: Pattern | Iterable[Pattern] = DEFAULT_EXCLUDE,
+        *,
+        shapes: bool = False,
+        depth: int | None = None,
+    ) -> None:
+        self._selection = Selection.of(None, skip_types, depth)
+        self._shapes = bool(shapes)
         self._enabled = False
         self._models: list[Control] = []
 
@@ -40,7 +48,7 @@ class DiffusionNvtxHooks:
         model = unwrapped(model)
         with lock:
             known = {id(m) for c in _control.controls() for e in c.entries if (m := e.module()) is not None}
-            control = Control(model, prefix or None, self._selection, "hooks", False)
+            control = Control(model, prefix or None, self._selection, "hooks", self._shapes)
             control.enabled = self._enabled
             named = control.scan()
             previous = _control.controls_of(model)

@@ -37,6 +37,9 @@ class ServerArgs(ExplicitArgs):
     nvtx_steps: str | None = None
     """Denoising steps, from 0, that get layer ranges, like "4-8,20". None: all."""
 
+    nvtx_shapes: bool = False
+    """A marker `<label> in=[[2, 3], [4]]` with the input shapes at every layer's call."""
+
     cuda_profiler_range: bool = False
     """cudaProfilerStart/Stop around every request that is no warm-up. Does nothing without CUDA."""
 
@@ -151,6 +154,7 @@ _OPTIONAL_BOOLS = ("text_encoder_cpu_offload", "image_encoder_cpu_offload", "vae
 _BOOLS = (
     "enable_layerwise_nvtx_marker",
     "enable_stage_nvtx_marker",
+    "nvtx_shapes",
     "cuda_profiler_range",
     "sync_steps",
     "memory_snapshots",

@@ -13,6 +13,7 @@ __all__ = ["add_arguments", "parse", "parse_residency"]
 _SWITCHES = {
     "enable_layerwise_nvtx_marker": "ranges for requests, stages, steps and every layer",
     "enable_stage_nvtx_marker": "ranges for requests, stages and steps, none for layers",
+    "nvtx_shapes": "a marker with the input shapes at every layer's call",
     "cuda_profiler_range": "cudaProfilerStart/Stop around every request",
     "text_encoder_cpu_offload": "bring text encoders in only while they work",
     "image_encoder_cpu_offload": "bring image encoders in only while they work",

@@ -71,22 +71,25 @@ def device_mode(args: ServerArgs, device: DeviceInfo, environment: Mapping[str, 
 
 def two_stage_defaults(
     args: ServerArgs,
-    dits: tuple[str, ...],
+    auxiliary: Mapping[str, str],
     probe: Probe = probe_device,
     environment: Mapping[str, str] | None = None,
 ) -> ServerArgs:
-    """`args` with the residency defaults of a two-stage model whose DiTs are named `dits`.
+    """`args` with the residency defaults of a two-stage model.
 
+    `auxiliary`: the components that are no DiTs and have a flag, and their kinds (text_encoder, image_encoder, vae).
     What was set explicitly stays as it is. The rest: in resident mode nothing is offloaded; in original mode the
-    DiTs are offloaded layer by layer and the auxiliary components as wholes. One log line says what changed.
+    auxiliary components are offloaded layer by layer, unless their flag says otherwise, and the DiTs, which are in use
+    for a whole loop, as wholes. One log line says what changed.
     """
     device = probe()
     mode = device_mode(args, device, environment)
     if args.performance_mode != "auto" and not args.is_arg_explicitly_set("two_stage_device_mode"):
         return args
     resident = mode == "resident"
-    wanted: dict[str, object] = dict.fromkeys(AUXILIARY_FLAGS, not resident)
-    wanted["layerwise_offload_components"] = None if resident else list(dits)
+    wanted: dict[str, object] = dict.fromkeys((*AUXILIARY_FLAGS, "dit_cpu_offload"), not resident)
+    open_ones = [name for name, kind in auxiliary.items() if not args.is_arg_explicitly_set(f"{kind}_cpu_offload")]
+    wanted["layerwise_offload_components"] = None if resident else open_ones
     changed = args.with_defaults(**wanted)
     told = [f"{k}={getattr(changed, k)}" for k in wanted if getattr(changed, k) != getattr(args, k)]
     kept = [k for k in wanted if args.is_arg_explicitly_set(k)]

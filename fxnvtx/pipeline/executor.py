@@ -53,13 +53,13 @@ class PipelineExecutor:
     ) -> Iterator[None]:
         """A request of the residency manager; finished however the block ends."""
         manager = pipeline.residency
-        manager.begin_request(
+        request = manager.begin_request(
             pipeline.stages.values(), args, is_warmup=self._is_warmup_payload(payload), use_nvtx=use_nvtx
         )
         try:
             yield
         finally:
-            manager.finish_request()
+            manager.finish_request(request)
 
     def _run_stage_with_executor_hooks(
         self, pipeline: ComposedPipeline, stage: PipelineStage, payload: Any, args: ServerArgs, use_nvtx: bool

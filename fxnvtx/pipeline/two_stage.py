@@ -24,6 +24,7 @@ from .stages import (
 __all__ = ["build"]
 
 DITS = ("dit", "refiner")
+AUXILIARY = {"text_encoder": "text_encoder", "vae": "vae"}  # component -> kind
 
 
 def build(
@@ -42,7 +43,7 @@ def build(
     Residency that `args` leave open follows from the device (`probe`, `environment`): see device.py. `seed` is that of
     the weights. `compile`: both DiTs go through torch.compile(backend="fxnvtx").
     """
-    args = two_stage_defaults(args or ServerArgs(), DITS, probe, environment)
+    args = two_stage_defaults(args or ServerArgs(), AUXILIARY, probe, environment)
     place = place or default_place(args.residency_dir)
     models = build_video(size, seed)
     pipeline = ComposedPipeline(args, executor=executor, place=place)

@@ -138,3 +138,15 @@ def test_outputs_are_the_plain_ones():
     hooks.register_hooks(model)
     hooks.set_enabled(True)
     assert torch.equal(run_recorded(model, x())[0][1], wanted)
+
+
+def test_shapes_and_depth():
+    net = nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.ReLU())
+    hooks = fxnvtx.DiffusionNvtxHooks(shapes=True, depth=1)
+    assert hooks.register_hooks(net, "m") == 3
+    hooks.set_enabled(True)
+    with fxnvtx.record() as recording:
+        net(torch.ones(2, 4))
+    assert [r.label for r in recording.ranges] == ["m", "m.0", "m.1"]
+    assert [m.label for m in recording.marks] == [f"{r.label} in=[[2, 4]]" for r in recording.ranges]
+    hooks.remove_hooks()

@@ -1,5 +1,6 @@
 """A compiled component under the manager: stages, prefixes, gates and layers are those of eager mode."""
 
+import inspect
 import re
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 import fxnvtx
 from fxnvtx.pipeline import Batch, reference
 
-from .nets import LAYERS, STAGES, labels, shape
+from .nets import LAYERS, STAGES, Uses, labels, pipeline_of, shape
 
 pytestmark = pytest.mark.slow
 FUSED = re.compile(r"fused\((.*)\)")
@@ -150,3 +151,54 @@ def _graphs():
     from torch._dynamo.utils import counters
 
     return counters["stats"]["unique_graphs"]
+
+
+class Coder(torch.nn.Module):
+    """Works by its methods only, like a VAE."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Linear(8, 8)
+        self.last = torch.nn.Linear(8, 8)
+
+    def decode(self, x, scale=1.0):
+        return self.last(torch.tanh(self.first(x))) * scale
+
+    def forward(self, x):
+        return self.decode(x)
+
+
+@pytest.mark.parametrize("when", ["before its use", "in its use", "the whole component"])
+def test_a_compiled_decode(when):
+    """Dynamo reads what it compiles: a wrapped method must be the component's own code to it, and nothing more."""
+    torch._dynamo.reset()
+    coder = Coder()
+    x = torch.ones(2, 8)
+    wanted = coder.decode(x)
+    compile = {"backend": fxnvtx.backend("eager"), "fullgraph": True}
+    compiled = []
+
+    def work(stage, batch):
+        with stage.use_component("vae") as vae:
+            assert list(inspect.signature(vae.decode).parameters) == ["x", "scale"]
+            if when == "in its use" and not compiled:
+                compiled.append(torch.compile(vae.decode, **compile))
+            decode = compiled[0] if compiled else vae.decode
+            batch.latent = vae(x) if when == "the whole component" else decode(x)
+
+    pipeline = pipeline_of({"vae": coder}, {"decoding": Uses(work, "vae")})
+    if when == "before its use":
+        coder.decode = torch.compile(coder.decode, **compile)
+    elif when == "the whole component":
+        coder.compile(**compile)
+    graphs = _graphs()
+    for warmup in (True, False, False):
+        with fxnvtx.record() as recording:
+            assert torch.equal(pipeline(Batch(is_warmup=warmup)).latent, wanted)
+        if not warmup:
+            shown = labels(recording, "module")
+            assert {"decoding.vae", "decoding.vae.first", "decoding.vae.last"} <= set(shown), shown
+    with fxnvtx.record() as recording:
+        pipeline(Batch(), LAYERS.with_values(enable_layerwise_nvtx_marker=False))
+    assert not recording.ranges
+    assert _graphs() == graphs + 1

@@ -17,6 +17,7 @@ from fxnvtx.pipeline.device import (
 
 NAMES = ["NVIDIA H200", "NVIDIA GH200 480GB", "NVIDIA H200 MIG 1g.18gb", "NVIDIA B200"]
 SIZES = [18, 96, 129.9, 130, 141]
+KINDS = {"text_encoder": "text_encoder", "vae": "vae"}
 AUXILIARY = ("text_encoder_cpu_offload", "image_encoder_cpu_offload", "vae_cpu_offload")
 
 
@@ -25,7 +26,7 @@ def device(gib, name="NVIDIA H200", cuda=True):
 
 
 def defaults(args, info, environment=None):
-    return two_stage_defaults(args, ("dit", "refiner"), probe=lambda: info, environment=environment or {})
+    return two_stage_defaults(args, KINDS, probe=lambda: info, environment=environment or {})
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -38,9 +39,9 @@ def test_memory_alone_decides(name, gib, cuda):
     assert device_mode(ServerArgs(), info, {}) == ("resident" if resident else "original")
     args = defaults(ServerArgs(), info)
     assert [getattr(args, flag) for flag in AUXILIARY] == [not resident] * 3
-    assert args.layerwise_offload_components == (None if resident else ["dit", "refiner"])
-    assert args.residency_mode("dit", "dit") == ("resident" if resident else "layerwise-offload")
-    assert args.residency_mode("vae", "vae") == ("resident" if resident else "component-offload")
+    assert args.layerwise_offload_components == (None if resident else ["text_encoder", "vae"])
+    assert args.residency_mode("dit", "dit") == ("resident" if resident else "component-offload")
+    assert args.residency_mode("vae", "vae") == ("resident" if resident else "layerwise-offload")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -54,6 +55,15 @@ def test_explicit_settings_always_win(name, gib, cuda):
     assert (args.text_encoder_cpu_offload, args.vae_cpu_offload) == (True, False)
     assert args.layerwise_offload_components == ["refiner"]
     assert args.image_encoder_cpu_offload is not (cuda and gib >= 130)
+
+
+def test_an_explicit_flag_keeps_its_component_out_of_the_layerwise_defaults():
+    args = defaults(ServerArgs(text_encoder_cpu_offload=True, vae_cpu_offload=False), device(18))
+    assert args.layerwise_offload_components == []
+    assert args.residency_mode("text_encoder", "text_encoder") == "component-offload"
+    assert args.residency_mode("vae", "vae") == "resident"
+    args = defaults(ServerArgs(vae_cpu_offload=True), device(18))
+    assert args.layerwise_offload_components == ["text_encoder"]
 
 
 @pytest.mark.parametrize("gib", SIZES)

@@ -247,7 +247,7 @@ def test_residency_follows_the_device():
     big = DeviceInfo(True, "NVIDIA H200", 141 << 30)
     assert two_stage.build(probe=lambda: big, environment={}).residency.account.resident_bytes > 0
     small = two_stage.build(probe=lambda: DeviceInfo(False, "cpu", 0), environment={})
-    assert small.args.layerwise_offload_components == list(DITS)
+    assert small.args.layerwise_offload_components == list(two_stage.AUXILIARY)
     assert small.residency.account.of("dit") == small.residency.account.of("vae") == 0
 
 

@@ -19,11 +19,12 @@ __all__ = ["Attachments"]
 class _Attached:
     prefix: str
     depth: int | None
+    shapes: bool
     parts: list[tuple[str, weakref.ref[nn.Module]]]
 
-    def fits(self, prefix: str, depth: int | None, module: nn.Module) -> bool:
+    def fits(self, prefix: str, depth: int | None, shapes: bool, module: nn.Module) -> bool:
         """Whether nothing changed since: neither the name nor a child."""
-        if (self.prefix, self.depth) != (prefix, depth) or label_of(module) != prefix:
+        if (self.prefix, self.depth, self.shapes) != (prefix, depth, shapes) or label_of(module) != prefix:
             return False
         now = list(module.named_modules(remove_duplicate=False))
         return len(now) == len(self.parts) and all(
@@ -37,15 +38,17 @@ class Attachments:
     def __init__(self) -> None:
         self._attached: weakref.WeakKeyDictionary[nn.Module, _Attached] = weakref.WeakKeyDictionary()
 
-    def enable(self, module: nn.Module, prefix: str, depth: int | None, enabled: bool = True) -> None:
+    def enable(
+        self, module: nn.Module, prefix: str, depth: int | None, enabled: bool = True, *, shapes: bool = False
+    ) -> None:
         """Let `module` and its layers show as `prefix` and `<prefix>.<fqn>`. Idempotent; a new prefix renames."""
         whole = not _is_compiled(module, parts=False)
         module = unwrapped(module)
         known = self._attached.get(module)
-        if known is None or not known.fits(prefix, depth, module):
-            instrument(module, name=prefix, depth=depth)
+        if known is None or not known.fits(prefix, depth, shapes, module):
+            instrument(module, name=prefix, depth=depth, shapes=shapes)
             parts = [(n, weakref.ref(m)) for n, m in module.named_modules(remove_duplicate=False)]
-            self._attached[module] = _Attached(prefix, depth, parts)
+            self._attached[module] = _Attached(prefix, depth, shapes, parts)
         set_enabled(module, enabled)
         wrap_methods(module, forward=whole)
 
@@ -57,14 +60,14 @@ class Attachments:
             self.disable(module)
         elif _is_compiled(module):
             self.enable(module, prefix, None, enabled=False)
-            unwrap_methods(inner)
 
     def disable(self, module: nn.Module) -> None:
         """Let it be silent from its next call on. What is under way ends as it began."""
-        module = unwrapped(module)
-        if module in self._attached:
-            set_enabled(module, False)
-            unwrap_methods(module)
+        inner = unwrapped(module)
+        if inner in self._attached:
+            set_enabled(inner, False)
+            if not _is_compiled(module):  # for that one Dynamo has noted what its methods are
+                unwrap_methods(inner)
 
     def switch(self, module: nn.Module, enabled: bool) -> None:
         """Layer ranges on or off for a while, without detaching anything."""
@@ -78,7 +81,8 @@ class Attachments:
         inner = unwrapped(module)
         if inner not in self._attached:
             return
-        self.disable(inner)
+        set_enabled(inner, False)
+        unwrap_methods(inner)
         if not _is_compiled(module):
             del self._attached[inner]
             uninstrument(inner)

@@ -24,14 +24,26 @@ class Holdings:
     """The strategies of all modules that a manager has met. Keeps no module alive; `in_use(module)` says which ones may
     not be touched."""
 
-    def __init__(self, kinds: Mapping[str, str], args: ServerArgs, place: Place | None, in_use: InUse) -> None:
+    def __init__(
+        self,
+        kinds: Mapping[str, str],
+        args: Callable[[], ServerArgs],
+        place: Place | None,
+        in_use: InUse,
+        shows: Callable[[], bool],
+    ) -> None:
         self.kinds = kinds
-        self.args = args
+        self._args = args
         self.account = ByteAccount()
-        self.marks = ResidencyRanges()
+        self.marks = ResidencyRanges(shows)
         self._place = place
         self._in_use = in_use
         self._strategies: dict[int, tuple[weakref.ref[nn.Module], Strategy]] = {}  # by the id of the module
+
+    @property
+    def args(self) -> ServerArgs:
+        """Those of the request that asks."""
+        return self._args()
 
     def strategy(self, name: str, module: nn.Module) -> Strategy:
         """The strategy that the arguments want for component `name`; made, or changed between uses."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from .account import ByteAccount
 from .attach import Attachments
 from .holdings import Holdings
 from .place import Place
-from .requests import Active, Request
+from .requests import Active, Request, Requests
 from .uses import ComponentUse, Timeline
 
 __all__ = ["ComponentResidencyManager", "UsesComponents"]
@@ -40,7 +39,12 @@ class ComponentResidencyManager:
     """Brings a component's weights in before a use, lets them go after, and has it instrumented exactly meanwhile.
 
     `components` is read anew at every use: put another module into it and the next use takes that one. `kinds`: dit,
-    vae, text_encoder, image_encoder or other, by component name. Requests on one manager exclude each other.
+    vae, text_encoder, image_encoder or other, by component name.
+
+    What a request has come to is kept in the request that `begin_request` returns. The other methods find it by the
+    context they are called in; elsewhere (a thread that began none) the one request there is is meant, or `request`
+    says which. It may be finished on any thread. A request that begins on a thread which had no part in those under
+    way waits until they are done: weights that move block by block cannot serve two threads at once.
     """
 
     def __init__(
@@ -54,10 +58,10 @@ class ComponentResidencyManager:
         self.kinds = kinds if kinds is not None else {}
         self.args = args or ServerArgs()
         self.attachments = Attachments()
-        self.holdings = Holdings(self.kinds, self.args, place, self._in_use)
+        self.holdings = Holdings(self.kinds, self._args_here, place, self._in_use, self._shows_moves)
         self._seen: dict[str, weakref.ref[nn.Module]] = {}
-        self._requests: list[Request] = []
-        self._lock = threading.RLock()
+        self._requests = Requests()
+        self._lock = self._requests.lock
 
     # ------------------------------------------------------------------------------------------------- requests
 
@@ -68,50 +72,50 @@ class ComponentResidencyManager:
         *,
         is_warmup: bool = False,
         use_nvtx: bool | None = None,
-    ) -> None:
-        """Lay out the uses of `stages` and put every component where it is to wait for its first.
+    ) -> Request:
+        """Lay out the uses of `stages` and put every component where it is to wait for its first. Returns the request.
 
         `use_nvtx`: the executor's decision about ranges; without one, the flags and `is_warmup` decide.
         """
-        self._lock.acquire()
-        try:
+        with self._lock:
+            self._requests.wait_for_turn()
             wanted = args.stage_ranges and not is_warmup if use_nvtx is None else use_nvtx
             uses = _uses_of(stages, args)
             for use in uses:
                 self._module(use.component)
-            self.args = self.holdings.args = args
-            self._requests.append(Request(args, wanted, Timeline(uses), windows=args.step_windows()))
-            self.holdings.marks.enabled = wanted
+            request = Request(args, wanted, Timeline(uses), windows=args.step_windows())
+            previous, self.args = self.args, args
+            self._requests.begin(request)
             try:
                 self.refresh_pipeline()
             except BaseException:
-                self._leave_request()
+                self.args = previous
+                self._requests.leave(request)
                 raise
             if len(self._requests) == 1:
                 self.account.reset_peak()
-        except BaseException:
-            self._lock.release()
-            raise
+            return request
 
-    def before_stage(self, stage: UsesComponents) -> None:
+    def before_stage(self, stage: UsesComponents, *, request: Request | None = None) -> None:
         """From now on uses belong to `stage`."""
-        request = self._request()
-        request.stage = stage.component_name
-        request.timeline.stage_begins(stage.component_name)
+        with self._lock:
+            request = self._requests.require(request)
+            request.stage = stage.component_name
+            request.timeline.stage_begins(stage.component_name)
 
-    def finish_request(self) -> None:
+    def finish_request(self, request: Request | None = None) -> None:
         """End every use that is left, drop what was prefetched in vain. Does nothing without a request."""
-        if not self._requests:
-            return
-        request = self._requests[-1]
-        try:
-            self._finish_down_to(request, 0)
-            if len(self._requests) == 1:
-                for module, strategy in self.holdings.known():
-                    strategy.finish_request(module)
-        finally:
-            self._leave_request()
-            self._lock.release()
+        with self._lock:
+            if request is None and not self._requests:
+                return
+            request = self._requests.require(request)
+            try:
+                self._finish_down_to(request, 0)
+                if len(self._requests) == 1:
+                    for module, strategy in self.holdings.known():
+                        strategy.finish_request(module)
+            finally:
+                self._requests.leave(request)
 
     def refresh_pipeline(self, components: Mapping[str, nn.Module] | None = None) -> None:
         """Take the components as they are now: replaced ones are let go, new ones are placed.
@@ -139,30 +143,35 @@ class ComponentResidencyManager:
         *,
         dtype: torch.dtype | None = None,
         module: nn.Module | None = None,
+        request: Request | None = None,
     ) -> nn.Module:
         """Begin a use, ending the one that `begin_use` began before it; returns the module, ready.
 
         The same use again goes on; with another module object or dtype it is prepared again.
         """
-        request = self._request()
-        use = self._declared(request, component, phase, dtype)
-        module = self._module(use.component) if module is None else module
-        last = request.active[-1] if request.active else None
-        if last is not None and not last.scoped:
-            if last.use == use and last.module is module:
-                return module
-            self._finish(last)
-        self._begin(request, use, module, scoped=False)
-        return module
+        with self._lock:
+            request = self._requests.require(request)
+            use = self._declared(request, component, phase, dtype)
+            module = self._module(use.component) if module is None else module
+            last = request.active[-1] if request.active else None
+            if last is not None and not last.scoped:
+                if last.use == use and last.module is module:
+                    return module
+                self._finish(last)
+            self._begin(request, use, module, scoped=False)
+            return module
 
-    def end_use(self, component: str | ComponentUse, phase: str | None = None) -> None:
+    def end_use(
+        self, component: str | ComponentUse, phase: str | None = None, *, request: Request | None = None
+    ) -> None:
         """End a use that `begin_use` began. Does nothing where it has ended already."""
-        request = self._request()
-        use = self._declared(request, component, phase, None)
-        last = request.active[-1] if request.active else None
-        if last is not None and not last.scoped and last.use.key == use.key:
-            self._finish(last)
-            self._prefetch_next(request)
+        with self._lock:
+            request = self._requests.require(request)
+            use = self._declared(request, component, phase, None)
+            last = request.active[-1] if request.active else None
+            if last is not None and not last.scoped and last.use.key == use.key:
+                self._finish(last)
+                self._prefetch_next(request)
 
     @contextmanager
     def use_component(
@@ -172,18 +181,22 @@ class ComponentResidencyManager:
         *,
         dtype: torch.dtype | None = None,
         module: nn.Module | None = None,
+        request: Request | None = None,
     ) -> Iterator[nn.Module]:
         """A use for the length of a block. Nests: the outer use is what it was when the block ends."""
-        request = self._request()
-        use = self._declared(request, component, phase, dtype)
-        module = self._module(use.component) if module is None else module
-        active = self._begin(request, use, module, scoped=True)
+        with self._lock:
+            request = self._requests.require(request)
+            use = self._declared(request, component, phase, dtype)
+            module = self._module(use.component) if module is None else module
+            active = self._begin(request, use, module, scoped=True)
         try:
             yield module
         finally:
-            if active in request.active:
-                self._finish_down_to(request, request.active.index(active))
-        self._prefetch_next(request)
+            with self._lock:
+                if active in request.active:
+                    self._finish_down_to(request, request.active.index(active))
+        with self._lock:
+            self._prefetch_next(request)
 
     def update_component(self, component: str, change: Callable[[nn.Module], None]) -> None:
         """Change a component's weights (a LoRA switch, a weight update): `change` is called on the module, or on
@@ -207,31 +220,33 @@ class ComponentResidencyManager:
             for use in _uses_of(stages, args):
                 module = self._module(use.component)
                 if use.component not in met and isinstance(module, nn.Module) and not self._in_use(module):
-                    self.attachments.enable(module, use.prefix, args.nvtx_depth)
+                    self.attachments.enable(module, use.prefix, args.nvtx_depth, shapes=args.nvtx_shapes)
                     self.attachments.disable(module)
                 met.add(use.component)
 
     def remove_nvtx_hooks_for_module(self, module: nn.Module) -> None:
         """Leave no trace of instrumentation in `module`, in the middle of its use too."""
-        for request in self._requests:
-            for active in request.active:
-                if active.module is module:
-                    active.ranged = False
-        self.attachments.remove(module)
+        with self._lock:
+            for request in self._requests:
+                for active in request.active:
+                    if active.module is module:
+                        active.ranged = False
+            self.attachments.remove(module)
 
-    def show_step(self, index: int) -> None:
+    def show_step(self, index: int, *, request: Request | None = None) -> None:
         """Step `index` of a loop begins: show its layers where the arguments ask for that step."""
-        request = self._request()
-        self.show_layers(index in request.windows)
+        request = self._requests.require(request)
+        self.show_layers(index in request.windows, request=request)
 
-    def show_layers(self, enabled: bool) -> None:
+    def show_layers(self, enabled: bool, *, request: Request | None = None) -> None:
         """Layer ranges on or off for the components in use, from their next call on: for windows of steps."""
-        request = self._request()
-        if request.layers != enabled:
-            request.layers = enabled
-            for active in request.active:
-                if active.ranged:
-                    self.attachments.switch(active.module, enabled)
+        with self._lock:
+            request = self._requests.require(request)
+            if request.layers != enabled:
+                request.layers = enabled
+                for active in request.active:
+                    if active.ranged:
+                        self.attachments.switch(active.module, enabled)
 
     def _enable_nvtx_for_use(self, request: Request, active: Active) -> None:
         if not isinstance(active.module, nn.Module):
@@ -239,7 +254,10 @@ class ComponentResidencyManager:
         if not (request.args.enable_layerwise_nvtx_marker and request.use_nvtx):
             self.attachments.silence(active.module, active.use.prefix)
             return
-        self.attachments.enable(active.module, active.use.prefix, request.args.nvtx_depth, request.layers)
+        args = request.args
+        self.attachments.enable(
+            active.module, active.use.prefix, args.nvtx_depth, request.layers, shapes=args.nvtx_shapes
+        )
         active.ranged = True
 
     def _disable_active_nvtx(self, active: Active) -> None:
@@ -256,12 +274,14 @@ class ComponentResidencyManager:
 
     @property
     def current_stage_name(self) -> str | None:
-        """The stage that runs now, where a request is under way."""
-        return self._requests[-1].stage if self._requests else None
+        """The stage that the request of this context has come to."""
+        request = self._requests.here()
+        return request.stage if request is not None else None
 
     @property
     def in_request(self) -> bool:
-        return bool(self._requests)
+        """Whether a request is under way that this context belongs to, or may belong to."""
+        return len(self._requests) > 0
 
     @property
     def bound_bytes(self) -> int:
@@ -282,6 +302,7 @@ class ComponentResidencyManager:
         active = Active(use, module, scoped)
         request.active.append(active)
         request.timeline.begins(use)
+        self._take_over(request, use, module)
         try:
             self._enable_nvtx_for_use(request, active)
             self._prefetch_next(request)
@@ -289,6 +310,15 @@ class ComponentResidencyManager:
             self._finish(active)
             raise
         return active
+
+    def _take_over(self, request: Request, use: ComponentUse, module: Any) -> None:
+        """Another module object under the same key: what the old one carries goes now, not when a request ends."""
+        known = request.last_module.get(use.key)
+        old = known() if known is not None else None
+        if old is not None and old is not module and not self._in_use(old):
+            self.attachments.remove(old)
+        if isinstance(module, nn.Module):
+            request.last_module[use.key] = weakref.ref(module)
 
     def _load(self, use: ComponentUse, module: Any) -> None:
         if not isinstance(module, nn.Module):
@@ -390,14 +420,14 @@ class ComponentResidencyManager:
             for a in r.active
         )
 
-    def _request(self) -> Request:
-        if not self._requests:
-            raise PipelineError("no request is under way: call begin_request() first")
-        return self._requests[-1]
+    def _args_here(self) -> ServerArgs:
+        request = self._requests.here()
+        return self.args if request is None else request.args
 
-    def _leave_request(self) -> None:
-        self._requests.pop()
-        self.holdings.marks.enabled = bool(self._requests) and self._requests[-1].use_nvtx
+    def _shows_moves(self) -> bool:
+        """Whether weights that move now show it: as the request wants for which they move."""
+        request = self._requests.here()
+        return request is not None and request.use_nvtx
 
 
 def _uses_of(stages: Iterable[UsesComponents], args: ServerArgs) -> list[ComponentUse]:

@@ -2,13 +2,19 @@
 
 `nn.Module.__call__` is where a module's own range begins; a plain method goes around it, and its layers would lie loose
 in the stage. While a component is in use its methods are wrapped on the instance, and given back after.
+
+A wrapper is a bound method like any other: copies and pickles of the component get their own, and whoever compiles
+`vae.decode` while it is wrapped (Dynamo reads what it compiles) gets the component's code and nothing of ours.
 """
 
 from __future__ import annotations
 
+import functools
 import weakref
-from typing import Any, cast
+from types import FunctionType, MethodType
+from typing import Any
 
+import torch
 from torch import nn
 
 from ... import control, ranges
@@ -18,53 +24,58 @@ from ...instrument import is_enabled, label_of
 __all__ = ["METHODS", "unwrap_methods", "wrap_methods"]
 
 METHODS = ("encode", "decode", "forward")
-
-
-class _Ranged:
-    """A bound method with the module's own range around it, unless that range is the innermost one already."""
-
-    def __init__(self, module: nn.Module, name: str) -> None:
-        self.module = weakref.ref(module)
-        self.name = name
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        module = self.module()
-        assert module is not None
-        method = getattr(type(module), self.name).__get__(module)
-        text = label_of(module)
-        if text is None or not ranges.active or dynamo_active() or not is_enabled(module) or _innermost(text):
-            return method(*args, **kwargs)
-        entry = ranges.push(ranges.label(text, "module"))
-        if entry is not None:
-            entry.owner = control.controls_of(module)
-        try:
-            return method(*args, **kwargs)
-        finally:
-            ranges.pop(entry)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Ranged:
-        module = self.module()
-        return _Ranged(cast(nn.Module, memo.get(id(module), module)), self.name)
-
-    def __reduce__(self) -> Any:
-        return getattr, (self.module(), self.name)
+# By the function that is wrapped: components of one class share it, and a compiled one meets it again.
+_wrappers: weakref.WeakValueDictionary[FunctionType, FunctionType] = weakref.WeakValueDictionary()
 
 
 def wrap_methods(module: nn.Module, forward: bool = True) -> None:
     """Wrap those of METHODS that the module's class has and nobody replaced on the instance.
 
-    `forward`: whether that one too; not on a module that gets compiled, Dynamo would have to read the wrapper.
+    `forward`: whether that one too; not on a module that gets compiled, Dynamo has a shorter way for a plain one.
     """
     for name in METHODS if forward else METHODS[:-1]:
-        if callable(getattr(type(module), name, None)) and name not in module.__dict__:
-            module.__dict__[name] = _Ranged(module, name)
+        method = getattr(type(module), name, None)
+        if isinstance(method, FunctionType) and name not in module.__dict__:
+            module.__dict__[name] = MethodType(_wrapper(method), module)
 
 
 def unwrap_methods(module: nn.Module) -> None:
     """Take the wrappers out. A module without any is left as it is."""
     for name in METHODS:
-        if type(module.__dict__.get(name)) is _Ranged:
+        found = getattr(module.__dict__.get(name), "__func__", None)
+        if found is not None and _wrappers.get(getattr(found, "__wrapped__", None)) is found:
             del module.__dict__[name]
+
+
+def _wrapper(method: FunctionType) -> FunctionType:
+    """`method` with the module's own range around it, unless that range is the innermost one already."""
+    known = _wrappers.get(method)
+    if known is not None:
+        return known
+
+    @functools.wraps(method)
+    def ranged(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # a constant for Dynamo, which so reads past all that follows
+            return method(self, *args, **kwargs)
+        entry = _open(self)
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            ranges.pop(entry)
+
+    assert isinstance(ranged, FunctionType)
+    _wrappers[method] = ranged
+    return ranged
+
+
+def _open(module: nn.Module) -> ranges.Open | None:
+    text = label_of(module)
+    if text is None or not ranges.active or dynamo_active() or not is_enabled(module) or _innermost(text):
+        return None
+    entry = ranges.push(ranges.label(text, "module"))
+    if entry is not None:
+        entry.owner = control.controls_of(module)
+    return entry
 
 
 def _innermost(text: str) -> bool:

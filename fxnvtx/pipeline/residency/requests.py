@@ -1,16 +1,21 @@
-"""What the manager remembers of a request under way, and of a use that is going on."""
+"""What is remembered of a request under way and of a use that is going on; which requests there are, and whose."""
 
 from __future__ import annotations
 
+import threading
+import weakref
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from torch import nn
 
+from ...errors import PipelineError
 from ..args import ServerArgs
 from ..steps import StepWindows
 from .uses import ComponentUse, Timeline
 
-__all__ = ["Active", "Request"]
+__all__ = ["Active", "Request", "Requests"]
 
 
 @dataclass(eq=False)
@@ -25,7 +30,10 @@ class Active:
 
 @dataclass(eq=False)
 class Request:
-    """A request under way: its timeline, the stage it has come to, and its uses, the innermost one last."""
+    """A request under way: its timeline, the stage it has come to, and its uses, the innermost one last.
+
+    `outer`: the request in which this one was begun. `threads`: those that had a part in it, by identifier.
+    """
 
     args: ServerArgs
     use_nvtx: bool
@@ -34,3 +42,75 @@ class Request:
     active: list[Active] = field(default_factory=list)
     layers: bool = True  # whether the present step shows its layers
     windows: StepWindows = field(default_factory=StepWindows)
+    outer: Request | None = None
+    threads: set[int] = field(default_factory=set)
+    finished: bool = False
+    # what a key was last used with
+    last_module: dict[tuple[str, str, str | None], weakref.ref[nn.Module]] = field(default_factory=dict)
+
+
+# The innermost request that this context (thread, task, generator) has begun, of whichever manager.
+_begun: ContextVar[Request | None] = ContextVar("fxnvtx_residency_request", default=None)
+
+
+class Requests:
+    """The requests of one manager that are under way. `lock` is held for the length of a manager's method, never for
+    that of a request: so a request may be finished on any thread."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self._fewer = threading.Condition(self.lock)
+        self._live: list[Request] = []
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(tuple(self._live))
+
+    def __reversed__(self) -> Iterator[Request]:
+        return iter(tuple(reversed(self._live)))
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def wait_for_turn(self) -> None:
+        """Return when this thread had a part in every request under way. Weights that move block by block cannot serve
+        two threads at once; one thread (a nested request, the tasks of an event loop) never runs two of them."""
+        me = threading.get_ident()
+        self._fewer.wait_for(lambda: all(me in request.threads for request in self._live))
+
+    def begin(self, request: Request) -> None:
+        outer = _begun.get()
+        while outer is not None and outer.finished:  # on another thread, which could not tell this context
+            outer = outer.outer
+        request.outer = outer
+        request.threads.add(threading.get_ident())
+        self._live.append(request)
+        _begun.set(request)
+
+    def leave(self, request: Request) -> None:
+        request.finished = True
+        self._live.remove(request)
+        if _begun.get() is request:
+            _begun.set(request.outer)
+        self._fewer.notify_all()
+
+    def here(self) -> Request | None:
+        """The innermost one that this context has begun, else the only one there is."""
+        found = _begun.get()
+        while found is not None and found not in self._live:
+            found = found.outer
+        if found is None and len(self._live) == 1:
+            return self._live[0]
+        return found
+
+    def require(self, given: Request | None = None) -> Request:
+        """`given`, or the one that is meant here. Raises PipelineError where there is none, or no telling which."""
+        if not self._live or (given is not None and given not in self._live):
+            raise PipelineError("no request is under way: call begin_request() first")
+        request = given or self.here()
+        if request is None:
+            raise PipelineError(
+                f"{len(self._live)} requests are under way, and this thread began none of them: "
+                "pass request=, as begin_request() returned it"
+            )
+        request.threads.add(threading.get_ident())
+        return request
