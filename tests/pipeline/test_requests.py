@@ -93,7 +93,7 @@ def test_a_whole_request_may_move_from_thread_to_thread():
 
 
 def test_tasks_on_one_thread_have_a_request_each():
-    manager, nets = manager_of()
+    manager, _ = manager_of()
 
     async def serve(name, warmup):
         mine = stage(name)

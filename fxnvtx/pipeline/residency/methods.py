@@ -43,7 +43,7 @@ def unwrap_methods(module: nn.Module) -> None:
     """Take the wrappers out. A module without any is left as it is."""
     for name in METHODS:
         found = getattr(module.__dict__.get(name), "__func__", None)
-        if found is not None and _wrappers.get(getattr(found, "__wrapped__", None)) is found:
+        if isinstance(found, FunctionType) and found in _wrappers.values():
             del module.__dict__[name]
 
 
