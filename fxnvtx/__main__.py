@@ -1,10 +1,18 @@
-"""`python -m fxnvtx script.py ...` runs a script with its models instrumented; any other first word is a command."""
+"""`python -m fxnvtx` with the options and the program of `fxnvtx run`, or with any command of `fxnvtx`."""
 
 import sys
 
 from .cli import main
 
+_OF_THE_GROUP = ("--help", "-h", "--version", "--debug")
+
+
+def words(given: list[str]) -> list[str]:
+    """What `fxnvtx` would have been given: `run` is the command where an option or a script comes first."""
+    first = given[0] if given else "--help"
+    runs = first.startswith("-") and first not in _OF_THE_GROUP
+    return ["run", *given] if runs or first.endswith(".py") or "/" in first else given
+
+
 if __name__ == "__main__":
-    words = sys.argv[1:]
-    plain = bool(words) and not words[0].startswith("-") and (words[0].endswith(".py") or "/" in words[0])
-    main(["run", *words] if plain else words)
+    main(words(sys.argv[1:]))

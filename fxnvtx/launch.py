@@ -1,125 +1,86 @@
-"""`python -m fxnvtx script.py`: run a script with every model in it instrumented, without touching the script."""
+"""`fxnvtx run`, `python -m fxnvtx script.py`: a program with its models instrumented, in every process it starts.
+
+The program runs in a process of its own, started exactly as it would be without us. What arms it is a folder on
+PYTHONPATH (`_site`), so it reaches whatever Python process the program starts in turn: spawned, forked, by a launcher.
+"""
 
 from __future__ import annotations
 
 import importlib.util
-import runpy
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
-import torch
-from torch import nn
 
-from .cli import writable_folder
-from .compile.invisible import dynamo_active, hide_from_dynamo
-from .control import entry_of
-from .errors import ConfigError, FxnvtxError
-from .instrument import instrument, log_once, unwrapped
-from .output import complain
+from .errors import ConfigError
+from .processes import Launched, command_line
+from .window import read_steps
 
-__all__ = ["factory_runner", "instrument_everything", "run_command"]
+__all__ = ["factory_runner", "run_command"]
 
 
-class _Thread(threading.local):
-    inside = False
-
-
-_thread = _Thread()
-
-
-@contextmanager
-def instrument_everything(depth: int | None = None, path: str = "auto") -> Iterator[None]:
-    """While this runs, a module that is called from outside any other module is instrumented just before its call.
-
-    diffusers pipelines get their request, stages and steps as well, and what the program compiles with Inductor is
-    compiled with the backend "fxnvtx". Replaces nn.Module.__call__ and torch.compile for the time being: that is what
-    it takes where no line may be added to the program.
-    """
-    original = nn.Module.__call__
-
-    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if _thread.inside or dynamo_active():
-            return original(self, *args, **kwargs)
-        _thread.inside = True
-        try:
-            _meet(self, depth, path)
-            return original(self, *args, **kwargs)
-        finally:
-            _thread.inside = False
-
-    hide_from_dynamo(call.__code__)
-    from .integrations import diffusers
-
-    compile_ = torch.compile
-
-    def compile_with_layers(*args: Any, backend: Any = "inductor", **kwargs: Any) -> Any:
-        return compile_(*args, backend="fxnvtx" if backend == "inductor" else backend, **kwargs)
-
-    nn.Module.__call__ = call  # type: ignore[method-assign]
-    torch.compile = compile_with_layers  # the same kernels, with their layers named
-    diffusers.watch(depth=depth, path=path)
-    try:
-        yield
-    finally:
-        diffusers.unwatch()
-        torch.compile = compile_
-        nn.Module.__call__ = original  # type: ignore[method-assign]
-
-
-def _meet(module: nn.Module, depth: int | None, path: str) -> None:
-    inner = unwrapped(module)
-    if entry_of(inner) is None and not isinstance(inner, nn.modules.loss._Loss):
-        try:
-            instrument(inner, depth=depth, path=path)
-        except FxnvtxError as error:  # the script must go on
-            log_once(type(inner).__name__, str(error))
-
-
-hide_from_dynamo(_meet.__code__)
-
-
-@click.command(
-    "run",
-    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
-    options_metavar="[OPTIONS]",
-)
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for recording.json and trace.json.")
+@click.command("run", context_settings={"allow_interspersed_args": False}, options_metavar="[OPTIONS]")
+@click.option("-m", "as_module", is_flag=True, help="PROGRAM is a module, as for `python -m`.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for the recordings and trace.json.")
 @click.option("--depth", type=click.IntRange(0), help="Levels of modules below each model. Default: all.")
 @click.option("--path", type=click.Choice(["auto", "hooks"]), default="auto", show_default=True)
+@click.option("--stages-only", is_flag=True, help="Requests, stages, loops and steps of pipelines, without layers.")
+@click.option("--warmup", type=click.IntRange(0), default=0, help="Leave out so many outermost ranges of each process.")
+@click.option("--steps", metavar="A-B", help="Show these steps of each request only, or these calls of a model.")
+@click.option("--nsys", is_flag=True, help="Run under Nsight Systems; needs -o, where capture.nsys-rep will lie.")
+@click.option("--capture-range", metavar="LABEL", help="With --nsys: capture one range of this label, and no more.")
 @click.option(
     "--rows", type=click.IntRange(0), default=60, show_default=True, help="Rows of the printed tree; 0: none."
 )
-@click.argument("script", type=click.Path(path_type=Path))
+@click.argument("program")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def run_command(
-    output: Path | None, depth: int | None, path: str, rows: int, script: Path, arguments: tuple[str, ...]
+    as_module: bool,
+    output: Path | None,
+    depth: int | None,
+    path: str,
+    stages_only: bool,
+    warmup: int,
+    steps: str | None,
+    nsys: bool,
+    capture_range: str | None,
+    rows: int,
+    program: str,
+    arguments: tuple[str, ...],
 ) -> None:
-    """Run SCRIPT with its models instrumented; at its end, print where the time went."""
-    from .recording import record
-    from .report import chrome, from_recording, render_text
+    """Run PROGRAM with its models instrumented; at its end, print where the time went.
 
-    if not script.is_file():
-        raise ConfigError(f"{script} is no file: name the Python script to run")
+    PROGRAM is a Python script, a module (-m), or a command like torchrun. It runs as it would without this; so do the
+    Python processes that it starts, each of which leaves a recording of its own, named by rank and process.
+    """
+    from .cli import writable_folder
+
+    command = command_line(program, arguments, as_module)
+    if steps is not None:
+        read_steps(steps)
+    if (nsys or capture_range) and output is None:
+        raise ConfigError("--nsys needs -o FOLDER for the capture")
+    if capture_range and not nsys:
+        raise ConfigError("--capture-range is for --nsys")
+    options = {
+        "depth": depth,
+        "path": path,
+        "stages-only": stages_only or None,
+        "warmup": warmup or None,
+        "steps": steps,
+    }
     if output is not None:
         writable_folder(output)
-    sys.argv = [str(script), *arguments]
-    sys.path.insert(0, str(script.resolve().parent))
-    with record() as recording:
-        try:
-            with instrument_everything(depth, path):
-                runpy.run_path(str(script), run_name="__main__")
-        finally:
-            recording.stop()
-            if rows and recording.ranges:
-                complain(render_text(from_recording(recording), "tree", fold=True, limit=rows))
-            if output is not None:
-                recording.save(output / "recording.json")
-                chrome.write(recording, output / "trace.json")
+    launched = Launched(output, {k: str(v) for k, v in options.items() if v is not None})
+    if nsys:
+        from .nsys import around
+
+        command = around(command, launched.output / "capture", capture_range)
+    code = launched.run(command)
+    launched.tell(rows)
+    launched.leave(code)
 
 
 def factory_runner(path: Path, factory: str, job: Any) -> Callable[[bool, Any], Any]:
@@ -139,6 +100,7 @@ def factory_runner(path: Path, factory: str, job: Any) -> Callable[[bool, Any], 
     request = made()
     if not callable(request):
         raise ConfigError(f"{factory}() in {path} must return a callable that runs one request")
+    from .everything import instrument_everything
     from .ranges import label, pop, push
 
     def run(is_warmup: bool, on_step: Any) -> Any:

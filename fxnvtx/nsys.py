@@ -59,3 +59,19 @@ def capture(command: Sequence[str], target: Path, *, cuda: bool = False) -> Path
         last = words[-1] if words else f"exit code {done.returncode}"
         raise ToolError(f"nsys profile failed: {last}; try again with --no-nsys")
     return exported
+
+
+def around(command: Sequence[str], target: Path, capture_range: str | None = None) -> list[str]:
+    """The words that run `command` and all processes it starts under nsys, as ever but for target.nsys-rep.
+
+    capture_range: begin the capture with the first range of this label and end it with that range.
+    """
+    nsys = find_nsys()
+    if nsys is None:
+        raise ToolError("nsys is not on the PATH: install NVIDIA Nsight Systems, or leave --nsys out")
+    # fork: pools made by os.fork or a forkserver run no exec, after which nsys would look by itself
+    options = ["--trace=nvtx,cuda", "--cuda-graph-trace=node", "--trace-fork-before-exec=true", "--sample=none"]
+    options += ["--cpuctxsw=none", "--force-overwrite=true", "--wait=all", "--export=sqlite"]
+    if capture_range is not None:
+        options += ["--capture-range=nvtx", f"--nvtx-capture={capture_range}@fxnvtx", "--capture-range-end=stop"]
+    return [nsys, "profile", *options, "-o", str(target), *command]

@@ -10,6 +10,7 @@ import click
 from ..output import STDOUT, check_target, is_stdout, write_text, wrote
 from . import chrome, speedscope
 from .diff import diff
+from .folder import expanded
 from .load import load
 from .progress import Late
 from .recording import load_recording
@@ -73,7 +74,8 @@ def report_command(
 ) -> None:
     """Read captures (nsys .sqlite or .nsys-rep) and recordings, and say which module of which step costs what.
 
-    Several files are several ranks: their times add up, and every row says how far the ranks are apart.
+    Several files are several ranks: their times add up, and every row says how far the ranks are apart. A folder stands
+    for the captures in it, or else for its recordings.
 
     \b
     calls     how often the range ran (-: replayed by a CUDA graph, no Python ran)
@@ -87,6 +89,7 @@ def report_command(
     skew      how far the ranks are apart: (highest - lowest) / highest
     ~         an estimate (--split-fused)
     """
+    captures = tuple(expanded(captures))
     if scrubbed:
         if output is None or len(captures) != 1:
             raise click.UsageError("--scrub needs one capture, and -o FILE for the copy")

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from ..errors import CaptureError
 from ..recording import Recording
+from ..spool import SUFFIX, read_spool
 from .export import exported
+from .folder import expanded
 from .gather import gather
 from .nsys import read_sqlite
 from .part import Part
@@ -35,6 +37,8 @@ def read_file(path: Path, exact: bool = False, tick: Callable[[int], None] | Non
         if part.rank is None:
             part.rank = rank
         return [part]
+    if kind == "spool":
+        return [read_recording(read_spool(path), str(path), exact)]
     if kind == "nsys-rep":
         with exported(path, tick) as sqlite:
             parts = read_sqlite(sqlite, exact, tick, rank)
@@ -45,9 +49,9 @@ def read_file(path: Path, exact: bool = False, tick: Callable[[int], None] | Non
 
 
 def kind_of(path: Path) -> str:
-    """recording, sqlite or nsys-rep, by what the file begins with."""
-    if path.is_dir():
-        raise CaptureError(f"{path} is a folder: name the captures in it")
+    """recording, spool, sqlite or nsys-rep, by what the file begins with."""
+    if path.suffix == SUFFIX:
+        return "spool"
     try:
         with open(path, "rb") as file:
             head = file.read(64)
@@ -82,4 +86,4 @@ def load(
     """
     if not paths:
         raise CaptureError("no capture given: name at least one .sqlite, .nsys-rep or recording")
-    return Report(gather([Path(path) for path in paths], exact, jobs, tick))
+    return Report(gather(expanded(paths), exact, jobs, tick))

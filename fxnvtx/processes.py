@@ -1,0 +1,216 @@
+"""Starting a program, waiting for it as a shell would, and gathering what its processes left behind."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from .errors import ConfigError, OutputError
+from .output import complain
+from .recording import Recording
+from .spool import SUFFIX, read_spool
+
+__all__ = ["VARIABLE", "Launched", "command_line", "environment"]
+
+VARIABLE = "FXNVTX_RUN"
+_PACKAGE = Path(__file__).resolve().parent
+_SITE = str(_PACKAGE / "_site")
+_FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT, signal.SIGINT)
+
+
+def command_line(program: str, arguments: Sequence[str], as_module: bool) -> list[str]:
+    """The words that start the program: a module, a script, or a command found on the PATH."""
+    if as_module:
+        return [sys.executable, *_interpreter_options(), "-m", program, *arguments]
+    if os.path.exists(program):
+        return [sys.executable, *_interpreter_options(), program, *arguments]
+    found = shutil.which(program)
+    if found is None:
+        raise ConfigError(f"{program} is no file and no command: name a Python script, a command, or a module with -m")
+    return [found, *arguments]
+
+
+def _interpreter_options() -> list[str]:
+    """`python -X dev -O -m fxnvtx script.py`: what stands before -m is meant for the script too."""
+    words = sys.orig_argv[1:]
+    if "-m" not in words or words[words.index("-m") + 1 : words.index("-m") + 2] != ["fxnvtx"]:
+        return []
+    return words[: words.index("-m")]
+
+
+def environment(folder: Path, options: dict[str, str]) -> dict[str, str]:
+    """What arms the program and every Python process below it that keeps its environment."""
+    told = {"package": str(_PACKAGE), "folder": str(folder), "first": "1", **options}
+    if any("\n" in value for value in told.values()):
+        raise ConfigError("the name of the output folder has a line break in it; choose another with -o")
+    others = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry and entry != _SITE]
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([_SITE, *others]),
+        VARIABLE: "\n".join(f"{name}={value}" for name, value in told.items()),
+    }
+
+
+class Launched:
+    """One run of a program. Its processes spool into a folder that is gone when they are."""
+
+    def __init__(self, output: Path | None, options: dict[str, str]) -> None:
+        self.kept = output is not None
+        self.output = Path(tempfile.mkdtemp(prefix="fxnvtx-")) if output is None else output.resolve()
+        self.options = options
+        # torchrun may have started us: then there are others like us that write to the same folder
+        self.rank = os.environ["RANK"] if os.environ.get("RANK", "").isdigit() else None
+        self.spools = self.output / f".fxnvtx-run-{os.getpid()}"
+        self.recordings: list[Path] = []
+        self.notes: list[str] = []
+        self.shown = False  # whether any process had a range
+
+    def run(self, command: Sequence[str]) -> int:
+        """Run the command to its end and gather the recordings; returns its exit code, negative for a signal."""
+        if self.kept and self.rank is None:
+            self._clear()
+        try:
+            self.spools.mkdir()
+        except OSError as error:
+            raise OutputError(f"cannot write to {self.output}: {error.strerror or error}") from error
+        try:
+            process = subprocess.Popen(command, env=environment(self.spools, self.options))
+        except OSError as error:
+            self._remove()
+            raise ConfigError(f"{command[0]} cannot be run: {error.strerror or error}") from error
+        with _passing_on(process):
+            code = process.wait()
+        self._gather()
+        return code
+
+    def _clear(self) -> None:
+        """Recordings that an earlier run left here would be taken for this one's."""
+        for pattern in ("recording.json", "recording.*pid*.json", "trace.json"):
+            for path in self.output.glob(pattern):
+                path.unlink(missing_ok=True)
+
+    def _gather(self) -> None:
+        for spool in sorted(self.spools.glob(f"*{SUFFIX}")):
+            recording = read_spool(spool)
+            pid = int(spool.name.split("-")[0].split(".")[0])
+            if not recording.ranges:
+                spool.unlink()
+                continue
+            self.shown = True
+            open_ = [r.label for r in recording.ranges if r.end_ns is None]
+            if _runs(pid) and self.kept:
+                self.notes.append(f"process {pid} still runs; when it has ended: fxnvtx report {spool}")
+                continue
+            spool.unlink()
+            if open_:
+                where = " > ".join(open_[:3])
+                self.notes.append(f"process {pid} ended within {where}: what it did there last may be missing")
+            target = self.output / self._name(recording, pid)
+            count = 1
+            while target in self.recordings:
+                count += 1
+                target = self.output / f"recording.pid{pid}-{count}.json"
+            self.recordings.append(recording.save(target))
+        if self.kept and not self.recordings:
+            self.recordings.append(Recording().save(self.output / "recording.json"))
+        self.recordings.sort(key=lambda path: (path.name != "recording.json", path.name))
+
+    def _name(self, recording: Recording, pid: int) -> str:
+        rank = recording.meta.get("rank")
+        if recording.meta.get("first") and self.rank is None:
+            return "recording.json"
+        return f"recording.rank{rank}.pid{pid}.json" if rank is not None else f"recording.pid{pid}.json"
+
+    def tell(self, rows: int) -> None:
+        """Print the tree of all processes, and say what is missing; write trace.json."""
+        from .report import chrome, load, render_text
+
+        try:
+            if self.kept and self.recordings:
+                name = "trace.json" if self.rank is None else f"trace.rank{self.rank}.json"
+                chrome.write(list(self.recordings), self.output / name)
+            found = load(*self.recordings) if self.recordings else None
+            if found is None or not self.shown:
+                complain(f"fxnvtx: {self._why_nothing()}")
+            elif rows:
+                complain(render_text(found, "tree", fold=True, limit=rows))
+            for note in self.notes:
+                complain(f"fxnvtx: {note}")
+        finally:
+            self._remove()
+
+    def _why_nothing(self) -> str:
+        nothing = "nothing was instrumented: "
+        if os.environ.get("FXNVTX", "").strip().lower() == "off":
+            return nothing + "FXNVTX=off"
+        if not (self.spools / "armed").exists():
+            return nothing + (
+                "no process of the program imported torch (or it was started with python -E, -I or -S, or with an "
+                "environment without PYTHONPATH and FXNVTX_RUN)"
+            )
+        if "stages-only" in self.options:
+            return nothing + "--stages-only shows requests and steps of diffusers pipelines, and none was called"
+        if "warmup" in self.options or "steps" in self.options:
+            return "nothing was shown: --warmup and --steps leave out every call that there was"
+        return nothing + "torch was imported, but no model was called"
+
+    def _remove(self) -> None:
+        if not self.kept or not any(self.spools.glob(f"*{SUFFIX}")):
+            shutil.rmtree(self.spools, ignore_errors=True)
+        if not self.kept:
+            shutil.rmtree(self.output, ignore_errors=True)
+
+    def leave(self, code: int) -> NoReturn:
+        """End as the program ended: with its exit code, or by the signal that ended it."""
+        sys.stdout.flush()
+        if code < 0:
+            resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+            if -code not in (signal.SIGKILL, signal.SIGSTOP):
+                signal.signal(-code, signal.SIG_DFL)
+            os.kill(os.getpid(), -code)
+        sys.exit(code)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return False
+    return state not in ("Z", "X")
+
+
+@contextmanager
+def _passing_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Signals sent to us are meant for the program; Ctrl-C reaches it from the terminal by itself."""
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        if number in (signal.SIGINT, signal.SIGQUIT) and _in_foreground():
+            return
+        if process.poll() is None:
+            process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in _FORWARDED}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _in_foreground() -> bool:
+    for descriptor in (0, 1, 2):
+        try:
+            return os.tcgetpgrp(descriptor) == os.getpgrp()
+        except OSError:
+            continue
+    return False

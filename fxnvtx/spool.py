@@ -1,0 +1,243 @@
+"""A recording that outlives its process: ranges are appended to a file while the program runs.
+
+A process may end in ways that run no Python any more (SIGTERM, SIGKILL, os._exit, a crash). So nothing is left for the
+end: what has begun at the outermost level is on disk when it begins, what is inside it at the latest when the outermost
+range ends. A process that dies in the middle of one leaves it open, and its reader says so.
+
+One JSON object a line: {"meta": {...}}, then {"ranges": [[number, label, category, payload, thread, level, start, end,
+leaked], ...], "ended": [[number, end, leaked], ...], "marks": [...], "classes": {label: class}, "strays": n}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from . import ranges as _ranges
+from .errors import CaptureError
+from .recording import Recording
+from .window import Window
+
+__all__ = ["SUFFIX", "Spool", "read_spool"]
+
+SUFFIX = ".spool"
+FORMAT = "fxnvtx-spool"
+_MANY = 64  # ranges that may wait for an outermost range to end
+_OUTER = frozenset({"request", "stage", "loop", "step"})
+
+
+class _Outer(_ranges.Open):
+    """An outermost range of a thread: its end is told to the spool."""
+
+    __slots__ = ()
+
+    def close(self) -> None:
+        super().close()
+        spool = _spools.pop(id(self), None)
+        if spool is not None:
+            spool.closed(self)
+
+
+_spools: dict[int, Spool] = {}
+
+
+class Spool:
+    """A sink of ranges.py. Holds no file open: a program may close or reuse every descriptor it finds."""
+
+    def __init__(self, folder: Path, first: bool, window: Window | None = None) -> None:
+        self.folder = folder
+        self.first = first  # whether this is the program's own process and not one that it started
+        self.window = window
+        self._begin()
+
+    def _begin(self) -> None:
+        self.path: Path | None = None
+        self.broken = False
+        self._new: deque[_ranges.Open] = deque()
+        self._marks: deque[_ranges.Mark] = deque()
+        self._unfinished: list[tuple[int, _ranges.Open]] = []
+        self._count = 0
+        self._labels: set[str] = set()
+        self._strays = 0
+        self._rank: int | None = None
+        self._lock = threading.RLock()
+
+    def forked(self) -> None:
+        """In a child made by os.fork: what the parent has collected is the parent's."""
+        self.first = False
+        _spools.clear()
+        self._begin()
+
+    # the side that ranges.py calls
+
+    def opened(self, entry: _ranges.Open) -> None:
+        if self.window is not None and not self.window.opened(entry):
+            return
+        if entry.level == 0 or entry.label.category in _OUTER:
+            entry.__class__ = _Outer
+            _spools[id(entry)] = self
+        self._new.append(entry)
+        if entry.level == 0 or len(self._new) >= _MANY:
+            self.write()
+
+    def closed(self, entry: _ranges.Open) -> None:
+        self.write()
+        if self.window is not None:
+            self.window.closed(entry)
+
+    def marked(self, mark: _ranges.Mark) -> None:
+        if self.window is None or self.window.is_open:
+            self._marks.append(mark)
+
+    def stray_pop(self) -> None:
+        self._strays += 1
+
+    def write(self) -> None:
+        """Append what has come since the last time. Never raises: the program must go on."""
+        if self.broken:
+            return
+        try:
+            with self._lock:
+                self._write()
+        except FileNotFoundError:  # the run is over and this process goes on
+            self.broken = True
+        except Exception as error:  # a full disk, a folder that is gone, a payload whose repr() raises
+            self.broken = True
+            _ranges.log.warning("the recording of process %d stops here: %s", os.getpid(), error)
+
+    def _write(self) -> None:
+        rows, still = [], []
+        ended = []
+        for number, entry in self._unfinished:
+            if entry.end_ns is None:
+                still.append((number, entry))
+            else:
+                ended.append([number, entry.end_ns, entry.leaked])
+        classes = {}
+        while self._new:
+            entry = self._new.popleft()
+            self._count += 1
+            end = entry.end_ns  # read once: another thread may be closing it
+            if end is None:
+                still.append((self._count, entry))
+            text = entry.label.text
+            if text not in self._labels:
+                self._labels.add(text)
+                if text in _ranges.kinds:
+                    classes[text] = _ranges.kinds[text]
+            rows.append(
+                [
+                    self._count,
+                    text,
+                    entry.label.category,
+                    entry.payload,
+                    entry.thread_id,
+                    entry.level,
+                    entry.start_ns,
+                    end,
+                    entry.leaked,
+                ]
+            )
+        self._unfinished = still
+        marks = []
+        while self._marks:
+            m = self._marks.popleft()
+            marks.append([m.label.text, m.label.category, m.payload, m.thread_id, m.time_ns])
+        if rows or ended or marks:
+            line = {"ranges": rows, "ended": ended, "marks": marks, "classes": classes, "strays": self._strays}
+            self._append([*self._meta(), line])
+
+    def _meta(self) -> Iterator[dict[str, Any]]:
+        rank = _rank() if self._rank is None else self._rank
+        if self.path is None or rank != self._rank:
+            self._rank = rank
+            meta: dict[str, Any] = {"pid": os.getpid(), "clock": "perf_counter_ns", "first": self.first}
+            if rank is not None:
+                meta["rank"] = rank
+            yield {"format": FORMAT, "version": 1, "meta": meta}
+
+    def _append(self, lines: list[dict[str, Any]]) -> None:
+        text = "".join(json.dumps(line, default=repr) + "\n" for line in lines).encode()
+        if self.path is None:
+            self.path = _free_path(self.folder)
+        with open(self.path, "ab", buffering=0) as file:
+            file.write(text)
+
+
+def _free_path(folder: Path) -> Path:
+    """A file of this process's own. A number that the system has given out twice gets a second file."""
+    pid = os.getpid()
+    for count in range(1_000_000):
+        path = folder / (f"{pid}{SUFFIX}" if not count else f"{pid}-{count}{SUFFIX}")
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+        except FileExistsError:
+            continue
+        return path
+    raise OSError(f"{folder} is full of recordings of process {pid}")
+
+
+def _rank() -> int | None:
+    """This process's place among its like: what torchrun says, else torch.distributed once that is set up."""
+    told = os.environ.get("RANK", "")
+    if told.isdigit():
+        return int(told)
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        return int(distributed.get_rank())
+    return None
+
+
+def read_spool(path: str | os.PathLike[str]) -> Recording:
+    """The recording that a process left behind, whether it still runs, has ended, or was killed while it wrote.
+
+    Raises CaptureError where the file is no spool or its lines say nothing.
+    """
+    recording = Recording()
+    entries: dict[int, _ranges.Open] = {}
+    classes: dict[str, str] = {}
+    meta: dict[str, Any] = {}
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except OSError as error:
+        raise CaptureError(f"cannot read {path}: {error.strerror or error}") from error
+    try:
+        for line in lines[:-1]:  # what follows the last line end is empty, or was being written
+            item = json.loads(line)
+            if "meta" in item:
+                meta = dict(item["meta"])
+                continue
+            for row in item["ranges"]:
+                entries[row[0]] = _entry(*row[1:])
+            for number, end, leaked in item["ended"]:
+                entries[number].end_ns, entries[number].leaked = end, leaked
+            for label, category, payload, thread, time in item["marks"]:
+                mark = _ranges.Mark(_ranges.label(label, category), payload, thread)
+                mark.time_ns = time
+                recording.marked(mark)
+            classes.update(item["classes"])
+            recording.strays = item["strays"]
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise CaptureError(f"{path} is a damaged fxnvtx recording: {error!r}; record it again") from error
+    if not meta and lines[:-1]:
+        raise CaptureError(f"{path} is not an fxnvtx recording: run the program with `fxnvtx run` again")
+    for entry in entries.values():
+        recording.opened(entry)
+    recording.stop()
+    recording.meta.update(meta)
+    recording.meta["classes"] = classes
+    return recording
+
+
+def _entry(
+    label: str, category: str, payload: Any, thread: int, level: int, start: int, end: int | None, leaked: bool
+) -> _ranges.Open:
+    entry = _ranges.Open(_ranges.label(label, category), payload, [], thread)
+    entry.level, entry.start_ns, entry.end_ns, entry.leaked = level, start, end, leaked
+    return entry
