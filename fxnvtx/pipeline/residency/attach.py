@@ -61,6 +61,14 @@ class Attachments:
         elif _is_compiled(module):
             self.enable(module, prefix, None, enabled=False)
 
+    def prepare(self, module: nn.Module, prefix: str) -> None:
+        """`module` is about to be compiled, whole or by a method: have its name known to the compiled code before that
+        is made. A use under way goes on; without one it is silent until the first."""
+        inner = unwrapped(module)
+        if inner not in self._attached:
+            self.enable(inner, prefix, None, enabled=False)
+        unwrap_methods(inner, ("forward",))
+
     def disable(self, module: nn.Module) -> None:
         """Let it be silent from its next call on. What is under way ends as it began."""
         inner = unwrapped(module)

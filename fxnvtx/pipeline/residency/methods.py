@@ -39,9 +39,9 @@ def wrap_methods(module: nn.Module, forward: bool = True) -> None:
             module.__dict__[name] = MethodType(_wrapper(method), module)
 
 
-def unwrap_methods(module: nn.Module) -> None:
+def unwrap_methods(module: nn.Module, names: tuple[str, ...] = METHODS) -> None:
     """Take the wrappers out. A module without any is left as it is."""
-    for name in METHODS:
+    for name in names:
         found = getattr(module.__dict__.get(name), "__func__", None)
         if isinstance(found, FunctionType) and found in _wrappers.values():
             del module.__dict__[name]

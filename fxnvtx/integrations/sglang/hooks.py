@@ -1,0 +1,267 @@
+"""The plugin's functions by the names in targets.py: what SGLang calls in place of, or around, its own.
+
+Each passes the call on exactly once and hands back what came; what fails on our side is logged once and lost.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+from ... import ranges
+from ...labels import Label, label
+from .layers import Layers, hooks_class
+from .moves import bytes_of
+from .options import Options, log
+
+__all__ = ["Plugin", "handlers"]
+
+Call = Callable[..., Any]
+STEP = re.compile(r"denoising_step_(\d+)_")
+# A server that runs for months must not register a string per request for ever.
+DISTINCT_REQUEST_LABELS = 1 << 16
+
+
+def handlers(options: Options) -> dict[str, Any]:
+    """The function or class for every handler name in targets.py."""
+    plugin = Plugin(options)
+    found: dict[str, Any] = {
+        name: getattr(plugin, name)
+        for name in (
+            "maybe_range",
+            "request",
+            "requests_in_turn",
+            "guidance",
+            "branch",
+            "guidance_pass",
+            "use_begins",
+            "compile_arguments",
+            "compiles_directly",
+        )
+    }
+    found["Hooks"] = hooks_class(plugin.layers)
+    for what in ("load", "wait", "prefetch", "offload"):
+        found[f"residency_{what}"] = plugin.residency(what)
+    return found
+
+
+class Plugin:
+    """What one process remembers."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.layers = Layers(options)
+        self._numbers = itertools.count()
+        self._branches: ContextVar[tuple[Any, ...]] = ContextVar("fxnvtx_sglang_branches", default=())
+        self._branch: ContextVar[Any] = ContextVar("fxnvtx_sglang_branch", default=None)
+        self._moving: ContextVar[bool] = ContextVar("fxnvtx_sglang_moving", default=False)
+
+    # ------------------------------------------------------------------------------ stages, loops and steps
+
+    def maybe_range(self, name: str, enabled: bool = True) -> AbstractContextManager[Any]:
+        """SGLang's maybe_nvtx_range."""
+        if not enabled:
+            return ranges.range(name, enabled=False)
+        step = STEP.match(name)
+        if step is not None:
+            index = int(step[1])
+            self.layers.show_step(index)
+            return ranges.range(label(name, "step"), payload=index)
+        if name == "denoising_loop":
+            return self._loop(label(name, "loop"))
+        return ranges.range(label(name, "stage" if name.startswith("stage_") else "op"))
+
+    @contextmanager
+    def _loop(self, text: Label) -> Iterator[None]:
+        with ranges.range(text):
+            try:
+                yield
+            finally:
+                self.layers.show_step(None)
+
+    # ----------------------------------------------------------------------------------------------- requests
+
+    def request(self, original: Call, executor: Any, stages: Any, batch: Any, server_args: Any, *rest: Any) -> Any:
+        """Around PipelineExecutor.execute_with_profiling and execute_group_with_profiling."""
+        with self._request(executor, batch, server_args):
+            return original(executor, stages, batch, server_args, *rest)
+
+    def requests_in_turn(
+        self, original: Call, executor: Any, stages: Any, batches: Any, server_args: Any, *rest: Any
+    ) -> Iterator[Any]:
+        """Around a generator: a range each time it runs, none while its caller does."""
+        results = iter(original(executor, stages, batches, server_args, *rest))
+        try:
+            while True:
+                with self._request(executor, batches, server_args):
+                    try:
+                        result = next(results)
+                    except StopIteration:
+                        return
+                yield result
+        finally:
+            close = getattr(results, "close", None)
+            if close is not None:
+                close()
+
+    @contextmanager
+    def _request(self, executor: Any, batch: Any, server_args: Any) -> Iterator[None]:
+        if not wanted(server_args) or is_warmup(batch):
+            yield
+            return
+        number = next(self._numbers)
+        rank, world = ranks()
+        group = isinstance(batch, list) and len(batch) > 1
+        text = f"request_group#{number}" if group else f"request#{number}"
+        with ExitStack() as stack:
+            if self.options.record is not None:
+                stack.enter_context(recorded(Path(self.options.record), number, rank, world))
+            if world > 1:
+                stack.enter_context(ranges.range(label(f"rank_{rank}", "request"), payload=rank))
+            numbered = label(text if number < DISTINCT_REQUEST_LABELS else text.partition("#")[0], "request")
+            stack.enter_context(ranges.range(numbered, payload=len(batch) if group else number))
+            yield
+
+    # ------------------------------------------------------------------------------------------ guidance passes
+
+    def guidance(self, original: Call, *args: Any, **kwargs: Any) -> Any:
+        """Around DenoisingStage._predict_noise_with_cfg: which branches there are."""
+        token = self._branches.set(tuple(getattr(kwargs.get("cfg_policy"), "branches", None) or ()))
+        try:
+            return original(*args, **kwargs)
+        finally:
+            self._branches.reset(token)
+
+    def branch(self, original: Call, branch: Any, *args: Any, **kwargs: Any) -> Any:
+        """Around CFGBranch.configure_batch: the next pass is this one's."""
+        self._branch.set(branch)
+        return original(branch, *args, **kwargs)
+
+    def guidance_pass(self, original: Call, stage: Any, *args: Any, **kwargs: Any) -> Any:
+        """Around DenoisingStage._predict_noise."""
+        if not getattr(stage, "current_use_nvtx", False):
+            return original(stage, *args, **kwargs)
+        with ranges.range(label(f"predict_noise.{self._pass_name()}", "op")):
+            return original(stage, *args, **kwargs)
+
+    def _pass_name(self) -> str:
+        branches, branch = self._branches.get(), self._branch.get()
+        if len(branches) > 2 and any(branch is b for b in branches):
+            return str(branch.name)
+        return "unconditional" if negative() else "conditional"
+
+    # ------------------------------------------------------------------------------------------------- residency
+
+    def residency(self, what: str) -> Call:
+        """Around a residency strategy's method. What a method of a strategy calls of the same strategy is its own."""
+
+        def moves(original: Call, strategy: Any, module: Any, use: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
+            if not ranges.listening() or self._moving.get() or state.batch_is_warmup or not wanted(None):
+                return original(strategy, module, use, state, *args, **kwargs)
+            nbytes = bytes_of(what, strategy, module, use)
+            text = label(f"residency.{what} {use.component_name}", "residency")
+            token = self._moving.set(True)
+            try:
+                with ranges.range(text, payload=nbytes, enabled=nbytes is None or nbytes > 0):
+                    return original(strategy, module, use, state, *args, **kwargs)
+            finally:
+                self._moving.reset(token)
+
+        return moves
+
+    # --------------------------------------------------------------------------------------------------- layers
+
+    def use_begins(self, original: Call, manager: Any, use: Any, module: Any = None) -> Any:
+        """Around ComponentResidencyManager._enable_nvtx_for_use: compiled layers must be silent in a warm-up."""
+        result = original(manager, use, module)
+        if wanted(manager.server_args) and manager.state.batch_is_warmup:
+            self.layers.silence(module, manager._nvtx_prefix_for_use(use))
+        return result
+
+    def compile_arguments(self, result: Any, *args: Any, **kwargs: Any) -> Any:
+        """After build_torch_compile_kwargs: Inductor, but with ranges."""
+        if wanted(None) and result.get("backend", "inductor") == "inductor":
+            self.layers.compiles(kwargs.get("module"))
+            return {**result, "backend": "fxnvtx"}
+        return result
+
+    def compiles_directly(self, original: Call, pipeline: Any, pipe: Any, server_args: Any) -> Any:
+        """Around DiffusersPipeline._apply_torch_compile, which calls torch.compile without arguments."""
+        if not wanted(server_args):
+            return original(pipeline, pipe, server_args)
+        with self.layers.compiling():
+            return original(pipeline, pipe, server_args)
+
+
+# ------------------------------------------------------------------------------------------- what SGLang knows
+
+
+def wanted(server_args: Any) -> bool:
+    """Whether SGLang's flag is set; `server_args` None: those of the process."""
+    if server_args is None:
+        try:
+            from sglang.multimodal_gen.runtime.server_args import (  # type: ignore[import-not-found]
+                get_global_server_args,
+            )
+
+            server_args = get_global_server_args()
+        except Exception:  # none are set yet: nobody asked for anything
+            return False
+    return bool(getattr(server_args, "enable_layerwise_nvtx_marker", False))
+
+
+def is_warmup(batch: Any) -> bool:
+    """Of a request, or of every request of a group."""
+    if isinstance(batch, list):
+        return bool(batch) and all(getattr(item, "is_warmup", False) for item in batch)
+    return bool(getattr(batch, "is_warmup", False))
+
+
+def negative() -> bool:
+    """Whether the pass that runs is the one without the prompt."""
+    try:
+        from sglang.multimodal_gen.runtime.managers.forward_context import (  # type: ignore[import-not-found]
+            get_forward_context,
+        )
+
+        return bool(get_forward_context().forward_batch.is_cfg_negative)
+    except Exception:  # a pass outside of SGLang's context: a single one
+        return False
+
+
+def ranks() -> tuple[int, int]:
+    """This process's rank, and how many there are."""
+    try:
+        from sglang.multimodal_gen.runtime.distributed.parallel_state import (  # type: ignore[import-not-found]
+            get_world_rank,
+            get_world_size,
+        )
+
+        return int(get_world_rank()), int(get_world_size())
+    except Exception:  # no group of processes has been formed
+        return 0, 1
+
+
+@contextmanager
+def recorded(folder: Path, number: int, rank: int, world: int) -> Iterator[None]:
+    """A recording of the block, in a file of its own. A file that cannot be written is told and not missed."""
+    from ...recording import record
+
+    with record() as recording:
+        if world > 1:
+            recording.meta["rank"] = rank
+        try:
+            yield
+        finally:
+            recording.stop()
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                recording.save(folder / f"request{number}-rank{rank}-pid{os.getpid()}.json")
+            except Exception as error:
+                log.warning("request %d was not recorded: %s", number, str(error))

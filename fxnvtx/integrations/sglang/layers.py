@@ -1,0 +1,153 @@
+"""Layers of the components in use: SGLang's hook object by its own four methods, with fxnvtx doing the work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from .options import Options
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ...pipeline.residency.attach import Attachments
+
+__all__ = ["Layers", "hooks_class"]
+
+
+class Layers:
+    """Which component shows its layers, under which name. One per process: a component that two stages use has one
+    name at a time, the one of the use that goes on."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.shown = True  # whether the present step is one whose layers were asked for
+        self._attachments: Attachments | None = None
+        self._active: list[tuple[nn.Module, str]] = []  # the innermost one last
+        self._registered: list[tuple[object, nn.Module]] = []
+
+    @property
+    def attachments(self) -> Attachments:
+        if self._attachments is None:
+            from ...pipeline.residency.attach import Attachments
+
+            self._attachments = Attachments()
+        return self._attachments
+
+    def register(self, owner: object, model: nn.Module) -> int:
+        """Note that `owner` will show `model`; how many of its modules get a range. 0 where no layers were asked for."""
+        if not self.options.layers:
+            return 0
+        from ...names import Selection, name_modules, unwrapped
+
+        self._registered.append((owner, model))
+        return len(name_modules(unwrapped(model), Selection.of(None, (), self.options.depth)))
+
+    def enable(self, model: nn.Module, prefix: str) -> None:
+        if (model, prefix) not in self._active:
+            self._active.append((model, prefix))
+        self._name(model, prefix)
+
+    def disable(self, model: nn.Module, prefix: str) -> None:
+        if (model, prefix) not in self._active:
+            return
+        self._active.remove((model, prefix))
+        outer = next((p for m, p in reversed(self._active) if m is model), None)
+        if outer is None:
+            self.attachments.disable(model)
+        else:
+            self._name(model, outer)
+
+    def remove(self, owner: object) -> None:
+        """Take out what nobody else has registered."""
+        mine = [m for o, m in self._registered if o is owner]
+        self._registered = [(o, m) for o, m in self._registered if o is not owner]
+        for model in mine:
+            if all(m is not model for _, m in self._registered):
+                self._active = [(m, p) for m, p in self._active if m is not model]
+                self.attachments.remove(model)
+
+    def silence(self, module: Any, prefix: str) -> None:
+        """Compiled code brings its ranges along: a use without ranges has to switch them off."""
+        from torch import nn
+
+        if self.options.layers and isinstance(module, nn.Module):
+            self.attachments.silence(module, prefix)
+
+    def show_step(self, index: int | None) -> None:
+        """Step `index` begins (None: the loop is over): show the layers of the components in use, or not."""
+        steps = self.options.steps
+        shown = steps is None or index is None or index in steps
+        if shown != self.shown:
+            self.shown = shown
+            for model, _ in self._active:
+                self.attachments.switch(model, shown)
+
+    # ------------------------------------------------------------------------------------------ torch.compile
+
+    def compiles(self, module: Any) -> None:
+        """`module`, or a method of it, is about to be compiled: have it known before its first call."""
+        from torch import nn
+
+        if isinstance(module, nn.Module):
+            self.attachments.prepare(module, type(module).__name__)
+
+    @contextmanager
+    def compiling(self) -> Iterator[None]:
+        """Let torch.compile and Module.compile without a backend take ours while the block runs."""
+        import torch
+
+        compile = torch.compile
+
+        def with_ranges(*args: Any, **kwargs: Any) -> Any:
+            if kwargs.get("backend", "inductor") == "inductor":
+                if args:
+                    self.compiles(args[0])
+                kwargs["backend"] = "fxnvtx"
+            return compile(*args, **kwargs)
+
+        torch.compile = with_ranges  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            torch.compile = compile
+
+    def _name(self, model: nn.Module, prefix: str) -> None:
+        self.attachments.enable(model, prefix, self.options.depth, self.shown, shapes=self.options.shapes)
+
+
+def hooks_class(layers: Layers) -> type:
+    """The class that stands in for SGLang's DiffusionNvtxHooks; its objects share `layers`."""
+
+    class DiffusionNvtxHooks:
+        """Ranges for the layers of models, by SGLang's interface. Starts switched off."""
+
+        def __init__(self, skip_types: Any = None) -> None:
+            self._models: list[tuple[Any, str]] = []
+            self._enabled = False
+
+        def register_hooks(self, model: Any, prefix: str = "") -> int:
+            """Returns how many modules get a range; with none SGLang keeps no hooks."""
+            count = layers.register(self, model)
+            if count:
+                self._models.append((model, prefix))
+                if self._enabled:
+                    layers.enable(model, prefix)
+            return count
+
+        def set_enabled(self, enabled: bool) -> None:
+            """From the next outermost call on; a call under way ends as it began."""
+            self._enabled = bool(enabled)
+            act: Callable[[Any, str], None] = layers.enable if enabled else layers.disable
+            for model, prefix in self._models:
+                act(model, prefix)
+
+        def remove_hooks(self) -> None:
+            """Take everything out again. Safe to call twice, and in the middle of a call."""
+            if self._enabled:
+                self.set_enabled(False)
+            self._models.clear()
+            layers.remove(self)
+
+    return DiffusionNvtxHooks

@@ -1,0 +1,70 @@
+"""What the environment asks of the plugin. Nothing in it may keep a server from starting."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass
+
+from ...errors import ConfigError
+
+__all__ = ["VARIABLE", "Options", "read_options"]
+
+VARIABLE = "FXNVTX_SGLANG"
+MODES = ("layers", "stages", "off")
+log = logging.getLogger("fxnvtx.sglang")
+
+
+@dataclass(frozen=True)
+class Options:
+    """`steps`: the steps whose layers show, None for all. `record`: a folder for one recording a request."""
+
+    mode: str = "layers"
+    depth: int | None = None
+    steps: Container[int] | None = None
+    shapes: bool = True
+    record: str | None = None
+
+    @property
+    def layers(self) -> bool:
+        return self.mode == "layers"
+
+
+def read_options(environment: Mapping[str, str] | None = None) -> Options:
+    """The options of the environment. What has no meaning is told and left at its default."""
+    given = os.environ if environment is None else environment
+
+    def text(name: str) -> str:
+        return given.get(f"{VARIABLE}{name}", "").strip()
+
+    def told(name: str, wanted: str) -> None:
+        log.warning("%s%s=%s has no meaning: use %s; it is ignored", VARIABLE, name, text(name), wanted)
+
+    mode = text("").lower() or "layers"
+    if mode not in MODES:
+        told("", ", ".join(MODES))
+        mode = "layers"
+    depth: int | None = None
+    if text("_DEPTH"):
+        if text("_DEPTH").isdecimal():
+            depth = int(text("_DEPTH"))
+        else:
+            told("_DEPTH", "a whole number of levels")
+    shapes = text("_SHAPES").lower() or "1"
+    if shapes not in {"0", "1", "true", "false"}:
+        told("_SHAPES", "1 or 0")
+        shapes = "1"
+    return Options(mode, depth, _steps(text, told), shapes in {"1", "true"}, text("_RECORD") or None)
+
+
+def _steps(text: Callable[[str], str], told: Callable[[str, str], None]) -> Container[int] | None:
+    if not text("_STEPS"):
+        return None
+    from ...pipeline.steps import StepWindows  # brings torch along; most processes can do without
+
+    try:
+        return StepWindows.parse(text("_STEPS"))
+    except ConfigError:
+        told("_STEPS", "step numbers like 4-8,20")
+        return None
