@@ -89,7 +89,7 @@ class Plugin:
 
     def request(self, original: Call, executor: Any, stages: Any, batch: Any, server_args: Any, *rest: Any) -> Any:
         """Around PipelineExecutor.execute_with_profiling and execute_group_with_profiling."""
-        with self._request(executor, batch, server_args):
+        with self._request(executor, stages, batch, server_args):
             return original(executor, stages, batch, server_args, *rest)
 
     def requests_in_turn(
@@ -99,7 +99,7 @@ class Plugin:
         results = iter(original(executor, stages, batches, server_args, *rest))
         try:
             while True:
-                with self._request(executor, batches, server_args):
+                with self._request(executor, stages, batches, server_args):
                     try:
                         result = next(results)
                     except StopIteration:
@@ -111,10 +111,14 @@ class Plugin:
                 close()
 
     @contextmanager
-    def _request(self, executor: Any, batch: Any, server_args: Any) -> Iterator[None]:
+    def _request(self, executor: Any, stages: Any, batch: Any, server_args: Any) -> Iterator[None]:
         if not wanted(server_args) or is_warmup(batch):
             yield
             return
+        try:
+            self.layers.ahead(executor, stages, server_args)
+        except Exception as error:  # a release that declares its uses another way: they are read when they begin
+            log.debug("the components were not read ahead: %s", str(error))
         number = next(self._numbers)
         rank, world = ranks()
         group = isinstance(batch, list) and len(batch) > 1
@@ -165,10 +169,12 @@ class Plugin:
             if not ranges.listening() or self._moving.get() or state.batch_is_warmup or not wanted(None):
                 return original(strategy, module, use, state, *args, **kwargs)
             nbytes = bytes_of(what, strategy, module, use)
+            # that a component which comes and goes had nothing to move is worth a line; that a resident one had is not
+            offloads = what != "wait" and type(strategy).__name__ != "ResidentStrategy"
             text = label(f"residency.{what} {use.component_name}", "residency")
             token = self._moving.set(True)
             try:
-                with ranges.range(text, payload=nbytes, enabled=nbytes is None or nbytes > 0):
+                with ranges.range(text, payload=nbytes, enabled=nbytes != 0 or offloads):
                     return original(strategy, module, use, state, *args, **kwargs)
             finally:
                 self._moving.reset(token)

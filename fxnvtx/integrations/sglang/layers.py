@@ -36,13 +36,30 @@ class Layers:
         return self._attachments
 
     def register(self, owner: object, model: nn.Module) -> int:
-        """Note that `owner` will show `model`; how many of its modules get a range. 0 where no layers were asked for."""
+        """Note that `owner` will show `model`. How many of its modules get a range; 0 where no layers are wanted."""
         if not self.options.layers:
             return 0
         from ...names import Selection, name_modules, unwrapped
 
         self._registered.append((owner, model))
         return len(name_modules(unwrapped(model), Selection.of(None, (), self.options.depth)))
+
+    def ahead(self, executor: Any, stages: Any, server_args: Any) -> None:
+        """Read the components of a request before it begins: a large model takes tens of milliseconds, which would
+        otherwise show as a stage's own."""
+        from torch import nn
+
+        from ...names import unwrapped
+
+        manager = executor.component_residency_manager
+        known = {id(m) for m in self.attachments.modules()}
+        for stage in stages if self.options.layers else ():
+            for use in stage.component_uses(server_args, manager.stage_name(stage)):
+                model = manager.get_module(use.component_name)
+                if isinstance(model, nn.Module) and id(unwrapped(model)) not in known:
+                    known.add(id(unwrapped(model)))
+                    self._name(model, manager._nvtx_prefix_for_use(use))
+                    self.attachments.disable(model)
 
     def enable(self, model: nn.Module, prefix: str) -> None:
         if (model, prefix) not in self._active:

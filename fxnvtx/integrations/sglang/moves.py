@@ -8,7 +8,7 @@ __all__ = ["bytes_of"]
 
 
 def bytes_of(what: str, strategy: Any, module: Any, use: Any) -> int | None:
-    """Bytes that `what` (load, prefetch, wait, offload) will move of `module`; 0: nothing; None: there is no telling."""
+    """Bytes of `module` that `what` (load, prefetch, wait, offload) will move; None where there is no telling."""
     try:
         if what == "wait":
             # a wait is for a prefetch under way; without one the method returns at once
@@ -27,7 +27,7 @@ def bytes_of(what: str, strategy: Any, module: Any, use: Any) -> int | None:
 
 def _moves(tensor: Any, device: Any, dtype: Any) -> bool:
     converted = dtype is not None and tensor.is_floating_point() and tensor.dtype != dtype
-    return converted or tensor.device != device
+    return bool(converted or tensor.device != device)
 
 
 def _nbytes(tensor: Any) -> int:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ...errors import ConfigError
+
+if TYPE_CHECKING:
+    from ...pipeline.steps import StepWindows
 
 __all__ = ["VARIABLE", "Options", "read_options"]
 
@@ -22,7 +26,7 @@ class Options:
 
     mode: str = "layers"
     depth: int | None = None
-    steps: Container[int] | None = None
+    steps: StepWindows | None = None
     shapes: bool = True
     record: str | None = None
 
@@ -58,7 +62,7 @@ def read_options(environment: Mapping[str, str] | None = None) -> Options:
     return Options(mode, depth, _steps(text, told), shapes in {"1", "true"}, text("_RECORD") or None)
 
 
-def _steps(text: Callable[[str], str], told: Callable[[str, str], None]) -> Container[int] | None:
+def _steps(text: Callable[[str], str], told: Callable[[str, str], None]) -> StepWindows | None:
     if not text("_STEPS"):
         return None
     from ...pipeline.steps import StepWindows  # brings torch along; most processes can do without

@@ -63,12 +63,8 @@ TARGETS: tuple[Target, ...] = (
         "groups of requests that are served one by one",
     ),
     Target(_DENOISING, "DenoisingStage._predict_noise", "AROUND", "guidance_pass", "guidance passes"),
-    Target(
-        _DENOISING, "DenoisingStage._predict_noise_with_cfg", "AROUND", "guidance", "names of more than two passes"
-    ),
-    Target(
-        "distributed.cfg_policy", "CFGBranch.configure_batch", "AROUND", "branch", "names of more than two passes"
-    ),
+    Target(_DENOISING, "DenoisingStage._predict_noise_with_cfg", "AROUND", "guidance", "names of more than two passes"),
+    Target("distributed.cfg_policy", "CFGBranch.configure_batch", "AROUND", "branch", "names of more than two passes"),
     *(
         Target(_STRATEGIES, f"{kind}.{method}", "AROUND", f"residency_{what}", f"residency.{what} ({kind})")
         for kind, method, what in _MOVES
