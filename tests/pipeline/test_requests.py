@@ -2,10 +2,13 @@
 
 import asyncio
 import contextvars
+import copy
+import pickle
 import threading
 
 import pytest
 import torch
+from torch import nn
 
 import fxnvtx
 from fxnvtx.errors import PipelineError
@@ -217,3 +220,32 @@ def test_shapes_of_the_layers_calls():
     manager.finish_request()
     assert [m.label for m in recording.marks][:2] == ["s.a in=[[1, 8]]", "s.a.embed in=[[1, 8]]"]
     assert labels(recording, "module")[:2] == ["s.a", "s.a.embed"]
+
+
+def test_copies_and_pickles_of_a_component_with_methods_by_other_names():
+    manager, nets = manager_of()
+    nets["a"] = Aliased()
+    mine = stage("s")
+    manager.begin_request([mine], OFFLOAD)
+    manager.before_stage(mine)
+    with manager.use_component("a") as net:
+        for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+            assert torch.equal(other.decode(X), net.decode(X))
+            other.fc.weight.data.zero_()
+            assert not torch.equal(other.decode(X), net.decode(X)), "it works with its own weights"
+        assert shown(lambda: (net.encode(X), net.decode(X))) == ["s.a", "s.a.fc"] * 2
+    manager.finish_request()
+    assert not {"encode", "decode"} & nets["a"].__dict__.keys()
+
+
+class Aliased(nn.Module):
+    """One function under two names, and no forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def run(self, x):
+        return self.fc(x)
+
+    encode = decode = run

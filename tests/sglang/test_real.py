@@ -121,7 +121,8 @@ def test_a_capture_has_the_same_ranges(eager):
         rows = []
         for number, process in domain:
             rows += connection.execute(
-                "select globalTid, start, end, coalesce(text, value) from NVTX_EVENTS left join StringIds on textId = id "
+                "select globalTid, start, end, coalesce(text, value) from NVTX_EVENTS "
+                "left join StringIds on textId = id "
                 "where eventType = 59 and domainId = ? and globalTid >> 24 = ? order by globalTid, start, -end",
                 (number, process),
             ).fetchall()

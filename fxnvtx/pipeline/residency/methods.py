@@ -24,8 +24,8 @@ from ...instrument import is_enabled, label_of
 __all__ = ["METHODS", "unwrap_methods", "wrap_methods"]
 
 METHODS = ("encode", "decode", "forward")
-# By the function that is wrapped: components of one class share it, and a compiled one meets it again.
-_wrappers: weakref.WeakValueDictionary[FunctionType, FunctionType] = weakref.WeakValueDictionary()
+# By name and function that is wrapped: components of one class share it, and a compiled one meets it again.
+_wrappers: weakref.WeakValueDictionary[tuple[str, FunctionType], FunctionType] = weakref.WeakValueDictionary()
 
 
 def wrap_methods(module: nn.Module, forward: bool = True) -> None:
@@ -35,8 +35,8 @@ def wrap_methods(module: nn.Module, forward: bool = True) -> None:
     """
     for name in METHODS if forward else METHODS[:-1]:
         method = getattr(type(module), name, None)
-        if isinstance(method, FunctionType) and name not in module.__dict__:
-            module.__dict__[name] = MethodType(_wrapper(method), module)
+        if isinstance(method, FunctionType) and name not in module.__dict__ and method is not nn.Module.forward:
+            module.__dict__[name] = MethodType(_wrapper(name, method), module)
 
 
 def unwrap_methods(module: nn.Module, names: tuple[str, ...] = METHODS) -> None:
@@ -47,9 +47,9 @@ def unwrap_methods(module: nn.Module, names: tuple[str, ...] = METHODS) -> None:
             del module.__dict__[name]
 
 
-def _wrapper(method: FunctionType) -> FunctionType:
-    """`method` with the module's own range around it, unless that range is the innermost one already."""
-    known = _wrappers.get(method)
+def _wrapper(name: str, method: FunctionType) -> FunctionType:
+    """The method `name` with the module's own range around it, unless that range is the innermost one already."""
+    known = _wrappers.get((name, method))
     if known is not None:
         return known
 
@@ -64,7 +64,8 @@ def _wrapper(method: FunctionType) -> FunctionType:
             ranges.pop(entry)
 
     assert isinstance(ranged, FunctionType)
-    _wrappers[method] = ranged
+    ranged.__name__ = name  # what a pickled method asks its object for; `method` may go by another one
+    _wrappers[name, method] = ranged
     return ranged
 
 

@@ -1,0 +1,396 @@
+"""The plugin in a small stand-in for SGLang (double/): what shows, and that nothing else changes."""
+
+import copy
+import importlib
+import logging
+import pickle
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import fxnvtx
+from fxnvtx.integrations.sglang import missing_targets, register
+from fxnvtx.integrations.sglang.options import Options, read_options
+from fxnvtx.integrations.sglang.targets import TARGETS, lacking
+from fxnvtx.recording import Recording
+
+DOUBLE = Path(__file__).parent / "double"
+ROOT = "sglang.multimodal_gen.runtime."
+X = torch.ones(1, 4)
+
+
+class Rotary(nn.Module):
+    def forward(self, x):
+        return x + 1
+
+
+class Block(nn.Module):
+    def __init__(self, rotary):
+        super().__init__()
+        self.rotary = rotary
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.fc(self.rotary(x))
+
+
+class Dit(nn.Module):
+    """Two blocks that share a module."""
+
+    def __init__(self):
+        super().__init__()
+        rotary = Rotary()
+        self.layers = nn.ModuleList([Block(rotary), Block(rotary)])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Vae(nn.Module):
+    """Has no forward that anybody calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.decoder = nn.Linear(4, 4)
+
+    def decode(self, x):
+        return self.decoder(x)
+
+
+class Server:
+    """The stand-in, with the plugin in it as the environment says."""
+
+    def __init__(self, branches=("positive", "negative"), strategy="ResidentStrategy", dtype=None):
+        def at(name):
+            return importlib.import_module(ROOT + name)
+
+        self.at = at
+        torch.manual_seed(0)
+        self.dit, self.vae = Dit(), Vae()
+        strategies = at("managers.memory_managers.component_residency_strategies")
+        self.args = at("server_args").ARGS
+        stages, policy = at("pipelines_core.stages.denoising"), at("distributed.cfg_policy")
+        made = [policy.CFGBranch(name, name != "negative") for name in branches]
+        self.stages = [stages.DenoisingStage(made), stages.DecodingStage(dtype)]
+        self.manager = at("managers.memory_managers.component_manager").ComponentResidencyManager(
+            {"dit": self.dit, "vae": self.vae},
+            {"dit": strategies.ResidentStrategy(), "vae": getattr(strategies, strategy)()},
+            self.args,
+        )
+        self.executor = at("pipelines_core.executors.pipeline_executor").PipelineExecutor(self.manager)
+
+    def batch(self, **values):
+        return SimpleNamespace(latent=X, is_warmup=False, is_cfg_negative=False, **values)
+
+    def serve(self, batch=None, call="execute_with_profiling"):
+        return getattr(self.executor, call)(self.stages, batch or self.batch(), self.args)
+
+    def recorded(self, *args, **kwargs):
+        with fxnvtx.record() as recording:
+            result = self.serve(*args, **kwargs)
+            if kwargs.get("call", "").startswith("execute_group_seq"):
+                list(result)
+        assert recording.balanced
+        return recording
+
+
+@pytest.fixture
+def start(monkeypatch):
+    """start(flag=True, VARIABLE=..., server arguments) -> Server."""
+
+    def forget():
+        for name in [n for n in sys.modules if n == "sglang" or n.startswith("sglang.")]:
+            del sys.modules[name]
+
+    def run(flag=True, branches=("positive", "negative"), strategy="ResidentStrategy", dtype=None, **variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        register()
+        plugins = importlib.import_module(ROOT + "platforms.plugins")
+        plugins.HookRegistry.apply_hooks()
+        server = Server(branches, strategy, dtype)
+        server.args.enable_layerwise_nvtx_marker = flag
+        return server
+
+    for name in ("", "_STEPS", "_DEPTH", "_SHAPES", "_RECORD"):
+        monkeypatch.delenv("FXNVTX_SGLANG" + name, raising=False)
+    forget()
+    monkeypatch.syspath_prepend(str(DOUBLE))
+    yield run
+    forget()
+
+
+def labels(recording, category=None):
+    return [r.label for r in recording.ranges if category is None or r.category == category]
+
+
+def tree(nodes):
+    return [[n.label, tree(n.children)] for n in nodes]
+
+
+def traces(model):
+    return [sorted(m.__dict__) for m in model.modules()]
+
+
+def test_the_tree_of_a_request(start):
+    server = start()
+    before = traces(server.dit), traces(server.vae)
+    (request,) = server.recorded().tree()
+    denoising, decoding = request.children
+    (loop,) = denoising.children
+    assert [n.label for n in (request, denoising, decoding)] == ["request#0", "stage_denoising", "stage_decoding"]
+    assert [n.category for n in (request, denoising, loop, loop.children[0])] == ["request", "stage", "loop", "step"]
+    assert [s.payload for s in loop.children] == [0, 1, 2]
+    layer = [
+        [f"denoising.dit.layers.{n}", [[f"denoising.dit.layers.{n}.rotary", []], [f"denoising.dit.layers.{n}.fc", []]]]
+        for n in (0, 1)
+    ]
+    passes = [[f"predict_noise.{n}", [["denoising.dit", layer]]] for n in ("conditional", "unconditional")]
+    assert tree(loop.children[0].children) == [["predict_noise", passes], ["scheduler_step", []]]
+    assert tree(decoding.children) == [["decoding.vae.decode", [["decoding.vae.decode.decoder", []]]]]
+    assert labels(server.recorded(), "request") == ["request#1"]
+    for _, hooks in server.manager.hooks.values():
+        hooks.remove_hooks()
+        hooks.remove_hooks()
+    assert (traces(server.dit), traces(server.vae)) == before
+
+
+def test_markers_have_the_shapes_unless_they_are_not_wanted(start):
+    marks = [m.label for m in start().recorded().marks]
+    assert "denoising.dit.layers.1.rotary in=[[1, 4]]" in marks
+
+
+def test_options_reach_the_layers(start):
+    recording = start(FXNVTX_SGLANG_SHAPES="0", FXNVTX_SGLANG_DEPTH="1", FXNVTX_SGLANG_STEPS="1").recorded()
+    assert not recording.marks
+    steps = [n for root in recording.tree() for n in root.walk() if n.category == "step"]
+    assert [sum(n.category == "module" for n in s.walk()) for s in steps] == [0, 6, 0]
+    assert labels(recording, "module")[-2:] == ["decoding.vae.decode", "decoding.vae.decode.decoder"]
+
+
+def test_stages_only(start):
+    server = start(FXNVTX_SGLANG="stages")
+    before = traces(server.dit)
+    recording = server.recorded()
+    assert not labels(recording, "module")
+    assert "predict_noise.unconditional" in labels(recording)
+    assert traces(server.dit) == before
+
+
+def test_off_registers_nothing(start):
+    server = start(FXNVTX_SGLANG="off")
+    assert not server.at("platforms.plugins").HookRegistry.hooks
+    with pytest.raises(RuntimeError, match="NVTX"):
+        server.serve()
+
+
+def test_without_the_flag_and_in_a_warmup_nothing_shows_and_the_result_is_the_same(start, tmp_path):
+    server = start(flag=False, FXNVTX_SGLANG_RECORD=str(tmp_path))
+    before = traces(server.dit)
+    wanted = server.serve().image
+    assert not server.recorded().ranges
+    server.args.enable_layerwise_nvtx_marker = True
+    warmup = server.batch()
+    warmup.is_warmup = True
+    assert not server.recorded(warmup).ranges
+    assert traces(server.dit) == before
+    assert not list(tmp_path.iterdir())
+    assert torch.equal(server.serve().image, wanted)
+    with fxnvtx.record():
+        assert torch.equal(server.serve().image, wanted)
+
+
+def test_more_than_two_passes_go_by_their_names(start):
+    server = start(branches=("positive", "image", "negative"))
+    names = [x for x in labels(server.recorded()) if x.startswith("predict_noise.")]
+    assert names == ["predict_noise.positive", "predict_noise.image", "predict_noise.negative"] * 3
+
+
+def test_groups(start):
+    server = start()
+    batches = [server.batch(), server.batch()]
+    group = server.recorded(batches, call="execute_group_with_profiling")
+    assert [(r.label, r.payload) for r in group.ranges if r.category == "request"] == [("request_group#0", 2)]
+    with fxnvtx.record() as recording:
+        for _ in server.serve(batches, call="execute_group_sequentially_with_profiling"):
+            with fxnvtx.range("between"):
+                pass
+    between = [r for r in recording.ranges if r.label == "between"]
+    assert [r.depth for r in between] == [0, 0]
+    assert labels(recording, "request")[:2] == ["request_group#1", "request_group#2"]
+    unfinished = server.serve(batches, call="execute_group_sequentially_with_profiling")
+    next(unfinished)
+    unfinished.close()
+    assert server.recorded().balanced
+
+
+def test_ranks(start):
+    server = start()
+    server.at("distributed.parallel_state").WORLD[:] = [1, 2]
+    (rank,) = server.recorded().tree()
+    assert (rank.label, rank.payload) == ("rank_1", 1)
+    assert rank.children[0].label == "request#0"
+
+
+def test_a_recording_per_request(start, tmp_path, caplog):
+    server = start(FXNVTX_SGLANG_RECORD=str(tmp_path / "made"))
+    server.serve()
+    server.vae.decode = None
+    with pytest.raises(TypeError):
+        server.serve()
+    files = sorted((tmp_path / "made").iterdir())
+    assert [f.name.split("-")[:2] for f in files] == [["request0", "rank0"], ["request1", "rank0"]]
+    for number, file in enumerate(files):
+        recording = Recording.load(file)
+        assert recording.balanced
+        assert labels(recording, "request") == [f"request#{number}"]
+
+
+def test_a_folder_that_cannot_be_written_costs_no_request(start, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    server = start(FXNVTX_SGLANG_RECORD=str(tmp_path / "file" / "below"))
+    assert server.serve().image is not None
+    assert "was not recorded" in caplog.text
+
+
+@pytest.mark.parametrize("strategy", ["ResidentStrategy", "ComponentOffloadStrategy", "SnapshotOffloadStrategy"])
+def test_weights_that_move(start, strategy):
+    server = start(strategy=strategy, dtype=torch.bfloat16)
+    moves = [(r.label, r.payload) for r in server.recorded().ranges if r.category == "residency"]
+    offloads = [("residency.offload vae", 0)] if strategy != "ResidentStrategy" else []
+    assert moves == [("residency.load vae", 4 * 20), *offloads]
+    again = [(r.label, r.payload) for r in server.recorded().ranges if r.category == "residency"]
+    assert again == ([("residency.load vae", 0), *offloads] if offloads else []), "it is there, in this precision"
+
+
+def test_a_hook_that_raises_before_ours_closes_nobodys_range(start):
+    server = start()
+
+    def refuse(module, args):
+        raise ValueError("no")
+
+    handle = server.dit.layers[1].register_forward_pre_hook(refuse)
+    with fxnvtx.record() as recording, pytest.raises(ValueError, match="no"):
+        server.serve()
+    assert recording.balanced
+    handle.remove()
+    assert labels(server.recorded(), "stage") == ["stage_denoising", "stage_decoding"]
+
+
+def test_a_component_of_two_uses_is_named_by_the_one_that_goes_on(start):
+    server = start()
+    hooks = server.at("utils.nvtx_pytorch_hooks").DiffusionNvtxHooks
+    encode, decode = hooks(), hooks()
+    assert encode.register_hooks(server.vae, "image_encoding.vae") == 2
+    assert decode.register_hooks(server.vae, prefix="decoding.vae") == 2
+
+    def shown():
+        with fxnvtx.record() as recording:
+            server.vae.decode(X)
+        return labels(recording)
+
+    assert shown() == []
+    encode.set_enabled(True)
+    assert shown() == ["image_encoding.vae", "image_encoding.vae.decoder"]
+    decode.set_enabled(True)
+    assert shown() == ["decoding.vae", "decoding.vae.decoder"]
+    decode.set_enabled(False)
+    assert shown() == ["image_encoding.vae", "image_encoding.vae.decoder"]
+    encode.remove_hooks()
+    assert shown() == []
+    decode.set_enabled(True)
+    for other in (copy.deepcopy(server.vae), pickle.loads(pickle.dumps(server.vae))):
+        with fxnvtx.record() as recording:
+            assert torch.equal(other.decode(X), server.vae.decode(X))
+        assert labels(recording) == ["decoding.vae", "decoding.vae.decoder"], "the copy has none"
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_arguments_of_torch_compile(start, flag):
+    server = start(flag=flag)
+    build = server.at("utils.torch_compile").build_torch_compile_kwargs
+    kwargs = build(mode="default", module=server.dit)
+    assert kwargs.get("backend", "inductor") == ("fxnvtx" if flag else "inductor")
+    assert kwargs["mode"] == "default"
+    assert traces(server.dit) == traces(Dit())
+
+
+@pytest.mark.slow
+def test_compiled_layers_and_a_silent_warmup(start):
+    server = start()
+    torch._dynamo.reset()
+    wanted = server.serve().image
+    inner = {"backend": fxnvtx.backend("eager")}
+    for component, name in ((server.dit, None), (server.vae, "decode")):
+        assert server.at("utils.torch_compile").build_torch_compile_kwargs(mode=None, module=component)
+        if name is None:
+            component.compile(**inner)
+        else:
+            component.decode = torch.compile(component.decode, **inner)
+    warmup = server.batch()
+    warmup.is_warmup = True
+    assert {r.category for r in server.recorded(warmup).ranges} <= {"compile"}
+    recording = server.recorded()
+    for prefix in ("denoising.dit", "denoising.dit.layers.1", "denoising.dit.layers.1.fc", "decoding.vae.decode"):
+        assert prefix in labels(recording, "module")
+    assert torch.equal(server.serve().image, wanted)
+    server.args.enable_layerwise_nvtx_marker = False
+    torch._dynamo.reset()
+
+
+def test_direct_calls_of_torch_compile(start):
+    server = start()
+    pipe = SimpleNamespace(transformer=server.dit, unet=Dit())
+    compile = torch.compile
+    pipeline = server.at("pipelines.diffusers_pipeline").DiffusersPipeline()
+    assert pipeline._apply_torch_compile(pipe, server.args) is pipe
+    assert torch.compile is compile
+    torch._dynamo.reset()
+
+
+def test_a_release_without_some_places(start, tmp_path, monkeypatch, caplog):
+    import shutil
+
+    old = tmp_path / "old"
+    shutil.copytree(DOUBLE, old)
+    runtime = old / "sglang" / "multimodal_gen" / "runtime"
+    (runtime / "distributed" / "cfg_policy.py").unlink()
+    stages = runtime / "pipelines_core" / "stages" / "denoising.py"
+    stages.write_text(stages.read_text().replace("_predict_noise_with_cfg", "_predict"))
+    monkeypatch.syspath_prepend(str(old))
+    importlib.invalidate_caches()
+    told = missing_targets()
+    assert [t.split(": ")[0] for t in told] == ["names of more than two passes"] * 2
+    with caplog.at_level(logging.WARNING, "fxnvtx.sglang"):
+        register()
+    lines = [r.getMessage() for r in caplog.records if r.name == "fxnvtx.sglang"]
+    assert lines == ["this release of SGLang has no place for: names of more than two passes"]
+    hooked = {target for target, *_ in importlib.import_module(ROOT + "platforms.plugins").HookRegistry.hooks}
+    assert len(hooked) == len(TARGETS) - 2
+
+
+def test_targets_of_the_stand_in_are_all_there(start):
+    assert missing_targets() == []
+    assert len(lacking(TARGETS, None)) == len(TARGETS)
+
+
+def test_without_sglang(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert missing_targets() is None
+
+
+def test_values_without_meaning_are_told_and_ignored(caplog):
+    given = {"": "loud", "_DEPTH": "-1", "_STEPS": "a", "_SHAPES": "2"}
+    assert read_options({f"FXNVTX_SGLANG{k}": v for k, v in given.items()}) == Options()
+    assert len(caplog.records) == 4
+    assert read_options({}) == Options()
+    right = {"": " Stages ", "_DEPTH": "2", "_STEPS": "4-8,20", "_SHAPES": "false", "_RECORD": "x"}
+    found = read_options({f"FXNVTX_SGLANG{k}": v for k, v in right.items()})
+    assert (found.mode, found.depth, found.shapes, found.record) == ("stages", 2, False, "x")
+    assert [s in found.steps for s in (3, 4, 20)] == [False, True, True]
