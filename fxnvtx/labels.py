@@ -8,22 +8,12 @@ from typing import Any
 from nvtx._lib.lib import Domain as _NvtxDomain
 from nvtx._lib.lib import DomainHandle, pop_range, push_range
 
+from .categories import CATEGORIES
 from .errors import LabelError
 
 __all__ = ["CATEGORIES", "DOMAIN", "HANDLE", "Label", "domain", "kinds", "label", "nvtx_pop", "nvtx_push"]
 
 DOMAIN = "fxnvtx"
-# ARGB. Fixed per category, so that the same colour means the same thing in every capture.
-CATEGORIES: dict[str, int] = {
-    "request": 0xFF1F77B4,
-    "stage": 0xFF17A2B8,
-    "loop": 0xFF2CA02C,
-    "step": 0xFF98DF8A,
-    "module": 0xFF9467BD,
-    "op": 0xFFC5B0D5,
-    "residency": 0xFFFF7F0E,
-    "compile": 0xFF7F7F7F,
-}
 
 
 class _Domain(_NvtxDomain):

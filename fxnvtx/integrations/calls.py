@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from .. import ranges as _ranges
+from ..categories import OP, STAGE
 from ..ranges import Label, Open, label, pop, push
 from . import timesteps
 from .bars import follow
@@ -68,13 +69,16 @@ def request(refresh: Refresh) -> Callable[[Method], Method]:
                 return original(self, *args, **kwargs)
             refresh(bound.pipe)
             outer, passes = here.request, here.passes
-            entry = push(_request_label(bound), type(self).__name__)
+            shown_as = _request_label(bound)
+            entry = push(shown_as, type(self).__name__)
+            here.stages += shown_as.category == STAGE
             here.request = running = Request(bound.pipe, outer)
             here.passes = None
             try:
                 return original(self, *args, **kwargs)
             finally:
                 running.close()
+                here.stages -= shown_as.category == STAGE
                 here.request, here.passes, here.timesteps = outer, passes, None
                 pop(entry)
 
@@ -94,8 +98,12 @@ def _under_way(bound: Bound) -> bool:
 
 def _request_label(bound: Bound) -> Label:
     if here.request is not None:
-        return label(bound.pipe.name, "stage")
+        return _stage_label(bound.pipe.name)
     return label(f"request#{next(bound.pipe.numbers) % DISTINCT_REQUEST_LABELS}", "request")
+
+
+def _stage_label(text: str) -> Label:
+    return label(text, OP if here.stages else STAGE)
 
 
 def _ranged(text: Callable[[Any, Bound], Label], name: str) -> Callable[[Method], Method]:
@@ -107,11 +115,14 @@ def _ranged(text: Callable[[Any, Bound], Label], name: str) -> Callable[[Method]
             key = (id(self), name)
             if bound is None or key in here.inside:
                 return original(self, *args, **kwargs)
-            entry = push(text(self, bound))
+            shown_as = text(self, bound)
+            entry = push(shown_as)
             here.inside.add(key)
+            here.stages += shown_as.category == STAGE
             try:
                 return original(self, *args, **kwargs)
             finally:
+                here.stages -= shown_as.category == STAGE
                 here.inside.discard(key)
                 pop(entry)
 
@@ -122,13 +133,12 @@ def _ranged(text: Callable[[Any, Bound], Label], name: str) -> Callable[[Method]
 
 def stage(name: str) -> Callable[[Method], Method]:
     """Around a pipeline's method that is a stage (`encode_prompt`), or a modular block's call."""
-    made = label(name, "stage")
-    return _ranged(lambda _, bound: made if bound.role == "pipeline" else label(bound.name, "stage"), name)
+    return _ranged(lambda _, bound: _stage_label(name if bound.role == "pipeline" else bound.name), name)
 
 
 def root_method(name: str) -> Callable[[Method], Method]:
     """Around a component's method that bypasses its forward: `vae.decode`."""
-    return _ranged(lambda _, bound: label(f"{bound.name}.{name}", "stage"), name)
+    return _ranged(lambda _, bound: _stage_label(f"{bound.name}.{name}"), name)
 
 
 def scheduler_step(original: Method) -> Method:
@@ -138,7 +148,7 @@ def scheduler_step(original: Method) -> Method:
         key = (id(self), "step")
         if not _ranges.active or key in here.inside or not _steps_here(self):
             return original(self, *args, **kwargs)
-        entry = push(label("scheduler_step", "step"))
+        entry = push(label("scheduler_step", "op"))
         here.inside.add(key)
         try:
             return original(self, *args, **kwargs)
@@ -205,14 +215,14 @@ def cache_context(original: Method) -> Method:
         if not _ranges.active or shown(self) is None:
             return inner
         name = args[0] if args else kwargs.get("name")
-        return _Pass(inner, label(f"predict_noise.{PASSES.get(str(name), name)}", "step"))
+        return _Pass(inner, label(f"predict_noise.{PASSES.get(str(name), name)}", "op"))
 
     return call
 
 
 def pass_label(number: int) -> Label:
     """Of the number-th call of a denoiser within a step, where nothing tells what the pass is for."""
-    return label(f"predict_noise.pass_{number}" if number else "predict_noise", "step")
+    return label(f"predict_noise.pass_{number}" if number else "predict_noise", "op")
 
 
 def tiled_method(name: str) -> Callable[[Method], Method]:
@@ -226,13 +236,16 @@ def tiled_method(name: str) -> Callable[[Method], Method]:
             if bound is None or key in here.inside:
                 return original(self, *args, **kwargs)
             outer = here.tiling
-            entry = push(label(f"{bound.name}.{shown_name}", "stage"))
+            shown_as = _stage_label(f"{bound.name}.{shown_name}")
+            entry = push(shown_as)
             here.inside.add(key)
+            here.stages += shown_as.category == STAGE
             here.tiling = Tiling(bound.name, args[0] if args else next(iter(kwargs.values()), None), outer)
             try:
                 return original(self, *args, **kwargs)
             finally:
                 here.tiling = outer
+                here.stages -= shown_as.category == STAGE
                 here.inside.discard(key)
                 pop(entry)
 

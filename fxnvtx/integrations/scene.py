@@ -36,6 +36,7 @@ class Scene(threading.local):
     def __init__(self) -> None:
         self.request: Request | None = None
         self.passes: dict[str, int] | None = None  # component -> its calls since the step or the scheduler's last one
+        self.stages = 0  # stages open: what would be one inside of another is an op
         self.named_pass = 0  # cache contexts open: they name the pass
         self.inside: set[tuple[int, str]] = set()  # (object, method) under way: a method that calls super()'s
         self.tiling: Tiling | None = None

@@ -55,13 +55,13 @@ class Tiling:
         if place is not None:
             axes = AXES[-len(place) :]
             text = "_".join(f"{axis}{start}" for axis, start in zip(axes, place, strict=False))
-            self.now = label(f"{self.component}_tile_{text}", "step")
+            self.now = label(f"{self.component}_tile_{text}", "op")
             self.leader = part
         elif part == self.leader:
             self.now = None
         if self.now is None:  # not a view: only the order of the calls is known
             number = self.numbers[part] = self.numbers.get(part, -1) + 1
-            return label(f"{self.component}_tile call {number}", "step")
+            return label(f"{self.component}_tile call {number}", "op")
         return self.now
 
 

@@ -40,7 +40,7 @@ class ParallelExecutor(PipelineExecutor):
                 meta["rank"] = rank
         use_nvtx = self._should_use_stage_nvtx(payload, args)
         with (
-            ranges.range(label(f"rank_{rank}", "request"), payload=rank, enabled=use_nvtx),
+            ranges.range(label(f"rank_{rank}", "op"), payload=rank, enabled=use_nvtx),
             running_with(group=self.group),
         ):
             return super()._execute(pipeline, payload, args)

@@ -84,7 +84,7 @@ def report_command(
               self: what was launched right here, each instant given to one range
     kernels   kernels, copies and memsets
     gap       device idle time between two launches of the range
-    min, median, max   over what a row puts together: steps, requests, blocks
+    min, median, max   of single calls (GPU time where the capture has any)
     hidden    residency work that passed while something computed; bytes: its size
     skew      how far the ranks are apart: (highest - lowest) / highest
     ~         an estimate (--split-fused)
@@ -131,7 +131,10 @@ def report_command(
 )
 @click.option("-o", "--output", type=CAPTURE, help="write to this file; -: to stdout")
 @click.option("--limit", type=click.IntRange(min=1), help="at most so many rows (text only)")
-def diff_command(a: Path, b: Path, depth: int | None, form: str | None, output: Path | None, limit: int | None) -> None:
+@click.option("--split-fused", is_flag=True, help="share fused kernels out over their modules: an estimate")
+def diff_command(
+    a: Path, b: Path, depth: int | None, form: str | None, output: Path | None, limit: int | None, split_fused: bool
+) -> None:
     """Compare two captures module by module: B minus A.
 
     Times are medians over steps (over requests outside of steps). A change is called one where it is larger than what
@@ -140,7 +143,7 @@ def diff_command(a: Path, b: Path, depth: int | None, form: str | None, output: 
     form = form or _format_of(output, DIFF_FORMATS)
     check_target(output, [a, b])
     with Late(f"reading {a.name} and {b.name}") as tick:
-        found = diff(load(a, tick=tick), load(b, tick=tick), depth)
+        found = diff(load(a, tick=tick), load(b, tick=tick), depth, split_fused)
     if form == "text":
         text = diff_text(found, limit=limit, color=_colored(output))
     else:

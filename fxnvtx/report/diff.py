@@ -6,9 +6,12 @@ import math
 from dataclasses import dataclass
 from statistics import median
 
-from .labels import fold, fused_owners, is_module
+from ..categories import REQUEST, RESIDENCY, STAGE, STEP
+from .labels import category_of, fold, fused_owners, is_module
 from .report import Report
-from .tree import Node
+from .split import split_fused
+from .tree import Node, total
+from .units import readable_ns
 
 __all__ = ["Change", "Comparison", "diff", "verdict"]
 
@@ -32,6 +35,7 @@ class Change:
     count_a: int
     count_b: int
     verdict: str
+    moved: tuple[str, ...] = ()  # fused kernels on one side only that do work of this module
 
     @property
     def delta(self) -> int:
@@ -51,17 +55,18 @@ class Comparison:
     notes: list[str]
 
 
-def diff(a: Report, b: Report, depth: int | None = None) -> Comparison:
+def diff(a: Report, b: Report, depth: int | None = None, split: bool = False) -> Comparison:
     """Compare by module path; biggest change first, what is on one side only after what is on both.
 
     Requests, stages, steps and residency work are compared as well: offloading shows there. depth: only names with at
-    most so many dotted parts.
+    most so many dotted parts. split: fused kernels are shared out over their modules (an estimate); otherwise a module
+    whose work went into fused kernels, as compiling does, says which (`Change.moved`).
     """
     measure = "gpu" if a.has_gpu and b.has_gpu else "cpu"
     notes = []
     if a.has_gpu != b.has_gpu:
         notes.append(f"only {'A' if a.has_gpu else 'B'} recorded device work, so CPU time is compared")
-    one, two = _samples(a, measure, depth), _samples(b, measure, depth)
+    one, two = _samples(a, measure, depth, split), _samples(b, measure, depth, split)
     if not one or not two:
         notes.append(f"{'A' if not one else 'B'} holds no module ranges")
     rows = []
@@ -79,6 +84,7 @@ def diff(a: Report, b: Report, depth: int | None = None) -> Comparison:
                 ONLY_B if not left else ONLY_A if not right else verdict(left, right),
             )
         )
+    _note_moves(rows, notes)
     rows.sort(key=lambda row: (row.verdict in (ONLY_A, ONLY_B), row.verdict == NOISE, -abs(row.delta), row.name))
     return Comparison(measure, rows, notes)
 
@@ -106,24 +112,53 @@ def _error(values: list[int]) -> float:
     return 1.2533 * 1.4826 * deviation / math.sqrt(len(values))
 
 
-def _samples(report: Report, measure: str, depth: int | None) -> dict[str, list[int]]:
+def _samples(report: Report, measure: str, depth: int | None, split: bool) -> dict[str, list[int]]:
     """Per module its time in every repetition, in order of first appearance."""
     found: dict[str, dict[int, int]] = {}
     for part in report.parts:
         unit = id(part)
-        todo: list[tuple[Node, int, frozenset[str]]] = [(part.tree.root, unit, frozenset())]
+        root = part.tree.root
+        if split:
+            root = split_fused(root)
+            total(root)
+        todo: list[tuple[Node, int, bool, frozenset[str]]] = [(root, unit, False, frozenset())]
         while todo:
-            node, unit, around = todo.pop()
-            if node.name.category == "step" or (node.name.category == "request" and node.parent is not None):
-                unit = id(node)
+            node, unit, in_step, around = todo.pop()
+            kind = category_of(node.name)
+            if not in_step and kind in (STEP, REQUEST):
+                unit, in_step = id(node), kind == STEP
             name = _key(node)
             if name is not None and name not in around:
                 around = around | {name}
                 if depth is None or name.count(".") < depth:
                     values = found.setdefault(name, {})
                     values[unit] = values.get(unit, 0) + (node.gpu if measure == "gpu" else node.cpu)
-            todo.extend((kid, unit, around) for kid in reversed(node.ordered()))
+            todo.extend((kid, unit, in_step, around) for kid in reversed(node.ordered()))
     return {name: list(values.values()) for name, values in found.items()}
+
+
+def _note_moves(rows: list[Change], notes: list[str]) -> None:
+    """Tell of each module in which fused kernels, that only one side has, its work is found there."""
+    kernels: dict[str, list[str]] = {}  # module -> names of rows
+    gone = 0
+    for row in rows:
+        around, space, text = row.name.rpartition(" fused(")
+        if not space or row.verdict not in (ONLY_A, ONLY_B):
+            continue
+        gone += abs(row.delta)
+        for owner in fused_owners(f"fused({text}"):
+            parts = (f"{around}.{owner}" if around else owner).split(".")
+            for end in range(len(around.split(".")) + 1 if around else 1, len(parts) + 1):
+                kernels.setdefault(".".join(parts[:end]), []).append(row.name)
+            kernels.setdefault(owner, []).append(row.name)
+    for row in rows:
+        row.moved = tuple(dict.fromkeys(kernels.get(row.name, ())))
+    moved = sum(1 for row in rows if row.moved)
+    if moved:
+        notes.append(
+            f"work of {moved:,} modules is in fused kernels that only one side has ({readable_ns(gone)} a repetition):"
+            " rows marked `fused` are not faster or slower by all of their change; --split-fused shares it out"
+        )
 
 
 def _key(node: Node) -> str | None:
@@ -131,8 +166,8 @@ def _key(node: Node) -> str | None:
         return None
     if fused_owners(node.name.text):
         return f"{node.parent.name.text} {node.name.text}".strip()
-    if node.is_unknown() or node.name.category in ("stage", "residency"):
+    if node.is_unknown() or category_of(node.name) in (STAGE, RESIDENCY):
         return node.name.text
-    if node.name.category in ("request", "step"):
-        return fold(node.name.text, node.name.category)
+    if category_of(node.name) in (REQUEST, STEP):
+        return fold(node.name.text, category_of(node.name))
     return node.name.text.partition(" in=")[0] if is_module(node.name) else None

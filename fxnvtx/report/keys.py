@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ..categories import LOOP, MODULE, OP, STAGE
 from .labels import Folding, Name, category_of, fused_owners
 from .rows import Selection
 from .tree import Node
@@ -24,15 +25,21 @@ class Keys:
         self._classes = classes
         self._chosen = chosen
         self.fold = Folding(classes)
-        some = any(node.parent is not None and category_of(node.name) == "module" for node in root.walk())
-        self._unit = "module" if some else "op"
+        some = any(node.parent is not None and category_of(node.name) == MODULE for node in root.walk())
+        self._unit = MODULE if some else OP
 
     def function(self) -> Callable[[Node], str | None]:
         """range -> its row's name, or None where it belongs to the row around it."""
         by = self._chosen.by
-        if by in {"request", "stage", "step"}:
-            return lambda node: self._shown(node.name) if node.name.category == by else None
-        return {"range": self._range, "component": self._component, "class": self._class}.get(by, self._module)
+        if by in {"request", "step"}:
+            return lambda node: self._shown(node.name) if category_of(node.name) == by else None
+        return {"range": self._range, "stage": self._stage, "component": self._component, "class": self._class}.get(
+            by, self._module
+        )
+
+    def alias(self, node: Node) -> str | None:
+        """What else a pattern can mean this range by: in the view by class, its class."""
+        return self._class(node) if self._chosen.by == "class" else None
 
     def _shown(self, name: Name) -> str:
         return self.fold(name.text, name.category) if self._chosen.fold else name.text
@@ -44,17 +51,13 @@ class Keys:
         shown = self._shown(node.name)
         return f"{node.name.domain}:{shown}" if node.name.domain else shown
 
+    def _stage(self, node: Node) -> str | None:
+        """Where the loop lies in no stage, it is one."""
+        return self._shown(node.name) if category_of(node.name) in (STAGE, LOOP) else None
+
     def _component(self, node: Node) -> str | None:
-        if node.is_unknown():
-            return node.name.text
-        if not self._is_module(node):
-            return None
-        above = node.parent
-        while above is not None:
-            if self._is_module(above):
-                return None
-            above = above.parent
-        return self._shown(node.name)
+        """The outermost modules: the view looks no further inside."""
+        return node.name.text if node.is_unknown() else self._shown(node.name) if self._is_module(node) else None
 
     def _class(self, node: Node) -> str | None:
         if node.is_unknown():

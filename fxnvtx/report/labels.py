@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from ..categories import CATEGORIES
+
 __all__ = [
     "UNKNOWN",
     "Folding",
@@ -67,7 +69,7 @@ def infer_category(text: str) -> str:
     return "range"
 
 
-_KNOWN = {"request", "stage", "loop", "step", "module", "op", "residency", "compile", "range", "unknown"}
+_KNOWN = {*CATEGORIES, "range", "unknown"}
 
 
 def category_of(name: Name) -> str:
@@ -130,8 +132,37 @@ def fold(text: str, category: str) -> str:
     """The text with what varies between repetitions replaced by `*`.
 
     Modules: dotted parts that are numbers ("blocks.7.attn" -> "blocks.*.attn"). Steps and requests: every number.
+    Fused modules: which neighbours they are ("blocks.7.ff, blocks.8.norm" -> "blocks.i.ff, blocks.i+1.norm").
     """
     if category in {"step", "request"}:
         return _NUMBER.sub("*", text).replace("*_t*", "*").replace("[*]", "*")
+    owners = fused_owners(text)
+    if owners:
+        return f"fused({', '.join(_folded_owners(owners))})"
     head, mark, tail = text.partition(" in=")
     return re.sub(r"(?<=\.)\d+(?=[.,)]|$)", "*", head) + mark + tail
+
+
+def _folded_owners(owners: tuple[str, ...]) -> list[str]:
+    """Owners whose numbers are all alike get `*`. Where they are not, as in a kernel of two neighbouring blocks, they
+    are counted from the first: `blocks.i.ff`, `blocks.i+1.norm1`."""
+    split = [owner.split(".") for owner in owners]
+    numbers: dict[tuple[str, ...], list[int]] = {}
+    for parts in split:
+        for place, part in enumerate(parts):
+            if place and part.isdecimal():
+                numbers.setdefault(_counted(parts[:place]), []).append(int(part))
+    found = []
+    for parts in split:
+        shown = list(parts)
+        for place, part in enumerate(parts):
+            if place and part.isdecimal():
+                known = numbers[_counted(parts[:place])]
+                away = int(part) - known[0]
+                shown[place] = "*" if len(set(known)) == 1 else f"i{away:+d}" if away else "i"
+        found.append(".".join(shown))
+    return list(dict.fromkeys(found))
+
+
+def _counted(parts: list[str]) -> tuple[str, ...]:
+    return tuple("*" if place and part.isdecimal() else part for place, part in enumerate(parts))

@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ..categories import MODULE
+from ..categories import PIECE as PIECE_CATEGORY
 from .graphs import BEFORE, LEVEL, NO_TABLE, GraphNodes, place
 from .labels import UNKNOWN, Name, clean, infer_category, numbered
 from .ops import COPY, GRAPH, KERNEL, PROCESS, Op, launches, stage, strays
 from .overlap import Compute, Shared
 from .part import Part
 from .schema import Schema, damaged, detect, open_capture
-from .sweep import OUTSIDE, Span, Sweep
+from .sweep import OUTSIDE, PIECE, Span, Sweep
 from .tree import Node, Tree
 
 __all__ = ["read_sqlite"]
@@ -64,12 +66,13 @@ class Reader:
         self.has_strings = schema.strings is not None
         self.copy_names = self._enum("ENUM_CUDA_MEMCPY_OPER")
         self.domains, self.categories = self._registered()
+        self.operations = 0  # device work of all processes
         self.last = 0  # the last moment of any range
         self.aside: dict[int, int] = {}  # process -> number of start/end ranges
 
     def read(self, rank: int | None) -> list[Part]:
         pids = self.processes()
-        count = stage(self.connection, self.schema)
+        count = self.operations = stage(self.connection, self.schema)
         seen = bytearray(count + 1)
         if self.schema.has_device_work and count and self.schema.runtime is None:
             self.notes.append("the export has no CUDA API calls: device work cannot be put under ranges")
@@ -177,7 +180,9 @@ class Reader:
                 if len(names) > 200_000:
                     names.clear()  # texts that never repeat
                 names[where] = name
-            if value is not None and not exact and name[1] in ("step", "request"):
+            if name[1] == PIECE_CATEGORY:
+                name, value = Name(name[0], MODULE, name[2]), PIECE
+            elif value is not None and not exact and name[1] in ("step", "request"):
                 name = Name(numbered(name[0], name[1], value), name[1], name[2])
             if tick is not None and not done & 0x3FFF:
                 tick(0x4000)
@@ -229,7 +234,7 @@ class Reader:
         if graph.captured:
             # first, because the thread that replays may come before the one that captured
             Sweep(Tree(), filler.captured).run(self.spans(pid, PUSH_POP), graph.points())
-        sweep = Sweep(part.tree, filler.launch, compute.watch)
+        sweep = Sweep(part.tree, filler.launch, compute.watch, gpu=self.operations > 0)
         sweep.run(self.spans(pid, PUSH_POP), launches(self.connection, self.schema, pid, seen))
         for op in strays(self.connection, pid, seen):
             filler.add(part.tree.child(part.tree.root, NO_LAUNCH), op)
@@ -237,6 +242,7 @@ class Reader:
         compute.settle(pid if self.schema.kernel else None)
         part.tree.total()
         part.has_gpu = filler.count > 0
+        part.device_calls = self.operations > 0
         part.operations = filler.count
         if sweep.crossing:
             part.notes.append(f"{sweep.crossing:,} ranges cross another one instead of lying inside it")
@@ -249,7 +255,7 @@ class Reader:
             return
         again = bytearray(int(self.connection.execute("SELECT count(*) FROM temp.fx_op").fetchone()[0]) + 1)
         filler = _Filler(self, part.side, None, None, None)
-        Sweep(part.side, filler.launch).run(
+        Sweep(part.side, filler.launch, gpu=self.operations > 0).run(
             self.spans(pid, START_END), launches(self.connection, self.schema, pid, again)
         )
         part.side.root.kids.pop(OUTSIDE, None)
@@ -281,10 +287,12 @@ class _Filler:
         """A call made a graph node while its graph was captured: remember the range around it."""
         self.where[what] = node
 
-    def launch(self, node: Node, both: Node | None, what: list[Op]) -> tuple[int, int] | None:
+    def launch(self, node: Node, both: Node | None, what: list[Op]) -> tuple[int, int, int] | None:
         """Count what a call launched for the range around it."""
         first = last = None
+        time = 0
         for op in what:
+            time += op[8]
             if op[6] is not None and self.graph is not None:
                 self._replayed(node, op)
             elif op[3] == GRAPH and self.graph is not None:
@@ -298,7 +306,7 @@ class _Filler:
                 first = op[1]
             if last is None or op[2] > last:
                 last = op[2]
-        return (first, last)  # type: ignore[return-value]
+        return (first, last, time)  # type: ignore[return-value]
 
     def add(self, node: Node, op: Op) -> None:
         """Count one operation for one node."""

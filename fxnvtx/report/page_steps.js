@@ -5,7 +5,12 @@ const steps = (() => {
   const said = document.getElementById("steps-said");
   const category = data.categories.indexOf("step");
   const found = [];
-  for (let i = 1; i < count; i++) if (tree.category[i] === category) found.push(i);
+  const inStep = new Uint8Array(count); // a parent stands before its children
+  for (let i = 1; i < count; i++) {
+    const own = tree.category[i] === category;
+    inStep[i] = own || inStep[tree.parent[i]];
+    if (own && !inStep[tree.parent[i]]) found.push(i);
+  }
   section.hidden = found.length < 2;
   const paint = canvas.getContext("2d");
   let at = -1;

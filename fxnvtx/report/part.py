@@ -23,6 +23,7 @@ class Part:
     domains: list[str] = field(default_factory=list)
     classes: dict[str, str] = field(default_factory=dict)  # label -> class of the module
     has_gpu: bool = False
+    device_calls: bool = False  # whether the distributions over calls are of device time
     operations: int = 0
 
     @property

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..categories import MODULE
+from ..categories import PIECE as PIECE_CATEGORY
 from ..errors import CaptureError
 from ..recording import Range, Recording
 from .labels import Name, clean, infer_category, numbered
 from .overlap import Compute
 from .part import Part
-from .sweep import Span, Sweep
+from .sweep import PIECE, Span, Sweep
 
 __all__ = ["damaged_recording", "load_recording", "read_recording", "spans_of"]
 
@@ -62,10 +64,13 @@ def spans_of(ranges: list[Range], exact: bool = False) -> Iterator[Span]:
         if name is None:
             text = item.label if exact else clean(item.label)
             name = names[key] = Name(text, item.category or infer_category(text))
-        if item.payload is not None and not exact and name.category in ("step", "request"):
-            name = name._replace(text=numbered(name.text, name.category, item.payload))
+        payload = item.payload
+        if name.category == PIECE_CATEGORY:
+            name, payload = name._replace(category=MODULE), PIECE
+        elif payload is not None and not exact and name.category in ("step", "request"):
+            name = name._replace(text=numbered(name.text, name.category, payload))
         end = last if item.end_ns is None else item.end_ns
-        yield item.thread_id, item.start_ns, end, name, item.payload, item.end_ns is None
+        yield item.thread_id, item.start_ns, end, name, payload, item.end_ns is None
 
 
 def load_recording(path: Path, exact: bool = False) -> Part:

@@ -15,7 +15,19 @@ from .units import middle, readable_ns
 
 __all__ = ["diff_csv", "diff_json", "diff_text"]
 
-COLUMNS = ("name", "a_ns", "b_ns", "delta_ns", "relative", "total_a_ns", "total_b_ns", "count_a", "count_b", "verdict")
+COLUMNS = (
+    "name",
+    "a_ns",
+    "b_ns",
+    "delta_ns",
+    "relative",
+    "total_a_ns",
+    "total_b_ns",
+    "count_a",
+    "count_b",
+    "verdict",
+    "moved",
+)
 
 
 def diff_text(found: Comparison, width: int | None = None, limit: int | None = None, color: bool = False) -> str:
@@ -53,7 +65,7 @@ def _line(row: Change) -> tuple[str, ...]:
         "-" if row.b is None else readable_ns(row.b),
         f"{sign}{readable_ns(row.delta)}",
         "" if row.relative is None else f"{row.relative * 100:+.1f}%",
-        row.verdict,
+        f"{row.verdict}, fused" if row.moved else row.verdict,
     )
 
 
@@ -95,6 +107,7 @@ def diff_csv(found: Comparison) -> str:
                 row.count_a,
                 row.count_b,
                 row.verdict,
+                csv_cell("; ".join(row.moved)),
             )
         )
     return out.getvalue()

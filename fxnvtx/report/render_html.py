@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
-from .labels import Folding, Name
+from .labels import Name
 from .report import Report
-from .split import split_fused as split
-from .tree import Node, merge_into, total
+from .tree import Node
 from .views import VIEWS, Row
 
 __all__ = ["render_html"]
@@ -32,7 +31,7 @@ def render_html(
     split_fused: bool = False,
 ) -> str:
     """The page. `kernels`: device operations become boxes of their own under their range."""
-    root = _shown(report, fold, split_fused)
+    root = report.tree(include, exclude, fold, split_fused)
     views = {
         by: {"rows": [_view_row(row) for row in rows]}
         for by in VIEWS
@@ -40,10 +39,6 @@ def render_html(
         and (rows := report.rows(by, None, include, exclude, fold, False, split_fused))
         and not (by == "class" and not report.classes)
     }
-    keep = None
-    if include or exclude:
-        kept = report.rows("tree", None, include, exclude, fold, False, split_fused)
-        keep = {row.path for row in kept}
     data = {
         "version": 1,
         "gpu": report.has_gpu,
@@ -51,7 +46,7 @@ def render_html(
         "ranks": [part.title for part in report.parts],
         "notes": report.notes,
         "views": views,
-        **_columns(root, keep, kernels),
+        **_columns(root, kernels),
     }
     page = _read("page.html")
     for mark, text in (
@@ -74,19 +69,7 @@ def _embedded(data: dict[str, Any]) -> str:
     return json.dumps(data, ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def _shown(report: Report, folded: bool, split_up: bool) -> Node:
-    root = split(report.root) if split_up else report.root
-    if folded:
-        whole = Node(root.name, None)
-        fold = Folding(report.classes)
-        merge_into(whole, root, lambda node: node.name._replace(text=fold(node.name.text, node.name.category)))
-        root = whole
-    if root is not report.root:
-        total(root)
-    return root
-
-
-def _columns(root: Node, keep: set[tuple[str, ...]] | None, kernels: bool) -> dict[str, Any]:
+def _columns(root: Node, kernels: bool) -> dict[str, Any]:
     """The tree as arrays: a parent always stands before its children."""
     names: dict[str, int] = {}
     categories: dict[str, int] = {"": 0}
@@ -102,11 +85,9 @@ def _columns(root: Node, keep: set[tuple[str, ...]] | None, kernels: bool) -> di
             tree[field].append(value)
         return len(tree["parent"]) - 1
 
-    todo: list[tuple[Node, int, tuple[str, ...]]] = [(root, 0, ())]
+    todo: list[tuple[Node, int]] = [(root, 0)]
     while todo:
-        node, parent, path = todo.pop()
-        if keep is not None and path and path not in keep:
-            continue
+        node, parent = todo.pop()
         flags = (
             _REPLAYED * ("replayed" in node.flags) | _ESTIMATE * ("estimate" in node.flags) | _OPEN * bool(node.open)
         )
@@ -115,7 +96,7 @@ def _columns(root: Node, keep: set[tuple[str, ...]] | None, kernels: bool) -> di
         if kernels:
             for name, (count, _duration, credit) in sorted((node.ops or {}).items(), key=lambda item: -item[1][2]):
                 add(index, Name(name, "kernel"), 0, count, (count, 0, 0, credit, credit, 0))
-        todo.extend((kid, index, (*path, kid.name.text)) for kid in reversed(node.ordered()))
+        todo.extend((kid, index) for kid in reversed(node.ordered()))
     return {"names": list(names), "categories": list(categories), "tree": tree}
 
 

@@ -1,20 +1,20 @@
 """A report as JSON: documented, versioned, for programs.
 
-    {"format": "fxnvtx-report", "version": 1, "unit": "ns", "by": the view, "gpu": was device work recorded,
+    {"format": "fxnvtx-report", "version": 2, "unit": "ns", "by": the view, "gpu": was device work recorded,
      "sources": [file], "ranks": [title of every process], "notes": [text], "rows": [row]}
 
-A row: name, path (list of names from the outermost range), depth, kind (range, kernel, unknown, summary, side),
-category, calls, cpu, cpu_self, cpu_min, cpu_max, gpu, gpu_self, gpu_sum, kernels, copies, copied_bytes, launches, gap,
-proj, proj_calls, resident, overlap, payload, open, share (0 to 1), each (null, or count, low, middle, high), ranks
-(title -> ns), skew (null, or 0 to 1), fused (list of owners), flags ("replayed", "estimate"). views.Row and tree.Node
-define them.
+A row: name, path (list of names from the outermost range), depth, kind (range, kernel, unknown, outside, summary,
+side), category, calls, cpu, cpu_self, cpu_min, cpu_max, gpu, gpu_self, gpu_sum, kernels, copies, copied_bytes,
+launches, gap, proj, proj_calls, resident, overlap, payload, open, share (0 to 1), each (of single calls: null, or
+count, low, middle, most (the 99th percentile), high), ranks (title -> ns), skew (null, or 0 to 1), fused (list of
+owners), flags ("replayed", "estimate"). views.Row and tree.Node define them.
 A change that takes a field away or changes its meaning raises `version`; new fields do not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from ..printable import json_text
@@ -23,11 +23,14 @@ from .views import Row
 
 __all__ = ["FORMAT", "VERSION", "document", "render_json", "row_fields"]
 
-FORMAT, VERSION = "fxnvtx-report", 1
+FORMAT, VERSION = "fxnvtx-report", 2
+_FIELDS = tuple(field.name for field in fields(Row) if field.name not in ("above", "distribution", "gpu_each", "twice"))
 
 
 def row_fields(row: Row) -> dict[str, Any]:
-    return {**asdict(row), "skew": row.skew}
+    found = {name: getattr(row, name) for name in _FIELDS}
+    each = row.each
+    return {**found, "path": list(row.path), "each": None if each is None else asdict(each), "skew": row.skew}
 
 
 def document(report: Report, rows: list[Row], by: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from .labels import Name
 from .part import Part
 from .tree import Node, merge_into, total
-from .views import Row, Selection, rows_of
+from .views import Row, Selection, rows_of, tree_of
 
 __all__ = ["Report"]
 
@@ -24,6 +24,11 @@ class Report:
         self.classes: dict[str, str] = {}
         for part in self.parts:
             self.classes.update(part.classes)
+        if self.has_gpu:
+            for part in self.parts:
+                if not part.device_calls:
+                    for node in part.tree.root.walk():
+                        node.each = None  # CPU times would mix with the others' device times
         if len(self.parts) == 1:
             self.root = self.parts[0].tree.root
             self.side = self.parts[0].side.root
@@ -58,6 +63,13 @@ class Report:
         """
         chosen = Selection(by, depth, tuple(include), tuple(exclude), fold, kernels, split_fused)
         return rows_of(self.root, self.side, self.parts, self.classes, chosen)
+
+    def tree(
+        self, include: Sequence[str] = (), exclude: Sequence[str] = (), fold: bool = False, split_fused: bool = False
+    ) -> Node:
+        """The tree that the rows of the view "tree" come from, with its sums."""
+        chosen = Selection("tree", None, tuple(include), tuple(exclude), fold, False, split_fused)
+        return tree_of(self.root, self.classes, chosen)
 
 
 def _outermost_unknown(root: Node) -> list[Node]:

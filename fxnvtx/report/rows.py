@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from statistics import median
 
 from ..errors import ConfigError
+from .calls import Calls, Spread, spread_of
 
-__all__ = ["VIEWS", "Row", "Selection", "Spread"]
+__all__ = ["FLAT", "VIEWS", "Row", "Selection", "Spread"]
 
 VIEWS = ("tree", "request", "stage", "step", "component", "module", "class", "kernel", "range")
+FLAT = frozenset({"request", "stage", "step", "component"})  # no row lies inside another one
 
 
 @dataclass(frozen=True)
@@ -31,33 +31,20 @@ class Selection:
 
 
 @dataclass
-class Spread:
-    """Minimum, median and maximum over repetitions (steps, requests, folded blocks), in ns."""
-
-    count: int
-    low: int
-    middle: int
-    high: int
-
-    @classmethod
-    def of(cls, values: Sequence[int]) -> Spread:
-        return cls(len(values), min(values), int(median(values)), max(values))
-
-
-@dataclass
 class Row:
     """One line of a view. Times in ns, see tree.Node for their definitions.
 
-    kind: "range", "kernel" (device operations of one name) or "unknown" (not attributable; `name` holds the reason).
-    each: spread of GPU time (CPU time in captures without device work) over what was put together in this row.
+    kind: "range", "kernel" (device operations of one name), "unknown" (not attributable; `name` holds the reason),
+    "outside" (what no other row of the view counts), "summary" or "side". above: in the tree, the row of the enclosing
+    range. each: of single calls, GPU time (CPU time in captures without device work).
     ranks: the same measure per process; skew: (highest - lowest) / highest of those. estimate: shares, not measured.
     """
 
     name: str
-    path: tuple[str, ...]
     depth: int
     kind: str
     category: str
+    above: Row | None = field(default=None, compare=False, repr=False)
     calls: int = 0
     cpu: int = 0
     cpu_self: int = 0
@@ -78,10 +65,31 @@ class Row:
     payload: int = 0
     open: int = 0
     share: float = 0.0
-    each: Spread | None = None
+    distribution: Calls = field(default=None, repr=False)
+    twice: int = field(default=0, repr=False)  # of the measure: ranges inside others of the same row
+    gpu_each: bool = False  # whether the distribution is one of GPU time
     ranks: dict[str, int] = field(default_factory=dict)
     fused: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
+
+    @property
+    def path(self) -> tuple[str, ...]:
+        """The names from the outermost range to this one. Made anew: a deep tree's paths together are much text."""
+        names = [self.name]
+        row = self.above
+        while row is not None:
+            names.append(row.name)
+            row = row.above
+        return tuple(reversed(names))
+
+    @property
+    def each(self) -> Spread | None:
+        """Of two or more calls."""
+        if self.distribution is None or type(self.distribution) is int:
+            return None
+        if self.gpu_each:
+            return spread_of(self.distribution)
+        return spread_of(self.distribution, self.cpu_min, self.cpu_max)
 
     @property
     def skew(self) -> float | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from .labels import Name, fused_owners, is_module
+from ..categories import MODULE
+from .labels import Name, category_of, fused_owners
 from .tree import Node, merge_into
 
 __all__ = ["split_fused"]
@@ -57,7 +58,7 @@ def _owner(parent: Node, owner: str, known: dict[str, Node]) -> Node:
     """The node of an owner, which is named relative to the range around the fused one."""
     if not owner:
         return parent
-    full = f"{parent.name.text}.{owner}" if is_module(parent.name) else owner
+    full = f"{parent.name.text}.{owner}" if category_of(parent.name) == MODULE else owner
     node = known.get(full) or known.get(owner)
     if node is None:
         node = known[full] = parent.kids[Name(full, "module")] = Node(Name(full, "module"), parent)

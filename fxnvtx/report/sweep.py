@@ -8,12 +8,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from .calls import added
 from .labels import UNKNOWN, Name
 from .tree import Node, Tree
 
-__all__ = ["OUTSIDE", "Point", "Span", "Sweep"]
+__all__ = ["OUTSIDE", "PIECE", "Point", "Span", "Sweep"]
 
 OUTSIDE = Name(UNKNOWN + "launched outside every range", "unknown")
+
+
+class _Piece(str):
+    """A payload that no other range has."""
+
+    __slots__ = ()
+
+
+PIECE = _Piece("one more piece of a call")  # the payload of a range that goes on with a call seen before
 
 # thread, start, end, name, payload, is still open. Sorted by thread, start, and end downwards.
 Span = tuple[int, int, int, Name, Any, bool]
@@ -24,7 +34,8 @@ Span = tuple[int, int, int, Name, Any, bool]
 Point = tuple[int, int, int, Any]
 
 # one open range: [end, node, how far children cover it, first operation's start, last one's end, launches, parent,
-# start]. A list indexed by plain numbers and not an object: this is the inner loop.
+# start, device time, whether it is one more piece of a call]. A list indexed by plain numbers and not an object: this
+# is the inner loop.
 Open = list[Any]
 
 
@@ -32,23 +43,27 @@ class Sweep:
     """Feed `run` with the spans and points of one process.
 
     `launch(node, both, what)` is called for every point: `node` is the innermost range that contains it, `both` the
-    innermost one that also contains the thread's launch before it (None for a thread's first). It returns (start, end)
-    of the operations that were launched, or None where the point is no launch.
+    innermost one that also contains the thread's launch before it (None for a thread's first). It returns (start, end,
+    time that counts) of the operations that were launched, or None where the point is no launch. `gpu`: the
+    distribution over calls is one of device time.
     """
 
     def __init__(
         self,
         tree: Tree,
-        launch: Callable[[Node, Node | None, Any], tuple[int, int] | None],
+        launch: Callable[[Node, Node | None, Any], tuple[int, int, int] | None],
         watch: Callable[[Node, int, int, int], None] | None = None,
+        gpu: bool = False,
     ) -> None:
         self.tree = tree
         self.launch = launch
         self.watch = watch  # called for residency ranges and outermost module ranges: (node, thread, start, end)
         self.crossing = 0
+        self.gpu = gpu
+        self.close = _close_with_device if gpu else _close
 
     def run(self, spans: Iterable[Span], points: Iterable[Point]) -> None:
-        tree, root, watch = self.tree, self.tree.root, self.watch
+        tree, root, watch, close, each = self.tree, self.tree.root, self.watch, self.close, not self.gpu
         state = _Thread(self)
         stack = state.stack
         waiting = iter(points)
@@ -61,8 +76,7 @@ class Sweep:
                 state.enter(at)
             while stack and ((top := stack[-1])[0] < start or (top[0] == start and end > start)):
                 del stack[-1]
-                if top[3] is not None:
-                    _close(top)
+                close(top)
             if state.crossed:
                 state.drop_ended(start)
             size = len(stack)
@@ -80,16 +94,20 @@ class Sweep:
             if node is None:
                 node = tree.child(parent, name)
             length = end - start
-            node.calls += 1
             node.cpu += length
             node.cpu_self += length
-            if node.cpu_max is None:
-                node.cpu_min = node.cpu_max = length
-                node.first = start
-            elif length > node.cpu_max:
-                node.cpu_max = length
-            elif length < node.cpu_min:  # type: ignore[operator]
-                node.cpu_min = length
+            before = node.cpu_now
+            if payload is PIECE:
+                node.cpu_now = length if before is None else before + length
+                if node.first is None:
+                    node.first = start
+            else:
+                node.calls += 1
+                node.cpu_now = length
+                if before is not None:
+                    node.end_cpu_call(before, each)
+                elif node.first is None:
+                    node.first = start
             if is_open:
                 node.open += 1
             if payload is not None and type(payload) is int:
@@ -97,13 +115,15 @@ class Sweep:
             if above is not None and end > above[2]:
                 parent.cpu_self -= end - (start if start > above[2] else above[2])
                 above[2] = end
-            stack.append([end, node, start, None, None, 0, above, start])
+            stack.append([end, node, start, None, None, 0, above, start, 0, payload is PIECE])
             if watch is not None and (size < state.modules or not state.modules or name[1] == "residency"):
                 state.look(watch, node, at, start, end, size)
         while point is not None:
             state.point(point)
             point = next(waiting, None)
         state.enter(None)
+        for node in root.walk():
+            node.end_calls(self.gpu)
 
 
 class _Thread:
@@ -121,7 +141,7 @@ class _Thread:
         """Leave the thread with all its ranges, and go on with another one."""
         stack = self.stack
         while stack:
-            _close(stack.pop())
+            self.sweep.close(stack.pop())
         self.thread, self.low, self.crossed, self.modules = thread, -1, False, 0
 
     def drop_ended(self, start: int) -> None:
@@ -129,7 +149,7 @@ class _Thread:
         stack = self.stack
         ended = [entry for entry in stack if entry[0] < start]
         for entry in reversed(ended):
-            _close(entry)
+            self.sweep.close(entry)
         if ended:
             stack[:] = [entry for entry in stack if entry[0] >= start]
         self.crossed = bool(stack)
@@ -163,7 +183,7 @@ class _Thread:
             self.enter(at)
         stack = self.stack
         while stack and stack[-1][0] < start:
-            _close(stack.pop())
+            self.sweep.close(stack.pop())
         if self.crossed:
             self.drop_ended(start)
         size = len(stack)
@@ -184,6 +204,7 @@ class _Thread:
         self.low = index + 1
         if inner is not None:
             _grow(inner, times[0], times[1], 1)
+            inner[8] += times[2]
             if self.crossed:
                 _grow_others(stack, inner, start, end, times)
 
@@ -196,7 +217,7 @@ def _grow(entry: Open, first: int, last: int, launches: int) -> None:
         entry[4] = last
 
 
-def _grow_others(stack: list[Open], inner: Open, start: int, end: int, times: tuple[int, int]) -> None:
+def _grow_others(stack: list[Open], inner: Open, start: int, end: int, times: tuple[int, int, int]) -> None:
     """Ranges that cross others: a launch lies inside several that do not contain one another."""
     line = set()
     entry: Open | None = inner
@@ -211,6 +232,20 @@ def _grow_others(stack: list[Open], inner: Open, start: int, end: int, times: tu
                 other[3] = times[0]
             if other[4] is None or times[1] > other[4]:
                 other[4] = times[1]
+
+
+def _close_with_device(entry: Open) -> None:
+    _close(entry)
+    node, time, above = entry[1], entry[8], entry[6]
+    if above is not None:
+        above[8] += time
+    before = node.gpu_now
+    if entry[9]:
+        node.gpu_now = time if before is None else before + time
+    else:
+        node.gpu_now = time
+        if before is not None:
+            node.each = added(node.each, before)
 
 
 def _close(entry: Open) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from .calls import Calls, added, merged
 from .labels import UNKNOWN, Name
 
 __all__ = ["MAX_NODES", "Node", "Tree", "merge_into"]
@@ -41,7 +42,9 @@ _NOTHING = (0,) * len(BELOW)
 class Node:
     """All ranges with one path. Times are nanoseconds.
 
-    calls, cpu, cpu_self: ranges, their time, their time outside their children. open: how many had no end.
+    calls: of what the range stands for, however many ranges a call took (compiled code opens a module's range several
+    times in one call). cpu, cpu_self: their time, their time outside their children. open: how many had no end.
+    cpu_min, cpu_max, each: of single calls; `each` is the distribution of device time where the capture has any.
     launches: calls that launched device work, here and below. kernels, copies, copied_bytes: what was launched right
     here (copies: memcpy and memset); ops: the same by name.
     gpu_self: device time of the operations launched right here, each instant counted once per device (for the one
@@ -57,10 +60,13 @@ class Node:
         "below",
         "cpu_max",
         "cpu_min",
+        "cpu_now",
+        "each",
         "first",
         "flags",
         "gap",
         "gpu",
+        "gpu_now",
         "kids",
         "name",
         "ops",
@@ -78,6 +84,10 @@ class Node:
         self.overlap = self.resident = self.payload = 0
         self.cpu_min: int | None = None
         self.cpu_max: int | None = None
+        self.each: Calls = None
+        # of the call that may still go on: its time so far
+        self.cpu_now: int | None = None
+        self.gpu_now: int | None = None
         self.first: int | None = None
         self.ops: dict[str, list[int]] | None = None  # operation name -> [count, sum, gpu_self]
         self.flags: frozenset[str] = frozenset()
@@ -106,6 +116,25 @@ class Node:
     def ordered(self) -> list[Node]:
         """The children by first start; rows that hold what could not be attributed last."""
         return sorted(self.kids.values(), key=_order)
+
+    def end_cpu_call(self, length: int, each: bool) -> None:
+        """A call that took `length` in all is over."""
+        if self.cpu_max is None:
+            self.cpu_min = self.cpu_max = length
+        elif length > self.cpu_max:
+            self.cpu_max = length
+        elif length < self.cpu_min:  # type: ignore[operator]
+            self.cpu_min = length
+        if each:
+            self.each = added(self.each, length)
+
+    def end_calls(self, gpu: bool) -> None:
+        """No call goes on."""
+        if self.cpu_now is not None:
+            self.end_cpu_call(self.cpu_now, not gpu)
+        if self.gpu_now is not None:
+            self.each = added(self.each, self.gpu_now)
+        self.cpu_now = self.gpu_now = None
 
     def add_op(self, name: str, count: int, duration: int, credit: int) -> None:
         if self.ops is None:
@@ -202,13 +231,14 @@ def absorb(into: Node, node: Node) -> None:
         into.cpu_max = node.cpu_max
     if node.first is not None and (into.first is None or node.first < into.first):
         into.first = node.first
+    into.each = merged(into.each, node.each)
     if node.flags:
         into.flags = into.flags | node.flags
     for name, (count, duration, credit) in (node.ops or {}).items():
         into.add_op(name, count, duration, credit)
 
 
-_STATE = (*SUMS, "below", "cpu_max", "cpu_min", "first", "flags", "gap", "gpu", "ops")
+_STATE = (*SUMS, "below", "cpu_max", "cpu_min", "each", "first", "flags", "gap", "gpu", "ops")
 
 
 def _pack(root: Node) -> list[tuple[Any, ...]]:

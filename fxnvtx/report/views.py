@@ -1,40 +1,68 @@
-"""The tree seen from a side: rows by path, request, stage, step, component, module, class, kernel or label (pure)."""
+"""The tree seen from a side: rows by path, request, stage, step, component, module, class, kernel or label (pure).
+
+Whatever the view, its rows count nothing twice: in the flat ones (by request, stage, step, component) no row lies
+inside another, in the others the `self` columns are each row's own. What no row counts is a row of its own, "outside".
+"""
 
 from __future__ import annotations
 
-from fnmatch import fnmatchcase
-
+from .calls import merged
+from .filter import filtered, matches
 from .keys import Keys
 from .labels import Folding, fused_owners
 from .part import Part
-from .rows import VIEWS, Row, Selection, Spread
+from .rows import FLAT, VIEWS, Row, Selection
 from .split import split_fused
 from .tree import BELOW, Node, merge_into, total
 
-__all__ = ["VIEWS", "Row", "Selection", "rows_of"]
+__all__ = ["VIEWS", "Row", "Selection", "rows_of", "tree_of"]
+
+_SUMMED = (
+    "calls", "cpu", "cpu_self", "gpu", "gpu_self", "gpu_sum", "kernels", "copies", "copied_bytes", "launches", "gap",
+    "proj", "proj_calls", "resident", "overlap", "open",
+)  # fmt: skip
 
 
 def rows_of(root: Node, side: Node, parts: list[Part], classes: dict[str, str], chosen: Selection) -> list[Row]:
     """The rows of one view of the merged tree; `parts` give the numbers per rank."""
     gpu = any(part.has_gpu for part in parts)
+    keys = Keys(root, classes, chosen)
+    shown, way = _prepared(root, keys, chosen)
+    whole = shown.gpu if gpu else shown.cpu
+    rows = _view(shown, side, way, keys, chosen, gpu)
+    if len(parts) > 1:
+        for part in parts:
+            own, own_way = _prepared(part.tree.root, keys, chosen)
+            title = _title(part, parts)
+            measures = {_key(row): _measure(row, gpu) for row in _view(own, part.side.root, own_way, keys, chosen, gpu)}
+            for row in rows:
+                row.ranks[title] = measures.get(_key(row), 0)
+    flat = chosen.by in FLAT or chosen.by == "kernel"
+    for row in rows:
+        row.gpu_each = gpu
+        if whole:
+            row.share = (_measure(row, gpu, flat or row.kind == "outside") - row.twice) / whole
+    return rows
+
+
+def _measure(row: Row, gpu: bool, own: bool = False) -> int:
+    if gpu:
+        return row.gpu_self if own else row.gpu
+    return row.cpu_self if own else row.cpu
+
+
+def _key(row: Row) -> tuple[str, ...]:
+    return (row.kind, *row.path)
+
+
+def _prepared(root: Node, keys: Keys, chosen: Selection) -> tuple[Node, set[int]]:
+    """The tree with fused work shared out and reduced to what was asked for, where that was wished."""
     if chosen.split_fused:
         root = split_fused(root)
         total(root)
-    whole = root.gpu if gpu else root.cpu
-    keys = Keys(root, classes, chosen)
-    rows = _view(root, side, keys, chosen, gpu)
-    if len(parts) > 1:
-        for part in parts:
-            own = split_fused(part.tree.root) if chosen.split_fused else part.tree.root
-            if chosen.split_fused:
-                total(own)
-            title = _title(part, parts)
-            values = {row.path: row.gpu if gpu else row.cpu for row in _view(own, part.side.root, keys, chosen, gpu)}
-            for row in rows:
-                row.ranks[title] = values.get(row.path, 0)
-    for row in rows:
-        row.share = (row.gpu if gpu else row.cpu) / whole if whole else 0.0
-    return rows
+    if (chosen.include or chosen.exclude) and chosen.by != "kernel":
+        return filtered(root, chosen.include, chosen.exclude, keys.alias)
+    return root, set()
 
 
 def _title(part: Part, parts: list[Part]) -> str:
@@ -42,160 +70,152 @@ def _title(part: Part, parts: list[Part]) -> str:
     return part.title if len(same) == 1 else f"{part.title} ({part.index + 1} of {part.source})"
 
 
-def _view(root: Node, side: Node, keys: Keys, chosen: Selection, gpu: bool) -> list[Row]:
+def _view(root: Node, side: Node, way: set[int], keys: Keys, chosen: Selection, gpu: bool) -> list[Row]:
     if chosen.by == "tree":
-        return _tree(root, side, keys.fold, chosen, gpu)
+        return _tree(root, side, keys.fold, chosen)
     if chosen.by == "kernel":
         return _kernels(root, chosen)
-    return _grouped(root, side, keys, chosen, gpu)
+    if chosen.by in FLAT:
+        return _flat(root, keys, chosen, gpu)
+    return _grouped(root, side, way, keys, chosen, gpu)
 
 
 # ------------------------------------------------------------------------------------------------ by path
 
 
-def _tree(root: Node, side: Node, fold: Folding, chosen: Selection, gpu: bool) -> list[Row]:
-    samples: dict[tuple[str, ...], list[int]] = {}
-    shown = root
-    if chosen.fold:
-        shown = Node(root.name, None)
-        merge_into(shown, root, lambda node: node.name._replace(text=fold(node.name.text, node.name.category)))
-        total(shown)
-        samples = _samples(root, fold, gpu)
-    keep = _kept(shown, chosen)
-    rows: list[Row] = []
-    todo: list[tuple[Node, tuple[str, ...]]] = [(kid, ()) for kid in reversed(shown.ordered())]
-    while todo:
-        node, above = todo.pop()
-        if keep is not None and id(node) not in keep:
-            continue
-        path = (*above, node.name.text)
-        row = _row(node, path, len(above))
-        values = samples.get(path)
-        if values and len(values) > 1:
-            row.each = Spread.of(values)
-        rows.append(row)
-        if chosen.depth is not None and len(path) >= chosen.depth:
-            continue
-        if chosen.kernels:
-            rows.extend(_op_rows(node, path))
-        todo.extend((kid, path) for kid in reversed(node.ordered()))
+def tree_of(root: Node, classes: dict[str, str], chosen: Selection) -> Node:
+    """The tree as the view "tree" shows it."""
+    keys = Keys(root, classes, chosen)
+    return _folded(_prepared(root, keys, chosen)[0], keys.fold, chosen)
+
+
+def _folded(root: Node, fold: Folding, chosen: Selection) -> Node:
+    if not chosen.fold:
+        return root
+    folded = Node(root.name, None)
+    merge_into(folded, root, lambda node: node.name._replace(text=fold(node.name.text, node.name.category)))
+    total(folded)
+    return folded
+
+
+def _tree(root: Node, side: Node, fold: Folding, chosen: Selection) -> list[Row]:
+    root = _folded(root, fold, chosen)
+    rows = _subtree(root, chosen, None)
     if side.kids and not chosen.include:
-        for node in side.walk():
-            if node.parent is not None and not _excluded(node, chosen):
-                row = _row(node, ("start/end ranges", *(name.text for name in node.path())), len(node.path()) - 1)
-                row.kind = "side"
-                rows.append(row)
+        top = Row("start/end ranges", 0, "side", "")  # in paths only
+        for row in _subtree(side, chosen, top):
+            if matches(row.name, row.name, chosen.exclude):
+                continue
+            row.kind = "side"
+            rows.append(row)
     return rows
 
 
-def _samples(root: Node, fold: Folding, gpu: bool) -> dict[tuple[str, ...], list[int]]:
-    """Per folded path: the measure of each node that fell on it."""
-    found: dict[tuple[str, ...], list[int]] = {}
-    todo: list[tuple[Node, tuple[str, ...]]] = [(kid, ()) for kid in root.kids.values()]
+def _subtree(root: Node, chosen: Selection, top: Row | None) -> list[Row]:
+    rows: list[Row] = []
+    todo: list[tuple[Node, int, Row | None]] = [(kid, 0, top) for kid in reversed(root.ordered())]
     while todo:
-        node, above = todo.pop()
-        path = (*above, fold(node.name.text, node.name.category))
-        found.setdefault(path, []).append(node.gpu if gpu else node.cpu)
-        todo.extend((kid, path) for kid in node.kids.values())
-    return found
-
-
-def _kept(root: Node, chosen: Selection) -> set[int] | None:
-    """Identities of the nodes to show: matching ones, all below them, and the way to them. None: all."""
-    if not chosen.include and not chosen.exclude:
-        return None
-    keep: set[int] = set()
-    todo: list[tuple[Node, str, bool]] = [(kid, "", not chosen.include) for kid in root.kids.values()]
-    while todo:
-        node, above, inside = todo.pop()
-        path = f"{above}/{node.name.text}" if above else node.name.text
-        if _matches(node.name.text, path, chosen.exclude):
+        node, depth, above = todo.pop()
+        row = _row(node, depth, above)
+        rows.append(row)
+        if top is None and chosen.depth is not None and depth + 1 >= chosen.depth:
             continue
-        inside = inside or _matches(node.name.text, path, chosen.include)
-        if inside:
-            at: Node | None = node
-            while at is not None and id(at) not in keep:
-                keep.add(id(at))
-                at = at.parent
-        todo.extend((kid, path, inside) for kid in node.kids.values())
-    return keep
-
-
-def _matches(text: str, path: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatchcase(text, pattern) or fnmatchcase(path, pattern) for pattern in patterns)
-
-
-def _excluded(node: Node, chosen: Selection) -> bool:
-    return _matches(node.name.text, node.name.text, chosen.exclude)
+        if top is None and chosen.kernels:
+            rows.extend(_op_rows(node, row))
+        todo.extend((kid, depth + 1, row) for kid in reversed(node.ordered()))
+    return rows
 
 
 # ------------------------------------------------------------------------------------------------ by a property
 
 
-def _grouped(root: Node, side: Node, keys: Keys, chosen: Selection, gpu: bool) -> list[Row]:
+def _flat(root: Node, keys: Keys, chosen: Selection, gpu: bool) -> list[Row]:
+    """Rows of which none lies inside another: the outermost ranges of a kind, each with all that is inside it."""
     key = keys.function()
     rows: dict[str, Row] = {}
-    values: dict[str, list[int]] = {}
-    roots = [(root, False)] + ([(side, True)] if chosen.by == "range" else [])
+    outside = Row(f"outside every {chosen.by}", 0, "outside", "")
+    todo = list(reversed(root.ordered()))
+    while todo:
+        node = todo.pop()
+        name = key(node)
+        if name is None:
+            _own(outside, node)
+            todo.extend(reversed(node.ordered()))
+            continue
+        row = rows.get(name)
+        if row is None:
+            row = rows[name] = Row(name, 0, "unknown" if node.is_unknown() else "range", node.name.category)
+        _accumulate(row, node, whole=True)
+        row.cpu_self += node.cpu
+        row.gpu_self += node.gpu - node.gpu_shared
+    found = list(rows.values())
+    if chosen.by == "component":
+        found.sort(key=lambda row: (row.kind == "unknown", -(row.gpu if gpu else row.cpu)))
+    return [*found, *_summary(found, chosen.by), *_worth(outside)]
+
+
+def _grouped(root: Node, side: Node, way: set[int], keys: Keys, chosen: Selection, gpu: bool) -> list[Row]:
+    """Rows that may lie inside one another; a range's own time belongs to the innermost row around it."""
+    key = keys.function()
+    rows: dict[str, Row] = {}
+    outside = Row(f"outside every {chosen.by}", 0, "outside", "")
+    every = chosen.by == "range"
+    roots = [(root, False)] + ([(side, True)] if every and not chosen.include else [])
     for start, aside in roots:
-        # node, the groups that enclose it, the innermost of them
-        todo: list[tuple[Node, frozenset[str], str | None]] = [
-            (k, frozenset(), None) for k in reversed(start.ordered())
-        ]
+        # node, the rows that hold a range around it, the innermost of them
+        todo: list[tuple[Node, frozenset[str], Row]] = [(k, frozenset(), outside) for k in reversed(start.ordered())]
         while todo:
             node, around, inner = todo.pop()
-            name = key(node)
-            if name is not None and not _wanted(node, name, chosen):
-                name = None
+            name = None if id(node) in way else key(node)
             if name is not None:
                 row = rows.get(name)
                 if row is None:
                     kind = "side" if aside else "unknown" if node.is_unknown() else "range"
-                    row = rows[name] = Row(name, (name,), 0, kind, node.name.category)
-                every = chosen.by == "range"
+                    row = rows[name] = Row(name, 0, kind, node.name.category)
                 _accumulate(row, node, whole=every or name not in around)
-                if every or name not in around:
-                    values.setdefault(name, []).append(node.gpu if gpu else node.cpu)
-                inner = name
-                around = around | {name}
-            if inner is not None:
-                row = rows[inner]
-                row.cpu_self += node.cpu_self
-                row.gpu_self += node.gpu_self
+                inner = row
+                if every and name in around:
+                    row.twice += node.gpu if gpu else node.cpu
+                if name not in around:
+                    around = around | {name}
+            if inner is outside:
+                _own(outside, node)
+            else:
+                inner.cpu_self += node.cpu_self
+                inner.gpu_self += node.gpu_self
             todo.extend((kid, around, inner) for kid in reversed(node.ordered()))
-    for name, row in rows.items():
-        if len(values.get(name, ())) > 1:
-            row.each = Spread.of(values[name])
     found = list(rows.values())
-    if chosen.by in {"request", "stage", "step"}:
-        found.extend(_summary(found, chosen.by))
-        return found
     found.sort(key=lambda row: (row.kind == "unknown", -(row.gpu if gpu else row.cpu)))  # stable: outer ones first
-    return found
+    return [*found, *_worth(outside)]
+
+
+def _own(row: Row, node: Node) -> None:
+    """Add what a range did itself, outside of those in it."""
+    for mine, own in (("cpu", "cpu_self"), ("gpu", "gpu_self")):
+        value = getattr(node, own)
+        setattr(row, mine, getattr(row, mine) + value)
+        setattr(row, own, getattr(row, own) + value)
+    row.gap += node.gap_self
+    for counter in BELOW:
+        setattr(row, counter, getattr(row, counter) + getattr(node, counter))
+
+
+def _worth(outside: Row) -> list[Row]:
+    """The row, where it holds anything."""
+    return [outside] if outside.cpu or outside.kernels or outside.copies else []
 
 
 def _summary(rows: list[Row], by: str) -> list[Row]:
     """One row over all steps (stages, requests), with the spread over them."""
-    if len(rows) < 2:
+    if len(rows) < 2 or by == "component":
         return []
-    whole = Row(f"all {len(rows)} {by}s", (f"all {by}s",), 0, "summary", by)
+    whole = Row(f"all {len(rows)} {by}s", 0, "summary", by)
     for row in rows:
-        for name in ("calls", "cpu", "cpu_self", "gpu", "gpu_self", "gpu_sum", "kernels", "copies", "copied_bytes"):
+        for name in _SUMMED:
             setattr(whole, name, getattr(whole, name) + getattr(row, name))
-        for name in ("launches", "gap", "proj", "proj_calls", "resident", "overlap", "open"):
-            setattr(whole, name, getattr(whole, name) + getattr(row, name))
-    measure = [row.gpu for row in rows] if any(row.gpu for row in rows) else [row.cpu for row in rows]
-    whole.each = Spread.of(measure)
+        _bounds(whole, row)
+        whole.distribution = merged(whole.distribution, row.distribution)
     return [whole]
-
-
-def _wanted(node: Node, name: str, chosen: Selection) -> bool:
-    if not chosen.include and not chosen.exclude:
-        return True
-    path = "/".join(part.text for part in node.path())
-    if _matches(name, path, chosen.exclude) or _matches(node.name.text, path, chosen.exclude):
-        return False
-    return not chosen.include or _matches(name, path, chosen.include) or _matches(node.name.text, path, chosen.include)
 
 
 # ------------------------------------------------------------------------------------------------ by kernel
@@ -203,25 +223,35 @@ def _wanted(node: Node, name: str, chosen: Selection) -> bool:
 
 def _kernels(root: Node, chosen: Selection) -> list[Row]:
     rows: dict[str, Row] = {}
-    for node in root.walk():
+    todo: list[tuple[Node, str, bool]] = [(root, "", not chosen.include)]
+    while todo:
+        node, before, inside = todo.pop()
+        path = f"{before}/{node.name.text}" if before else node.name.text
+        if chosen.include or chosen.exclude:
+            if matches(node.name.text, path, chosen.exclude):
+                continue
+            inside = inside or matches(node.name.text, path, chosen.include)
+        else:
+            path = ""
         for name, (count, duration, credit) in (node.ops or {}).items():
-            if not _wanted(node, name, chosen):
+            if not (inside or matches(name, name, chosen.include)) or matches(name, name, chosen.exclude):
                 continue
             row = rows.get(name)
             if row is None:
-                row = rows[name] = Row(name, (name,), 0, "kernel", "kernel")
+                row = rows[name] = Row(name, 0, "kernel", "kernel")
             row.calls += count
             row.kernels += count
             row.gpu_sum += duration
             row.gpu += credit
             row.gpu_self += credit
+        todo.extend((kid, path, inside) for kid in reversed(node.ordered()))
     return sorted(rows.values(), key=lambda row: (-row.gpu, row.name))
 
 
-def _op_rows(node: Node, path: tuple[str, ...]) -> list[Row]:
+def _op_rows(node: Node, above: Row) -> list[Row]:
     found = []
     for name, (count, duration, credit) in sorted((node.ops or {}).items(), key=lambda item: -item[1][2]):
-        row = Row(name, (*path, name), len(path), "kernel", "kernel", calls=count, kernels=count)
+        row = Row(name, above.depth + 1, "kernel", "kernel", above, calls=count, kernels=count)
         row.gpu_sum, row.gpu, row.gpu_self = duration, credit, credit
         found.append(row)
     return found
@@ -230,9 +260,9 @@ def _op_rows(node: Node, path: tuple[str, ...]) -> list[Row]:
 # ------------------------------------------------------------------------------------------------ shared
 
 
-def _row(node: Node, path: tuple[str, ...], depth: int) -> Row:
+def _row(node: Node, depth: int, above: Row | None) -> Row:
     kind = "unknown" if node.is_unknown() else "range"
-    row = Row(node.name.text, path, depth, kind, node.name.category)
+    row = Row(node.name.text, depth, kind, node.name.category, above)
     _accumulate(row, node, whole=True)
     row.cpu_self, row.gpu_self = node.cpu_self, node.gpu_self
     row.fused = fused_owners(node.name.text)
@@ -244,11 +274,10 @@ def _accumulate(row: Row, node: Node, whole: bool) -> None:
     """Add a node to a row. Not `whole`: the row already holds a range around it, so only the calls are new."""
     row.calls += node.calls
     row.open += node.open
-    row.flags = tuple(sorted({*row.flags, *node.flags}))
-    if node.cpu_min is not None and (row.cpu_min is None or node.cpu_min < row.cpu_min):
-        row.cpu_min = node.cpu_min
-    if node.cpu_max is not None and (row.cpu_max is None or node.cpu_max > row.cpu_max):
-        row.cpu_max = node.cpu_max
+    if node.flags:
+        row.flags = tuple(sorted({*row.flags, *node.flags}))
+    _bounds(row, node)
+    row.distribution = merged(row.distribution, node.each)
     if not whole:
         return
     row.cpu += node.cpu
@@ -261,3 +290,10 @@ def _accumulate(row: Row, node: Node, whole: bool) -> None:
         setattr(row, counter, getattr(row, counter) + value)
     if node.name.category == "residency":
         row.payload += node.payload
+
+
+def _bounds(row: Row, more: Row | Node) -> None:
+    if more.cpu_min is not None and (row.cpu_min is None or more.cpu_min < row.cpu_min):
+        row.cpu_min = more.cpu_min
+    if more.cpu_max is not None and (row.cpu_max is None or more.cpu_max > row.cpu_max):
+        row.cpu_max = more.cpu_max

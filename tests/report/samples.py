@@ -2,9 +2,34 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
+from fxnvtx.recording import Range, Recording
+
 from .captures import Capture
+
+
+def recorded(ranges: Iterable[Range], **meta: object) -> Recording:
+    """A recording of these ranges, as a file of them is read."""
+    rows = [
+        [r.label, r.category, r.payload, r.thread_id, r.depth, r.start_ns, r.end_ns, r.leaked]
+        for r in sorted(ranges, key=lambda r: (r.start_ns, r.depth))
+    ]
+    document = {
+        "format": "fxnvtx-recording",
+        "version": 1,
+        "meta": meta,
+        "strays": 0,
+        "ranges": rows,
+        "marks": [],
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "recording.json"
+        path.write_text(json.dumps(document))
+        return Recording.load(path)
 
 
 def pipeline(

@@ -102,7 +102,7 @@ def test_cpu_and_gpu_captures_are_compared_by_cpu_time_and_say_so(tmp_path: Path
     cpu = steps({"transformer": [100, 100, 100]})
     found = diff(gpu, cpu)
     assert found.measure == "cpu"
-    assert found.notes == ["only A recorded device work, so CPU time is compared"]
+    assert found.notes[0] == "only A recorded device work, so CPU time is compared"
 
 
 def test_noise_is_told_from_change() -> None:

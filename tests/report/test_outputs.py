@@ -70,7 +70,7 @@ def test_names_with_markup_are_shown_as_they_are(tmp_path: Path) -> None:
 
 def test_json_is_versioned_and_equals_the_rows(report: Report) -> None:
     document = json.loads(render_json(report, by="module"))
-    assert (document["format"], document["version"], document["unit"]) == ("fxnvtx-report", 1, "ns")
+    assert (document["format"], document["version"], document["unit"]) == ("fxnvtx-report", 2, "ns")
     assert document["gpu"] is True
     rows = report.rows(by="module")
     assert [row["name"] for row in document["rows"]] == [row.name for row in rows]

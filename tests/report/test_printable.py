@@ -20,6 +20,8 @@ from fxnvtx.recording import Range, Recording
 from fxnvtx.report import diff, from_recording, render_csv, render_json, render_text
 from fxnvtx.report.render_diff import diff_csv, diff_json, diff_text
 
+from .samples import recorded
+
 HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 EVIL = "\x1b[2J\x1b]0;owned\x07 \x9b31m\x00\r\n\u202egnp.exe\u2028\u200bx\ud800"
 FORMULAS = ("=1+1", "+1", "-1", "@SUM(A1)", " =1")
@@ -40,11 +42,8 @@ def test_every_unprintable_character_of_unicode_is_escaped() -> None:
 
 
 def evil(labels: tuple[str, ...]) -> Recording:
-    recording = Recording()
     ranges = [Range(text, "module", None, 1, 0, 10 * at, 10 * at + 5) for at, text in enumerate(labels)]
-    recording._frozen, recording._frozen_marks = ranges, []
-    recording.meta["classes"] = {text: text for text in labels}
-    return recording
+    return recorded(ranges, classes={text: text for text in labels})
 
 
 @pytest.mark.parametrize("by", ["tree", "module", "class", "range"])

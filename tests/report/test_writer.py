@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from fxnvtx.cli import cli
 from fxnvtx.errors import OutputError
 from fxnvtx.output import check_target, write_bytes, write_text, writing, writing_file
-from fxnvtx.recording import Range, Recording
+from fxnvtx.recording import Range
 from fxnvtx.report import load
 
-from .samples import pipeline
+from .samples import pipeline, recorded
 
 FULL = Path("/dev/full")
 
@@ -217,9 +217,7 @@ def test_a_file_in_a_folder_that_takes_none_is_written_in_place(
 def folder(tmp_path: Path) -> Path:
     """A capture and a recording, each under every name that it can be reached by."""
     pipeline(tmp_path / "a.sqlite", requests=1, steps=1, blocks=1).close()
-    recording = Recording()
-    recording._frozen, recording._frozen_marks = [Range("m", "module", None, 1, 0, 0, 10)], []
-    recording.save(tmp_path / "b.json")
+    recorded([Range("m", "module", None, 1, 0, 0, 10)]).save(tmp_path / "b.json")
     for name in ("a.sqlite", "b.json"):
         (tmp_path / f"link-{name}").symlink_to(tmp_path / name)
         os.link(tmp_path / name, tmp_path / f"hard-{name}")
