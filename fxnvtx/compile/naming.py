@@ -13,11 +13,11 @@ from typing import Any
 from torch import nn
 
 from ..control import Control, Entry, controls, entry_of
-from ..names import Selection, is_callable_module
+from ..names import Selection, is_callable_module, unwrapped, walk_paths
 from ..ranges import Label, label
 from .invisible import hide_module
 
-__all__ = ["Binding", "Names", "family"]
+__all__ = ["Binding", "Names", "at", "family", "named_tensors"]
 
 SHOWN_OWNERS = 4
 UNKNOWN = "?"
@@ -46,23 +46,29 @@ def entries_of(control: Control) -> dict[int, Entry]:
 class Binding:
     """One anchor of a region in one call: which module it is now. `module` None: not known which."""
 
-    __slots__ = ("_module", "control", "entries", "fqn", "kind", "text")
+    __slots__ = ("_entries", "control", "fqn", "kind", "reference", "text")
 
     def __init__(self, kind: type, module: nn.Module | None, fqn: str | None = None) -> None:
         self.kind = kind
-        self._module = None if module is None else weakref.ref(module)  # compiled code must not keep a model alive
+        # compiled code must not keep a model alive
+        self.reference = None if module is None else weakref.ref(module)
         self.control = family(module) if module is not None else None
-        self.entries = {} if self.control is None else entries_of(self.control)
+        self._entries = {} if self.control is None else entries_of(self.control)
         self.fqn = fqn
         self.text = self._own_text()
 
     @property
     def module(self) -> nn.Module | None:
-        return None if self._module is None else self._module()
+        return None if self.reference is None else self.reference()
 
     @property
     def died(self) -> bool:
-        return self._module is not None and self._module() is None
+        return self.reference is not None and self.reference() is None
+
+    def entry(self, module: nn.Module | None) -> Entry | None:
+        """What the instrumented model calls this module; None for one that only has the address of a dead one."""
+        found = self._entries.get(id(module))
+        return found if found is not None and found.module() is module else None
 
     def _own_text(self) -> str | None:
         """Label of the anchor itself; None where it was left out by instrument()'s options."""
@@ -70,7 +76,7 @@ class Binding:
             return f"{self.kind.__name__}({UNKNOWN})"
         if self.control is None:
             return self.kind.__name__
-        found = self.entries.get(id(self.module))
+        found = self.entry(self.module)
         if found is None:
             return None
         known = (found.fqn, *found.also, *found.by_parent.values())
@@ -82,12 +88,12 @@ class Binding:
             return self.text
         if self.module is None:
             return f"{self.text}.{path}"
-        module = _at(self.module, path)
+        module = at(self.module, path)
         if self.control is None:
             if module is not None and not (is_callable_module(module) and _default.takes(path, type(module))):
                 return None
             return path
-        found = self.entries.get(id(module))
+        found = self.entry(module)
         if found is None:
             return None
         return self._reached(found, hint, above)
@@ -107,13 +113,23 @@ class Binding:
         return self.control.text((by_name or candidates)[0])
 
 
-def _at(module: nn.Module, path: str) -> nn.Module | None:
+def at(module: nn.Module, path: str) -> nn.Module | None:
+    """The module at a path as `names.walk_paths` writes it: what torch.compile has wrapped as if it had not."""
     here: Any = module
-    for name in path.split("."):
+    for name in path.split(".") if path else ():
         here = getattr(here, "_modules", {}).get(name)
         if here is None:
             return None
+        here = unwrapped(here)
     return here if isinstance(here, nn.Module) else None
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Every parameter and buffer by every path that `at` understands."""
+    for path, module, _ in walk_paths(model):
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                yield ".".join((*path, name)), tensor
 
 
 class Names:

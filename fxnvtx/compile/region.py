@@ -13,7 +13,7 @@ from torch import nn
 from ..control import Control, controls
 from ..ranges import label, local, push
 from .invisible import hide_module
-from .naming import Binding, Names
+from .naming import Binding, Names, at, named_tensors
 
 __all__ = ["Anchor", "Call", "Region", "families"]
 
@@ -42,6 +42,7 @@ class Region:
     paths: list[str]  # of its modules, for people
     repeats: bool = False  # a subgraph in it is called more than once
     replayed: bool = True  # it may run without its generated code, or has none of ours
+    # by the addresses of a call's parameters; an entry goes when one of them dies, for its address may come again
     bound: dict[Any, Call] = field(default_factory=dict)
 
     @property
@@ -73,10 +74,12 @@ class Region:
             binding, sure = bind(anchor, tensors)
             bindings.append(binding)
             certain = certain and sure
-        call = Call(self, bindings)
+        call = Call(self, bindings, pairs)
         if len(self.bound) > 4096:
             self.bound.clear()
-        self.bound[signature if certain else (signature, open_labels())] = call
+        key = signature if certain else (signature, open_labels())
+        call.alive = [weakref.ref(t, _Forget(self, key)) for found in pairs for t, _ in found]
+        self.bound[key] = call
         return call
 
     def _known(self, signature: Any) -> Call | None:
@@ -85,6 +88,21 @@ class Region:
             if found is not None and found.holds():
                 return found
         return None
+
+
+class _Forget:
+    """Takes a binding out again when a tensor dies that it was found by."""
+
+    __slots__ = ("key", "region")
+
+    def __init__(self, region: Region, key: Any) -> None:
+        self.region = weakref.ref(region)
+        self.key = key
+
+    def __call__(self, _: object) -> None:
+        region = self.region()
+        if region is not None:
+            region.bound.pop(self.key, None)
 
 
 families: dict[str, list[weakref.ref[Region]]] = {}
@@ -126,7 +144,7 @@ def bind(anchor: Anchor, tensors: list[tuple[Any, tuple[str, ...]]]) -> tuple[Bi
 
 def _binding(anchor: Anchor, control: Control, fqn: str) -> Binding:
     model = control.model()
-    return Binding(anchor.kind, None if model is None else model.get_submodule(fqn), fqn)
+    return Binding(anchor.kind, None if model is None else at(model, fqn), fqn)
 
 
 def _modules(control: Control) -> Any:
@@ -163,10 +181,8 @@ def _by_parameters(anchor: Anchor, tensors: list[tuple[Any, tuple[str, ...]]]) -
 
 def _kind(control: Control, fqn: str) -> type | None:
     model = control.model()
-    try:
-        return None if model is None else type(model.get_submodule(fqn))
-    except AttributeError:
-        return None
+    module = None if model is None else at(model, fqn)
+    return None if module is None else type(module)
 
 
 class Index:
@@ -188,9 +204,8 @@ class Index:
         for control in controls():
             model = control.model()
             if model is not None:
-                for walk in (model.named_parameters, model.named_buffers):
-                    for name, tensor in walk(remove_duplicate=False):
-                        paths.setdefault(id(tensor), []).append((control, name))
+                for name, tensor in named_tensors(model):
+                    paths.setdefault(id(tensor), []).append((control, name))
         self._paths = paths
 
 
@@ -200,36 +215,65 @@ index = Index()
 def _holds(control: Control, path: str, tensor: Any) -> bool:
     model = control.model()
     owner, _, name = path.rpartition(".")
-    try:
-        module = None if model is None else model.get_submodule(owner)
-    except AttributeError:
-        return False
+    module = None if model is None else at(model, owner)
     return module is not None and (module._parameters.get(name) is tensor or module._buffers.get(name) is tensor)
+
+
+class _Proof:
+    """A binding's module holds a tensor of the call. One is looked at, at every call: weights move in sets."""
+
+    __slots__ = ("name", "owner", "tensor")
+
+    def __init__(self, owner: nn.Module, name: str, tensor: Any) -> None:
+        self.owner, self.name, self.tensor = weakref.ref(owner), name, weakref.ref(tensor)
+
+    def __call__(self) -> bool:
+        owner, tensor = self.owner(), self.tensor()
+        if owner is None or tensor is None:
+            return False
+        return owner._parameters.get(self.name) is tensor or owner._buffers.get(self.name) is tensor
+
+
+def _proof(binding: Binding, found: list[tuple[Any, tuple[str, ...]]]) -> _Proof | None:
+    """None where nothing of the binding's module came with the call."""
+    if binding.module is None:
+        return None
+    for tensor, names in found:
+        for name in names:
+            path, _, last = name.rpartition(".")
+            owner = at(binding.module, path)
+            proof = None if owner is None else _Proof(owner, last, tensor)
+            if proof is not None and proof():
+                return proof
+    return None
 
 
 class Call:
     """A region bound to the modules of one call: what the generated code needs to name its ranges."""
 
-    def __init__(self, region: Region, bindings: list[Binding]) -> None:
+    def __init__(self, region: Region, bindings: list[Binding], pairs: Pairs) -> None:
         self.region = region
         self.key = region.key
         self.bindings = bindings
         self.base = bindings[0].text if region.framed and bindings else region.function
         self.control = next((b.control for b in bindings if b.control is not None), None)
         self._entries = [None if b.control is None else b.control.entries for b in bindings]
-        # All that labels depend on. The ids stay unique while this object lives.
+        self.alive: list[weakref.ref[Any]] = []  # the tensors that the bindings were found by
+        self._proofs = [p for b, found in zip(bindings, pairs, strict=True) if (p := _proof(b, found)) is not None]
+        # All that labels depend on. Weak references are equal while their module lives, and to nothing else after
+        # that; the lists are kept, so that their addresses are theirs.
         self.signature = (
             self.base,
-            *((id(b.module), b.text, id(e)) for b, e in zip(bindings, self._entries, strict=True)),
+            *((b.reference, b.text, id(e)) for b, e in zip(bindings, self._entries, strict=True)),
         )
 
     def holds(self) -> bool:
-        """Whether the models are still instrumented as they were."""
+        """Whether the models are still instrumented as they were, and hold the tensors they held."""
         alive = controls()
         return all(
             (b.control is None or (b.control in alive and b.control.entries is e)) and not b.died
             for b, e in zip(self.bindings, self._entries, strict=True)
-        )
+        ) and all(proof() for proof in self._proofs)
 
     def names(self) -> Names:
         return Names(self.bindings, self.base)

@@ -22,6 +22,7 @@ from torch.fx import GraphModule, Node
 
 from ..control import controls
 from ..names import walk_paths
+from .naming import named_tensors
 from .owners import Owners, Step, stack_of
 from .region import Anchor, Region
 
@@ -243,8 +244,7 @@ def _parameter_names(book: Book) -> list[dict[int, str]]:
         names: dict[int, str] = {}
         module = anchor.module() if anchor.module is not None else None
         if module is not None:
-            for walk in (module.named_parameters, module.named_buffers):
-                for name, tensor in walk(remove_duplicate=False):
-                    names.setdefault(id(tensor), name)
+            for name, tensor in named_tensors(module):
+                names.setdefault(id(tensor), name)
         found.append(names)
     return found

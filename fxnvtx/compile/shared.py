@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from ..names import walk_paths
 from .invisible import hide_module
 from .region import Call
 
@@ -42,10 +43,10 @@ def _holders(module: nn.Module, tensors: list[Any]) -> set[str]:
     """Paths of the modules that hold these tensors."""
     wanted = {id(t) for t in tensors}
     found = set()
-    for path, below in module.named_modules():
+    for path, below, _ in walk_paths(module):
         for own in (*below._parameters.values(), *below._buffers.values()):
             if own is not None and id(own) in wanted:
-                found.add(path)
+                found.add(".".join(path))
     return found
 
 

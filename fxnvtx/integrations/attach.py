@@ -11,6 +11,7 @@ from torch import nn
 from ..control import controls_of, sync
 from ..errors import SelectionError
 from ..instrument import instrument, log_once, uninstrument
+from ..names import walk_paths
 from . import calls, components
 from .bound import Bound, Options, Pipe, bind, find, lock, methods, pipes, unbind
 from .patches import Wrap, definer, instance_override
@@ -196,18 +197,16 @@ def _pass_around(name: str) -> Callable[[tuple[Any, ...], dict[str, Any]], tuple
 
 
 def _paths(component: nn.Module) -> dict[int, tuple[weakref.ref[Any], str]]:
-    return {id(module): (weakref.ref(module), path) for path, module in component.named_modules()}
+    found: dict[int, tuple[weakref.ref[Any], str]] = {}
+    for path, module, _ in walk_paths(component):
+        found.setdefault(id(module), (weakref.ref(module), ".".join(path)))
+    return found
 
 
 def _altered(component: nn.Module, bound: Bound) -> bool:
     """Whether modules were replaced since (a LoRA was loaded or fused)."""
-    count = 0
-    for module in component.modules():
-        found = bound.paths.get(id(module))
-        if found is None or found[0]() is not module:
-            return True
-        count += 1
-    return count != len(bound.paths)
+    now = {id(module): module for _, module, _ in walk_paths(component)}
+    return now.keys() != bound.paths.keys() or any(bound.paths[key][0]() is not m for key, m in now.items())
 
 
 # ------------------------------------------------------------------------------------------------ their methods

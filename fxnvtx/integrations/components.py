@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ..names import unwrapped
+from ..names import unwrapped, walk_paths
 
 __all__ = [
     "ROOT_METHODS",
@@ -105,7 +105,7 @@ def applicable(patterns: Any, name: str, component: nn.Module) -> Any:
     component, with or without the component's name in front."""
     if patterns is None or isinstance(patterns, type):
         return patterns
-    fqns = [path for path, _ in component.named_modules()]
+    fqns = [".".join(path) for path, _, _ in walk_paths(component)]
     found = []
     for pattern in [patterns] if isinstance(patterns, str) else list(patterns):
         if not isinstance(pattern, str):

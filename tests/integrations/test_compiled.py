@@ -11,7 +11,9 @@ import torch
 pytest.importorskip("diffusers", reason="needs diffusers: pip install fxnvtx[diffusers]")
 
 from fxnvtx import record
+from fxnvtx.integrations import attach, components
 from fxnvtx.integrations import diffusers as fx
+from fxnvtx.integrations.bound import find
 
 from .asking import STEPS, build, every, labels, only, same
 
@@ -91,3 +93,20 @@ def test_a_denoiser_compiled_with_its_layers_named() -> None:
         assert found.count("transformer") == 1
         assert "transformer.transformer_blocks.0.attn.to_q" in " ".join(found)
     assert any(n.label.startswith("transformer.single_transformer_blocks.0") for n in every(recording))
+
+
+def test_blocks_that_torch_compile_wrapped_are_known_by_their_own_paths() -> None:
+    pipe, _ = build("FluxPipeline")
+    model = pipe.transformer
+    for index, block in enumerate(model.transformer_blocks):
+        model.transformer_blocks[index] = torch.compile(block, backend="eager")
+    assert components.applicable("transformer_blocks.0.attn", "transformer", model) == ["transformer_blocks.0.attn"]
+    fx.instrument(pipe)
+    bound = find(model)
+    assert bound is not None
+    paths = {path for _, path in bound.paths.values()}
+    assert "transformer_blocks.0.attn" in paths
+    assert not any("_orig_mod" in path for path in paths)
+    assert not attach._altered(model, bound)
+    model.transformer_blocks[0] = torch.compile(type(model)(**model.config).transformer_blocks[0], backend="eager")
+    assert attach._altered(model, bound)
