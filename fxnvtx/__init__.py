@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ._imports import import_quietly
+from .compile.registered import register as _register_backend
 
 if TYPE_CHECKING:
     from . import integrations, models, pipeline, report
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from .recording import Recording, record
 
 __version__ = "0.2.0"
+
+_register_backend()
 
 __all__ = [
     "DiffusionNvtxHooks",

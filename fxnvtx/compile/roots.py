@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
+import marshal
 import re
 import types
 import weakref
 from collections.abc import Iterator, Mapping
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -185,12 +185,16 @@ def _operation(node: Node) -> str:
 def _writers() -> bytes:
     """What writes into generated code. Another version of it must not find this version's cache entries."""
     found = hashlib.sha256()
-    for name in ("computed.py", "inductor.py", "launches.py", "owners.py"):
-        try:
-            found.update(Path(__file__).with_name(name).read_bytes())
-        except OSError:  # not on disk (a zip): the version of the package has to do
-            found.update(metadata.version("fxnvtx").encode())
+    for name in ("computed", "inductor", "launches", "owners"):
+        found.update(_written(f"{__package__}.{name}"))
     return found.digest()
+
+
+def _written(name: str) -> bytes:
+    """The text of one of our modules, from a folder or a zip; its bytecode where there is no text."""
+    loader: Any = importlib.import_module(name).__spec__.loader  # type: ignore[union-attr]
+    source = loader.get_source(name)
+    return source.encode() if source is not None else marshal.dumps(loader.get_code(name))
 
 
 def digest(start: str, graph_module: GraphModule, owners: Owners) -> str:

@@ -47,11 +47,10 @@ def test_wrapped_children_of_a_compiled_parent(make, wrap, first):
     unwrapped = torch.compile(plain, backend=fxnvtx.backend("eager"))
     unwrapped(x)
     expected = _labels(unwrapped, x)
+    steps = [wrap, lambda m: fxnvtx.instrument(m, "net")]
     model = make()
-    if first == "wrap":
-        model = fxnvtx.instrument(wrap(model), "net")
-    else:
-        model = wrap(fxnvtx.instrument(model, "net"))
+    for step in steps if first == "wrap" else reversed(steps):
+        model = step(model)
     call = torch.compile(model, backend=fxnvtx.backend("eager"))
     call(x)
     assert _labels(call, x) == expected
