@@ -10,6 +10,7 @@ Which launch belongs to whom: launches.py.
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from .launches import LAUNCHING, Compilation, announced, attributed
+from .launches import FLOW, LAUNCHING, Compilation, attributed
 from .owners import owners_of
 
 __all__ = ["Compilation", "compile_graph", "compile_plain", "config_of", "hindrance", "missing"]
@@ -28,6 +29,7 @@ class _Active(threading.local):
 
 
 _active = _Active()
+_ANY = object()  # the owner of the last launch where control flow makes it one of several
 
 
 @functools.cache
@@ -44,7 +46,6 @@ def missing() -> str | None:
     needed: list[tuple[Any, str]] = [
         (config.trace, "provenance_tracking_level"),
         (config, "post_grad_custom_post_pass"),
-        (debug, "_inductor_triton_kernel_to_post_grad_node_info"),
         (debug, "set_kernel_post_grad_provenance_tracing"),
         (CustomGraphPass, "uuid"),
         (GraphLowering, "init_wrapper_code"),
@@ -89,6 +90,27 @@ def _patch_graph_lowering() -> None:
         return result
 
     GraphLowering.init_wrapper_code = init_wrapper_code  # type: ignore[method-assign]
+    _patch_provenance()
+
+
+def _patch_provenance() -> None:
+    """Inductor says of which scheduler nodes a kernel is made (a handle for each) and keeps only the names of their
+    origins. Keep the nodes. Modules that import the function when they are loaded hold it by name."""
+    from torch._inductor import debug
+
+    original = debug.set_kernel_post_grad_provenance_tracing
+
+    @functools.wraps(original)
+    def set_kernel_post_grad_provenance_tracing(node_schedule: Any, *args: Any, **kwargs: Any) -> Any:
+        handle = original(node_schedule, *args, **kwargs)
+        compilation = _active.compilation
+        if compilation is not None and handle is not None and isinstance(node_schedule, (list, tuple)):
+            compilation.schedules[handle] = list(node_schedule)
+        return handle
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("torch._inductor") and vars(module).get(original.__name__) is original:
+            setattr(module, original.__name__, set_kernel_post_grad_provenance_tracing)
 
 
 @contextmanager
@@ -245,13 +267,11 @@ def _with_ranges(base: Any) -> Any:
         self.fxnvtx_shapes = []
         self.fxnvtx_calling = False
         self.fxnvtx_here = None
-        self.fxnvtx_handle = None
-        self.fxnvtx_nodes = {}
-        self.fxnvtx_written = set()
+        self.fxnvtx_announced = (None, None)
         self.fxnvtx_ready = True
 
     def write_provenance_debug_handle(self: Any, kernel_name: str, debug_handle: int | None = None) -> None:
-        self.fxnvtx_handle = (kernel_name, announced(self, kernel_name, debug_handle))
+        self.fxnvtx_announced = (kernel_name, self.fxnvtx.schedules.get(debug_handle))
 
     def writeline(self: Any, line: Any) -> None:
         if _active.compilation is not None and not self.fxnvtx_calling:
@@ -262,6 +282,8 @@ def _with_ranges(base: Any) -> Any:
                 if launch.shapes not in self.fxnvtx_shapes:
                     self.fxnvtx_shapes.append(launch.shapes)
                 base.writeline(self, owner_line(number, self.fxnvtx_shapes.index(launch.shapes)))
+            if type(line).__name__ in FLOW:
+                self.fxnvtx_here = _ANY
         base.writeline(self, line)
 
     def run_wrapper_ir_passes(self: Any, is_inference: bool) -> None:

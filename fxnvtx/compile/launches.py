@@ -1,45 +1,94 @@
 """What a line of Inductor's generated code launches, and who owns it.
 
-With provenance tracking on, Inductor announces each kernel (`write_provenance_debug_handle`) with the names of the
-post-grad nodes it was made of. Launches without announcement say by themselves (`line.node`), or are being written for
-the scheduler's current node. Knows Inductor's internals as inductor.py does, which checks that they are there.
+What launches is known, kind of line by kind of line; everything else is no launch. A form that is in neither list is
+no launch either and is remembered in `unknown_forms`, which the tests want empty under every version of torch.
+
+With provenance tracking on, Inductor announces each kernel (`write_provenance_debug_handle`) and the scheduler nodes
+it was made of. Launches without announcement say by themselves (`line.node`), or are being written for the scheduler's
+current node. Knows Inductor's internals as inductor.py does, which checks that they are there.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple, cast
 
 from torch.fx import Node
 
-from .computed import computed_nodes
+from .computed import Lowered
 from .explain import CompiledRegion
 from .notices import warn_once
 from .owners import Before, Owners, Row, input_shapes
 
-__all__ = ["LAUNCHING", "Compilation", "Launch", "announced", "attributed"]
+__all__ = ["FLOW", "LAUNCHING", "QUIET", "Compilation", "Launch", "attributed", "unknown_forms"]
 
-# What a plain text line does, by how it starts or what it calls. Everything else with a call in it may launch.
-_QUIET_STARTS = ("#", "del ", "assert", "raise ", "import ", "from ", "if not ", "while ", "else", "return", "global ")
-_QUIET_CALLS = (
-    "get_raw_stream(",
-    "reinterpret_tensor(",
-    "alloc_from_pool(",
-    "empty_strided",
-    "assert_size_stride(",
-    "assert_alignment(",
-    "get_external_object_by_index(",
-    "run_intermediate_hooks(",
+# Kinds of wrapper lines, by class name, of torch 2.11 to 2.15.
+LAUNCHING = frozenset(
+    {
+        "KernelCallLine",
+        "ExternKernelOutLine",
+        "ExternKernelAllocLine",
+        "ExternKernelMultiOutLine",
+        "ScatterFallbackLine",
+        "IndexPutFallbackLine",
+        "DynamicScalarLine",
+    }
 )
-LAUNCHING = (
-    "KernelCallLine",
-    "ExternKernelOutLine",
-    "ExternKernelAllocLine",
-    "ExternKernelMultiOutLine",
-    "ScatterFallbackLine",
-    "IndexPutFallbackLine",
-    "DynamicScalarLine",
+# After these, which launch came last is known no longer: what follows may be reached another way.
+FLOW = frozenset({"EnterSubgraphLine", "ExitSubgraphLine", "ConditionalLine"})
+QUIET = FLOW | {
+    "AllocateLine",
+    "AllocFromPoolLine",
+    "AssertDivByZeroLine",
+    "AssertSizeStrideLine",
+    "CommBufferAllocateLine",
+    "CommBufferFreeLine",
+    "CommBufferLine",
+    "CommentLine",
+    "DeallocFromPoolLine",
+    "EnterCudaStreamContextLine",
+    "EnterDeviceContextManagerLine",
+    "EnterDeviceContextManagerWithStreamInfoLine",
+    "ExitCudaStreamContextLine",
+    "ExitDeviceContextManagerLine",
+    "ExitDeviceContextManagerWithStreamInfoLine",
+    "FreeIfNotReusedLine",
+    "FreeLine",
+    "KernelDefinitionLine",
+    "MultiOutputLine",
+    "NullLine",
+    "ReinterpretLine",
+    "ReuseLine",
+    "SymbolicCallArgLine",
+    "UnbackedSymbolDefsLine",
+}
+# Lines of plain text, without indentation.
+_RESULT = r"(?:\(?[\w, ]*\)? = )?"
+_QUIET_OPERATORS = r"torch\.ops\.(?:inductor\._reinterpret_tensor|streams\.)|aten\.reinterpret_tensor"
+_LAUNCHING_TEXT = re.compile(
+    rf"(?!{_RESULT}(?:{_QUIET_OPERATORS})){_RESULT}(?:"
+    r"(?:extern_kernels|torch\.ops|aten|prims|inductor_ops|quantized)\.[\w.]+\("  # operators
+    r"|\w+\.run\("  # a kernel that writes its own call
+    r"|[^=(]+\.(?:zero_|fill_|copy_|normal_)\("  # a workspace zeroed, a copy between devices
+    r"|\w+(?:\[[^=]*\])?(?:\.\w+\([^=]*\))*\.(?:clone\(\)|sum\(dim=)"  # carried by a loop; end of a split reduction
+    r"|torch\.(?:stack|cat)\("
+    r")|\w+\[\w+\] = [\w.()\[\]]+\.clone\(\)"
 )
+_QUIET_TEXT = re.compile(
+    r"$|#|del |assert|raise |import |from |if |else|elif |while |for |return|global |with |def "
+    r"|class |try:|finally:|pass"
+    rf"|{_RESULT}(?:{_QUIET_OPERATORS}"
+    r"|get_raw_stream\(|reinterpret_tensor\(|alloc_from_pool\(|empty_strided|rand_strided\("
+    r"|get_external_object_by_index\("
+    r"|copy_if_misaligned\("  # copies only what came in at an odd address
+    r"|triton\.tools\.|torch\.Event\(|pickle\.|max\(|min\()"
+    r"|[\w.]*\bsynchronize\(|[\w.]+\.(?:record|synchronize|wait|wait_event|wait_stream)\(|run_intermediate_hooks\("
+    r"|(?:start|end)_graph\(|track_tensor\(|check_memory_step\(|_print|print\(|nvtx\.|torch\.cuda\.nvtx"
+    r"|\w+ = \w+\.(?:size|stride|storage_offset|view|as_strided)\("
+    r"|[\w\[\]]+ = [\w\[\]\s()*/+,.%;-]+(?:#.*)?$"  # arithmetic on sizes, tuples of names
+)
+unknown_forms: dict[str, None] = {}  # of lines, the first hundred met in this process
 
 
 class Launch(NamedTuple):
@@ -59,7 +108,8 @@ class Compilation:
         self.about = about
         self.backward = False
         self.before: Before | None = None
-        self._order: dict[Node, int] = {}
+        self.schedules: dict[int, list[Any]] = {}  # provenance handle -> the scheduler nodes of the kernel it announces
+        self._lowered: dict[int, Lowered] = {}
         self._weights: set[Node] = set()
 
     def look_at(self, graph: Any, static: Iterable[int]) -> None:
@@ -71,108 +121,92 @@ class Compilation:
     def forget(self) -> None:
         """A backward may be compiled later; until then no graph is kept."""
         self.before = None
-        self._order.clear()
+        self.schedules.clear()
+        self._lowered.clear()
         self._weights.clear()
         self.owners.forget()
 
-    def launch(self, nodes: Iterable[Node]) -> Launch:
+    def lowered(self, graph: Any) -> Lowered:
+        """The index of one of Inductor's graphs. A graph below another is lowered and written while that one is."""
+        found = self._lowered.get(id(graph))
+        if found is None:
+            found = self._lowered[id(graph)] = Lowered(graph)
+        return found
+
+    def launch(self, nodes: Iterable[Node], lowered: Lowered) -> Launch:
         """Sets of nodes have no order that repeats; the graph's order does, and generated code must repeat."""
-        nodes = list(nodes)
-        order = self._order
-        for node in nodes:
-            if node not in order:
-                order.update({n: i for i, n in enumerate(node.graph.nodes)})
-        nodes.sort(key=lambda n: (order.get(n, -1), n.name))
+        nodes = sorted(nodes, key=lambda n: (lowered.position.get(n, -1), n.name))
         row = self.owners.row(nodes, self.before)
         self.about.launches += 1
-        self.about.unknown += row.unknown
+        self.about.unknown += bool(row.unknown)
         return Launch(row, input_shapes(nodes, self._weights))
-
-
-def compilation_of(wrapper: Any) -> Compilation:
-    return cast(Compilation, wrapper.fxnvtx)
 
 
 def attributed(wrapper: Any, line: Any, wrapper_line: type) -> Launch | None:
     """What this line launches; None where it launches nothing."""
+    if not launches(line, wrapper_line):
+        return None
     try:
-        return _launch_of(wrapper, line, wrapper_line)
-    except Exception as error:
-        return _unattributed(error)
+        return _launch_of(wrapper, line)
+    except Exception as error:  # a model compiles, whoever its kernels may belong to
+        warn_once("owners", f"some kernels cannot be attributed, looking up their owners failed: {error!r}")
+        return Launch(Row((), "its owner could not be looked up"), [])
 
 
-def _unattributed(error: Exception) -> Launch:
-    """A model compiles, whoever its kernels may belong to."""
-    warn_once("owners", f"some kernels cannot be attributed, looking up their owners failed: {error!r}")
-    return Launch(Row((), True), [])
-
-
-def _launch_of(wrapper: Any, line: Any, wrapper_line: type) -> Launch | None:
+def launches(line: Any, wrapper_line: type) -> bool:
+    """Whether this line of generated code launches something."""
     if isinstance(line, wrapper_line):
         kind = type(line).__name__
-        if kind not in LAUNCHING:
-            return None
-        handle = wrapper.fxnvtx_handle
-        if kind == "KernelCallLine" and handle is not None:
-            return _launch_of_kernel(wrapper, line, handle[1])
-        node = getattr(line, "node", None)
-        launch = _launch_of_ir(wrapper, node)
-        if launch is not None:
-            return launch
-        return _launch_of_current(wrapper)
+        if kind not in LAUNCHING and kind not in QUIET:
+            _note(kind)
+        return kind in LAUNCHING
     text = line if isinstance(line, str) else getattr(line, "line", None)
-    if not isinstance(text, str) or "(" not in text:
-        return None
+    if not isinstance(text, str):
+        return False
     text = text.strip()
-    if text.startswith(_QUIET_STARTS) or any(call in text for call in _QUIET_CALLS):
-        return None
-    return _launch_of_current(wrapper)
+    if _LAUNCHING_TEXT.match(text):
+        return True
+    if not _QUIET_TEXT.match(text):
+        _note(text)
+    return False
 
 
-def _launch_of_ir(wrapper: Any, node: Any) -> Launch | None:
-    """An extern kernel's own origin is exact; the others are a set."""
-    origin = getattr(node, "origin_node", None)
-    if isinstance(origin, Node):
-        return compilation_of(wrapper).launch([origin])
-    origins = getattr(node, "origins", None)
-    return compilation_of(wrapper).launch(origins) if origins else None
+def _note(form: str) -> None:
+    if len(unknown_forms) < 100:
+        unknown_forms[form] = None
 
 
-def _launch_of_current(wrapper: Any) -> Launch:
+def _launch_of(wrapper: Any, line: Any) -> Launch:
     from torch._inductor.virtualized import V
 
-    scheduled = getattr(getattr(V.graph, "scheduler", None), "current_node", None)
-    nodes: dict[Node, None] = {}
-    parts = scheduled.get_nodes() if scheduled is not None else ()
-    for part in parts:
-        inner = getattr(part, "node", None)
-        origin = getattr(inner, "origin_node", None)
-        if len(parts) == 1 and isinstance(origin, Node):
-            return compilation_of(wrapper).launch([origin])
-        nodes.update(dict.fromkeys(getattr(inner, "origins", ())))
-    return compilation_of(wrapper).launch(nodes)
+    compilation = cast(Compilation, wrapper.fxnvtx)
+    lowered = compilation.lowered(V.graph)
+    name, schedule = wrapper.fxnvtx_announced
+    if type(line).__name__ == "KernelCallLine" and schedule is not None and _is_name(line, name):
+        nodes = lowered.of_schedule(_launched(schedule, getattr(line, "call_args", ())))
+    else:
+        node = lowered.node_of(getattr(line, "node", None))
+        current = getattr(getattr(V.graph, "scheduler", None), "current_node", None)
+        nodes = [node] if node is not None else lowered.of_schedule(() if current is None else (current,))
+    return compilation.launch(nodes, lowered)
 
 
-def _launch_of_kernel(wrapper: Any, line: Any, named: list[Node]) -> Launch:
-    from torch._inductor.virtualized import V
-
-    if not named:
-        return _launch_of_current(wrapper)
-    try:
-        named = computed_nodes(V.graph, getattr(line, "call_args", ()), wrapper.fxnvtx_written, named)
-    except (AttributeError, KeyError, TypeError, RecursionError):  # not in this torch, too deep: the names have to do
-        pass
-    return compilation_of(wrapper).launch(named)
+def _is_name(line: Any, announced: str | None) -> bool:
+    """A kernel that was not announced must not get what was said about another."""
+    name = getattr(line, "kernel_name", None)
+    return name is None or name == announced
 
 
-def announced(wrapper: Any, kernel_name: str, handle: int | None) -> list[Node]:
-    """The nodes that Inductor announces under this handle."""
-    from torch._inductor import debug
-    from torch._inductor.virtualized import V
+def _launched(schedule: list[Any], arguments: Any) -> list[Any]:
+    """The scheduler nodes of this very launch. Kernels that combine independent ones are announced with all of them
+    even where they became several."""
+    given = {a for a in arguments if isinstance(a, str)}
+    mine = [n for n in schedule if hasattr(n, "get_outputs") and any(b.get_name() in given for b in n.get_outputs())]
+    return mine if len(schedule) > 1 and mine and all(_independent(n, schedule) for n in schedule) else schedule
 
-    names = debug._inductor_triton_kernel_to_post_grad_node_info.get(f"{kernel_name}:{handle}", ())
-    graph = V.graph.graph
-    known = wrapper.fxnvtx_nodes.get(id(graph))
-    if known is None:
-        known = wrapper.fxnvtx_nodes[id(graph)] = {n.name: n for n in graph.nodes}
-    return [known[n] for n in names if n in known]
+
+def _independent(node: Any, schedule: list[Any]) -> bool:
+    """Whether no other node of the schedule reads what this one writes."""
+    names = {b.get_name() for b in node.get_outputs()} if hasattr(node, "get_outputs") else set()
+    reads = (n.read_writes.reads for n in schedule if n is not node and hasattr(n, "read_writes"))
+    return bool(names) and not any(d.name in names for found in reads for d in found)

@@ -139,7 +139,7 @@ class Names:
         self.bindings = bindings
         self.base = base
 
-    def levels(self, row: tuple[tuple[Chain, ...], bool]) -> Levels:
+    def levels(self, row: tuple[tuple[Chain, ...], str]) -> Levels:
         """The ranges around a kernel, outermost first, the region's own range left out."""
         chains, unknown = row
         named: dict[Levels, None] = {}
@@ -149,8 +149,8 @@ class Names:
         if len(found) == 1 and not unknown:
             return found[0]
         shared = _shared(found)
-        if not found:
-            return (*shared, ("unknown", label(f"owner unknown ({UNKNOWN})", "op")))
+        if len(found) < 2 and unknown:
+            return (*shared, (("unknown", unknown), label(f"owner unknown ({unknown})", "op")))
         text = fused_text([self._relative(levels, shared) for levels in found], unknown)
         return (*shared, (("fused", text), label(text, "op")))
 
@@ -181,14 +181,15 @@ def _shared(found: list[Levels]) -> Levels:
     return first
 
 
-def fused_text(names: list[str], unknown: bool) -> str:
-    """`fused(a, b)`: the owners of a kernel, relative to what encloses it. A long list is cut and says by how much."""
+def fused_text(names: list[str], unknown: str = "") -> str:
+    """`fused(a, b)`: the owners of a kernel, relative to what encloses it. A long list is cut and says by how much.
+    `unknown`: why some are not known, empty where all are."""
     distinct = list(dict.fromkeys(names))
     shown = distinct[:SHOWN_OWNERS]
     if len(distinct) > len(shown):
         shown.append(f"{len(distinct) - len(shown)} more")
     if unknown:
-        shown.append(UNKNOWN)
+        shown.append(f"unknown: {unknown}")
     return f"fused({', '.join(shown)})"
 
 

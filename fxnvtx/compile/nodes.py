@@ -32,8 +32,7 @@ def with_range_nodes(graph_module: GraphModule, key: str, owners: Owners) -> Tab
     for node in list(graph_module.graph.nodes):
         if node.op not in ("call_function", "call_method", "call_module"):
             continue
-        chains = owners.chains(node)
-        row = Row(chains, not chains)
+        row = owners.row([node])
         if row != here:
             here = row
             number = rows.setdefault(row, len(rows) + 1)

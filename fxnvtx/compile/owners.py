@@ -10,7 +10,8 @@ Rules, in this order:
   3. A node that a compiler pass put in the place of others has the owners of those it replaced.
   4. Autograd's sum of gradients of a value used several times belongs to the nearest common ancestor of its terms.
   5. Any other node without a record belongs to the owner of the nodes that use its result, if they agree; else to the
-     owner of its inputs, if they agree; else its owner is unknown, and the label says so.
+     owner of its inputs, if they agree; else its owner is unknown: the label says so and why, inside the nearest
+     module around all of them.
   6. Views and constants launch nothing of their own: they count only in a kernel made of nothing else.
 """
 
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor
 from torch.fx import Graph, Node
 
-__all__ = ["Before", "Chain", "Owners", "Row", "Step", "common", "input_shapes", "owners_of"]
+__all__ = ["NO_RECORD", "Before", "Chain", "Owners", "Row", "Step", "common", "input_shapes", "owners_of"]
 
 
 class Step(NamedTuple):
@@ -38,10 +39,15 @@ Chain = tuple[Step, ...]
 
 
 class Row(NamedTuple):
-    """Who owns a kernel: the chains of all modules in it (distinct, in program order), and whether some are unknown."""
+    """Who owns a kernel: the chains of all modules in it (distinct, in program order), and why some are unknown (empty
+    where all are known). For what is not known, the chain is that of the nearest module around."""
 
     chains: tuple[Chain, ...]
-    unknown: bool
+    unknown: str = ""
+
+
+NOTHING_KNOWN = "made by the compiler for no operation of the model"
+NO_RECORD = "a compiler pass put it in without a record"
 
 
 # Operators that Inductor folds into whoever reads them. Matched on the name, so that every overload is covered.
@@ -202,11 +208,15 @@ class Owners:
         """The owners of one kernel."""
         nodes = [n for n in nodes if n.op not in ("placeholder", "output", "get_attr")]
         working = [n for n in nodes if not is_folded(n)] or nodes
+        if not working:
+            return Row((), NOTHING_KNOWN)
         found: dict[Chain, None] = {}
-        unknown = not working
+        unknown = ""
         for node in working:
             chains = self.chains(node, before)
-            unknown = unknown or not chains
+            if not chains:
+                unknown = NO_RECORD
+                chains = (common([*self._of(node.users), *self._of(node.all_input_nodes)]),)
             found.update(dict.fromkeys(chains))
         return Row(tuple(found), unknown)
 

@@ -79,7 +79,7 @@ def _implies(outer: tuple[str, str], inner: tuple[str, str]) -> bool:
 
 
 def moved_row(row: Any, moves: Moves) -> Any:
-    """A row with its paths moved; its owners unknown where the move is."""
+    """A row with its paths moved; where the move is unknown, its owners are and the region stands for them."""
     if moves is None:
         return row
     chains, unknown = row
@@ -89,15 +89,14 @@ def moved_row(row: Any, moves: Moves) -> Any:
         for anchor, path, hint, number in chain:
             for at, old, new in moves:
                 if at == anchor and new is None:
-                    steps, unknown = None, True
+                    steps, unknown = None, "which of several blocks this call is for cannot be told"
                 elif at == anchor and new is not None and (path == old or path.startswith(f"{old}.")):
                     path = new + path[len(old) :]
             if steps is None:
                 break
             steps.append((anchor, path, hint, number))
-        if steps is not None:
-            result.append(tuple(steps))
-    return tuple(result), unknown
+        result.append(() if steps is None else tuple(steps))
+    return tuple(dict.fromkeys(result)), unknown
 
 
 hide_module(globals())
