@@ -49,6 +49,7 @@ def missing() -> str | None:
         (debug, "set_kernel_post_grad_provenance_tracing"),
         (CustomGraphPass, "uuid"),
         (GraphLowering, "init_wrapper_code"),
+        (GraphLowering, "run"),
         (V, "graph"),
         (wrapper, "WrapperLine"),
         *((wrapper, name) for name in LAUNCHING if name in ("KernelCallLine", "ExternKernelAllocLine")),
@@ -56,7 +57,6 @@ def missing() -> str | None:
             (wrapper.PythonWrapperCodegen, name)
             for name in (
                 "writeline",
-                "write_provenance_debug_handle",
                 "run_wrapper_ir_passes",
                 "generate_return",
                 "get_graph_input_names",
@@ -94,20 +94,35 @@ def _patch_graph_lowering() -> None:
 
 
 def _patch_provenance() -> None:
-    """Inductor says of which scheduler nodes a kernel is made (a handle for each) and keeps only the names of their
-    origins. Keep the nodes. Modules that import the function when they are loaded hold it by name."""
-    from torch._inductor import debug
+    """Inductor says of which scheduler nodes a kernel is made, and keeps the names of their origins if it is asked to.
+    Keep the nodes. Modules that import the function when they are loaded hold it by name.
+
+    The passes must keep track of which node replaced which (provenance_tracking_level 1), but under that level some
+    kernels are named differently (the choices of max-autotune that are graphs): it ends where lowering begins."""
+    from torch._inductor import config, debug
+    from torch._inductor.graph import GraphLowering
+    from torch.fx.traceback import preserve_node_meta
 
     original = debug.set_kernel_post_grad_provenance_tracing
+    original_run = GraphLowering.run
 
     @functools.wraps(original)
-    def set_kernel_post_grad_provenance_tracing(node_schedule: Any, *args: Any, **kwargs: Any) -> Any:
-        handle = original(node_schedule, *args, **kwargs)
+    def set_kernel_post_grad_provenance_tracing(node_schedule: Any, kernel_name: Any, *args: Any, **kwargs: Any) -> Any:
         compilation = _active.compilation
-        if compilation is not None and handle is not None and isinstance(node_schedule, (list, tuple)):
-            compilation.schedules[handle] = list(node_schedule)
-        return handle
+        if compilation is not None and isinstance(node_schedule, (list, tuple)):
+            compilation.announced = (kernel_name, list(node_schedule))
+        return original(node_schedule, kernel_name, *args, **kwargs)
 
+    @functools.wraps(original_run)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _active.compilation is None:
+            return original_run(self, *args, **kwargs)
+        level = _active.compilation.provenance_level
+        config.trace.provenance_tracking_level = level  # compile_fx takes its patches back when this graph is compiled
+        with preserve_node_meta(level == 1):
+            return original_run(self, *args, **kwargs)
+
+    GraphLowering.run = run  # type: ignore[method-assign]
     for name, module in list(sys.modules.items()):
         if name.startswith("torch._inductor") and vars(module).get(original.__name__) is original:
             setattr(module, original.__name__, set_kernel_post_grad_provenance_tracing)
@@ -213,9 +228,11 @@ def compile_graph(
             compilation.forget()
 
     theirs = config_patches.get("post_grad_custom_post_pass", config.post_grad_custom_post_pass)
+    level = config_patches.get("trace.provenance_tracking_level", config.trace.provenance_tracking_level)
+    compilation.provenance_level = level
     patches = {
         **config_patches,
-        "trace.provenance_tracking_level": max(1, config.trace.provenance_tracking_level),
+        "trace.provenance_tracking_level": 1,  # the passes know this level and no other
         "post_grad_custom_post_pass": _cache_pass()(compilation.cache_key, theirs),
     }
     return compile_fx(graph_module, example_inputs, inner_compile=inner_compile, config_patches=patches)  # type: ignore[return-value]
@@ -267,11 +284,7 @@ def _with_ranges(base: Any) -> Any:
         self.fxnvtx_shapes = []
         self.fxnvtx_calling = False
         self.fxnvtx_here = None
-        self.fxnvtx_announced = (None, None)
         self.fxnvtx_ready = True
-
-    def write_provenance_debug_handle(self: Any, kernel_name: str, debug_handle: int | None = None) -> None:
-        self.fxnvtx_announced = (kernel_name, self.fxnvtx.schedules.get(debug_handle))
 
     def writeline(self: Any, line: Any) -> None:
         if _active.compilation is not None and not self.fxnvtx_calling:
@@ -304,10 +317,7 @@ def _with_ranges(base: Any) -> Any:
         self.wrapper_call.do_indent()
         self.wrapper_call.writeline("if _fxnvtx_at is not None: _fxnvtx_at.close()")
 
-    methods = {
-        f.__name__: f
-        for f in (fxnvtx_start, write_provenance_debug_handle, writeline, run_wrapper_ir_passes, generate_return)
-    }
+    methods = {f.__name__: f for f in (fxnvtx_start, writeline, run_wrapper_ir_passes, generate_return)}
     for name in ("codegen_partition_call", "codegen_subgraph_call", "codegen_subgraph_call_with_flattened_outputs"):
         if hasattr(base, name):
             methods[name] = _calling_below(base, name, owner_line)

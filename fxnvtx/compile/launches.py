@@ -3,9 +3,9 @@
 What launches is known, kind of line by kind of line; everything else is no launch. A form that is in neither list is
 no launch either and is remembered in `unknown_forms`, which the tests want empty under every version of torch.
 
-With provenance tracking on, Inductor announces each kernel (`write_provenance_debug_handle`) and the scheduler nodes
-it was made of. Launches without announcement say by themselves (`line.node`), or are being written for the scheduler's
-current node. Knows Inductor's internals as inductor.py does, which checks that they are there.
+Inductor announces each kernel and the scheduler nodes it was made of (set_kernel_post_grad_provenance_tracing).
+Launches without announcement say by themselves (`line.node`), or are being written for the scheduler's current node.
+Knows Inductor's internals as inductor.py does, which checks that they are there.
 """
 
 from __future__ import annotations
@@ -108,7 +108,8 @@ class Compilation:
         self.about = about
         self.backward = False
         self.before: Before | None = None
-        self.schedules: dict[int, list[Any]] = {}  # provenance handle -> the scheduler nodes of the kernel it announces
+        self.announced: tuple[str | None, list[Any]] = (None, [])  # a kernel and the scheduler nodes it is made of
+        self.provenance_level = 0  # the user's own setting
         self._lowered: dict[int, Lowered] = {}
         self._weights: set[Node] = set()
 
@@ -121,7 +122,7 @@ class Compilation:
     def forget(self) -> None:
         """A backward may be compiled later; until then no graph is kept."""
         self.before = None
-        self.schedules.clear()
+        self.announced = (None, [])
         self._lowered.clear()
         self._weights.clear()
         self.owners.forget()
@@ -181,20 +182,14 @@ def _launch_of(wrapper: Any, line: Any) -> Launch:
 
     compilation = cast(Compilation, wrapper.fxnvtx)
     lowered = compilation.lowered(V.graph)
-    name, schedule = wrapper.fxnvtx_announced
-    if type(line).__name__ == "KernelCallLine" and schedule is not None and _is_name(line, name):
+    name, schedule = compilation.announced
+    if type(line).__name__ == "KernelCallLine" and name is not None and getattr(line, "kernel_name", name) == name:
         nodes = lowered.of_schedule(_launched(schedule, getattr(line, "call_args", ())))
     else:
         node = lowered.node_of(getattr(line, "node", None))
         current = getattr(getattr(V.graph, "scheduler", None), "current_node", None)
         nodes = [node] if node is not None else lowered.of_schedule(() if current is None else (current,))
     return compilation.launch(nodes, lowered)
-
-
-def _is_name(line: Any, announced: str | None) -> bool:
-    """A kernel that was not announced must not get what was said about another."""
-    name = getattr(line, "kernel_name", None)
-    return name is None or name == announced
 
 
 def _launched(schedule: list[Any], arguments: Any) -> list[Any]:
