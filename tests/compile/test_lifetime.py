@@ -158,6 +158,6 @@ def test_reading_that_fails_leaves_the_compilation_alone(said, monkeypatch, wher
     assert recording.balanced
     assert recording.ranges[0].label == "net"
     if where == "owners":
-        assert recording.ranges[1].label == "owner unknown (?)"
+        assert recording.ranges[1].label == "owner unknown (its owner could not be looked up)"
     assert len(said()) == 1
     assert "reading is broken" in said()[0]
