@@ -23,6 +23,7 @@ from .control import controls_of, entry_of
 from .errors import FxnvtxError
 from .family import Family
 from .instrument import instrument, log_once, unwrapped
+from .methods import Methods, unwrapped_method
 from .names import DEFAULT_EXCLUDE, Pattern, walk_paths
 from .slot import SLOT, _traced
 
@@ -52,7 +53,8 @@ class Everything:
         self.depth = depth
         self.path = path
         self.layers = layers
-        self.family = Family()
+        self.methods = Methods(self.meet)
+        self.family = Family(self.methods.see)
         self._lock = threading.RLock()
         self._done: dict[int, weakref.ref[nn.Module]] = {}  # modules that were met and have no range of their own
         self._ours: dict[int, weakref.ref[nn.Module]] = {}  # the roots instrumented here
@@ -63,6 +65,7 @@ class Everything:
         self._compile = torch.compile
         torch.compile = _compile_with_layers(torch.compile)
         if self.layers:
+            self.methods.start()
             self.family.watch()
             self._before = nn.Module.__dict__[SLOT]
             setattr(nn.Module, SLOT, _Unmet(self))
@@ -75,6 +78,7 @@ class Everything:
         if self.layers:
             setattr(nn.Module, SLOT, self._before)
             self.family.unwatch()
+            self.methods.stop()
         torch.compile = self._compile
 
     def meet(self, module: nn.Module) -> None:
@@ -156,6 +160,7 @@ def _remember(where: dict[int, weakref.ref[nn.Module]], module: nn.Module) -> No
 def _compile_with_layers(original: Any) -> Any:
     @functools.wraps(original)
     def compile(*args: Any, backend: Any = "inductor", **kwargs: Any) -> Any:
+        args = (unwrapped_method(args[0]), *args[1:]) if args else args
         return original(*args, backend="fxnvtx" if backend == "inductor" else backend, **kwargs)
 
     return compile

@@ -26,6 +26,7 @@ _WITH_TORCH = frozenset(
         "instrument",
         "integrations",
         "levels",
+        "methods",
         "models",
         "names",
         "pipeline",
