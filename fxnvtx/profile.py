@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from .cli import writable_folder
 from .errors import ConfigError
 from .output import say, write_text
+from .report.options import refuse
 
 __all__ = ["profile_command"]
 
@@ -48,21 +50,27 @@ class Job:
     help="reference, two-stage, diffusers:<Class> or file.py:factory.",
 )
 @click.option("--prompt", default="a red fox on the moon", show_default=True)
-@click.option("--steps", type=click.IntRange(1), default=4, show_default=True, help="Denoising steps.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--steps", type=click.IntRange(1, 10_000), default=4, show_default=True, help="Denoising steps.")
+@click.option("--seed", type=click.IntRange(-(2**63), 2**63 - 1), default=0, show_default=True)
 @click.option("--size", default="tiny", show_default=True, help="Size of the reference models: tiny to xl.")
 @click.option("--compile", "compile_", is_flag=True, help="Compile the denoiser with torch.compile(backend='fxnvtx').")
 @click.option("--residency", multiple=True, metavar="COMPONENT=MODE", help="Like dit=layerwise-offload; repeatable.")
-@click.option("--depth", type=click.IntRange(0), help="Levels of modules below a component. Default: all.")
+@click.option("--depth", type=click.IntRange(0, 10_000), help="Levels of modules below a component. Default: all.")
 @click.option("--stages-only", is_flag=True, help="Request, stage, loop and step ranges without layers.")
-@click.option("--warmup", type=click.IntRange(0), default=1, show_default=True, help="Requests before the one shown.")
+@click.option(
+    "--warmup", type=click.IntRange(0, 10_000), default=1, show_default=True, help="Requests before the one shown."
+)
 @click.option("--model", help="For diffusers:<Class>: a local folder to load; without it, tiny random weights.")
 @click.option(
     "--nsys/--no-nsys", "nsys", default=None, help="Capture with Nsight Systems. Default: if it is installed."
 )
-@click.option("--rows", type=click.IntRange(1), default=60, show_default=True, help="Rows of the printed tree.")
+@click.option(
+    "--rows", type=click.IntRange(1, 1_000_000_000), default=60, show_default=True, help="Rows of the printed tree."
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("fxnvtx-profile"), show_default=True)
+@click.pass_context
 def profile_command(
+    context: click.Context,
     pipeline: str,
     prompt: str,
     steps: int,
@@ -81,12 +89,35 @@ def profile_command(
     """Run a diffusion pipeline and show where its time went, per request, stage, step, component, block and layer."""
     from .nsys import find_nsys
 
+    check_options(context, pipeline)
     job = Job(pipeline, prompt, steps, seed, size, compile_, _residency(residency), depth, stages_only, warmup, model)
     writable_folder(output)
     if nsys or (nsys is None and find_nsys() is not None):
         _under_nsys(output)
         return
     _in_process(job, output, rows)
+
+
+# kind of pipeline -> options that it does not have
+_LACKS = {
+    "built-in": ("model",),
+    "diffusers": ("residency", "size"),
+    "file": ("prompt", "steps", "seed", "size", "compile_", "residency", "stages_only", "model"),
+}
+
+
+def kind_of(pipeline: str) -> str:
+    """built-in, diffusers or file."""
+    if pipeline in BUILT_IN:
+        return "built-in"
+    return "diffusers" if pipeline.startswith("diffusers:") else "file"
+
+
+def check_options(context: click.Context, pipeline: str) -> None:
+    """Raise a usage error for an option that was given and that this kind of pipeline does not have."""
+    for name in _LACKS[kind_of(pipeline)]:
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            refuse(context, name, f"--pipeline {pipeline}")
 
 
 def _residency(given: tuple[str, ...]) -> dict[str, str]:
@@ -167,14 +198,10 @@ def _runner(job: Job) -> Run:
     """(is_warmup, on_step) -> result, for each kind of --pipeline."""
     if job.pipeline in BUILT_IN:
         return _built_in(job)
-    if job.residency:
-        raise ConfigError(f"--residency is for {' and '.join(BUILT_IN)}, not {job.pipeline}")
     if job.pipeline.startswith("diffusers:"):
         from .integrations.diffusers import runner
 
         return runner(job.pipeline.partition(":")[2], job)
-    if job.stages_only:
-        raise ConfigError(f"--stages-only has no meaning for {job.pipeline}")
     from .launch import factory_runner
 
     path, colon, factory = job.pipeline.rpartition(":")

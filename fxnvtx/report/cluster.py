@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import CaptureError, ConfigError
-from .gather import gather
+from .gather import Job, gather
 from .part import Part
 from .report import Report
 
@@ -34,7 +34,7 @@ def load_on(client: Client, *paths: str | os.PathLike[str], exact: bool = False)
     if not (hasattr(client, "map") and hasattr(client, "gather")):
         raise ConfigError("load_on needs a dask.distributed Client: pip install fxnvtx[cluster]")
 
-    def mapper(function: Callable[[tuple[str, bool]], list[Part]], items: list[tuple[str, bool]]) -> Any:
+    def mapper(function: Callable[[Job], list[Part]], items: list[Job]) -> Any:
         return client.gather(client.map(function, items, pure=False))
 
     return Report(gather([Path(path) for path in paths], exact, None, None, mapper))

@@ -12,6 +12,8 @@ from . import chrome, speedscope
 from .diff import diff
 from .folder import expanded
 from .load import load
+from .options import check_options, refuse
+from .order import ORDERS
 from .progress import Late
 from .recording import load_recording
 from .render_csv import render_csv
@@ -21,10 +23,12 @@ from .render_json import render_json
 from .render_text import render_text
 from .scrub import scrub
 from .views import VIEWS
+from .window import Numbers, Window
 
 __all__ = ["diff_command", "report_command"]
 
 CAPTURE = click.Path(path_type=Path)
+ROWS = click.IntRange(1, 1_000_000_000)
 FORMATS = ("text", "json", "csv", "html", "chrome", "speedscope")
 DIFF_FORMATS = ("text", "json", "csv")
 # the first that fits
@@ -42,20 +46,29 @@ _ENDINGS = (
 @click.command("report", short_help="what each module of a capture costs")
 @click.argument("captures", nargs=-1, required=True, type=CAPTURE, metavar="CAPTURE...")
 @click.option("--by", type=click.Choice(VIEWS), default="tree", show_default=True, help="what a row stands for")
-@click.option("--depth", type=click.IntRange(min=1), help="levels of the tree, or dotted parts of a module's name")
+@click.option("--depth", type=ROWS, help="levels of the tree, or dotted parts of a module's name")
 @click.option("--format", "form", type=click.Choice(FORMATS), help="default: what the ending of -o says, else text")
 @click.option("-o", "--output", type=CAPTURE, help="write to this file; -: to stdout")
 @click.option("--include", multiple=True, metavar="GLOB", help="only rows that match, with what is inside them")
 @click.option("--exclude", multiple=True, metavar="GLOB", help="no rows that match, nor what is inside them")
-@click.option("--fold", is_flag=True, help="one row for identical blocks, steps and requests")
+@click.option(
+    "--fold/--no-fold", default=None, help="one row for identical blocks, steps and requests; default: in text, by tree"
+)
 @click.option("--kernels", is_flag=True, help="device operations as rows under their range (tree only)")
 @click.option("--split-fused", is_flag=True, help="share fused kernels out over their modules: an estimate")
-@click.option("--limit", type=click.IntRange(min=1), help="at most so many rows (text only)")
-@click.option("--jobs", type=click.IntRange(min=1), help="how many files to read at once")
+@click.option("--sort", type=click.Choice(list(ORDERS)), help="largest first; in the tree among siblings")
+@click.option("--limit", type=ROWS, help="at most so many rows (text only)")
+@click.option("--requests", metavar="NUMBERS", help="only these requests, counted from 0: 2, or 1:4, or 0,3:")
+@click.option("--steps", metavar="NUMBERS", help="of each request only these steps: 5, or 2:, or 0,10:20")
+@click.option("--skip-warmup", is_flag=True, help="leave out the first request")
+@click.option("--keep-compile", is_flag=True, help="keep requests in which something was compiled")
+@click.option("--jobs", type=click.IntRange(1, 256), help="how many files to read at once")
 @click.option("--exact", is_flag=True, help="keep the running numbers of torch's emit_nvtx in the names")
 @click.option("--classes", type=CAPTURE, metavar="RECORDING", help="take the modules' classes from this recording")
 @click.option("--scrub", "scrubbed", is_flag=True, help="write a copy without environment, host and process names")
+@click.pass_context
 def report_command(
+    context: click.Context,
     captures: tuple[Path, ...],
     by: str,
     depth: int | None,
@@ -63,19 +76,27 @@ def report_command(
     output: Path | None,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
-    fold: bool,
+    fold: bool | None,
     kernels: bool,
     split_fused: bool,
+    sort: str | None,
     limit: int | None,
+    requests: str | None,
+    steps: str | None,
+    skip_warmup: bool,
+    keep_compile: bool,
     jobs: int | None,
     exact: bool,
     classes: Path | None,
     scrubbed: bool,
 ) -> None:
-    """Read captures (nsys .sqlite or .nsys-rep) and recordings, and say which module of which step costs what.
+    """Read captures (nsys .sqlite or .nsys-rep), traces (torch.profiler's, Chrome's, speedscope's; .gz) and recordings,
+    and say which module of which step costs what.
 
     Several files are several ranks: their times add up, and every row says how far the ranks are apart. A folder stands
     for the captures in it, or else for its recordings.
+
+    In text, the tree is folded: one row for identical blocks, steps and requests (--no-fold: each of its own).
 
     \b
     calls     how often the range ran (-: replayed by a CUDA graph, no Python ran)
@@ -89,15 +110,19 @@ def report_command(
     skew      how far the ranks are apart: (highest - lowest) / highest
     ~         an estimate (--split-fused)
     """
+    form = form or ("scrub" if scrubbed else _format_of(output))
+    if fold is None:
+        fold = form == "text" and by == "tree"
+    check_options(context, "scrub" if scrubbed else form, by, fold)
     captures = tuple(expanded(captures))
     if scrubbed:
         if output is None or len(captures) != 1:
             raise click.UsageError("--scrub needs one capture, and -o FILE for the copy")
         wrote(scrub(captures[0], output))
         return
-    form = form or _format_of(output)
     if form in ("html", "chrome", "speedscope") and output is None:
         raise click.UsageError(f"--format {form} needs -o FILE")
+    window = _window(requests, steps, skip_warmup, keep_compile)
     inputs = [*captures, *([classes] if classes else [])]
     check_target(output, inputs)
     if form in ("chrome", "speedscope"):
@@ -107,10 +132,12 @@ def report_command(
         wrote(written)
         return
     with Late(f"reading {captures[0].name}") as tick:
-        found = load(*captures, exact=exact, jobs=jobs, tick=tick)
+        found = load(*captures, exact=exact, jobs=jobs, tick=tick, window=window)
     if classes is not None:
         found.classes.update(load_recording(classes).classes)
     chosen = {"include": include, "exclude": exclude, "fold": fold, "kernels": kernels, "split_fused": split_fused}
+    if form != "html":
+        chosen["sort"] = sort
     if form == "text":
         text = render_text(found, by, depth, color=_colored(output), limit=limit, **chosen)  # type: ignore[arg-type]
     elif form == "json":
@@ -125,15 +152,31 @@ def report_command(
 @click.command("diff", short_help="what changed between two captures")
 @click.argument("a", type=CAPTURE)
 @click.argument("b", type=CAPTURE)
-@click.option("--depth", type=click.IntRange(min=1), help="only modules with at most so many dotted parts")
+@click.option("--depth", type=ROWS, help="only modules with at most so many dotted parts")
 @click.option(
     "--format", "form", type=click.Choice(DIFF_FORMATS), help="default: what the ending of -o says, else text"
 )
 @click.option("-o", "--output", type=CAPTURE, help="write to this file; -: to stdout")
-@click.option("--limit", type=click.IntRange(min=1), help="at most so many rows (text only)")
+@click.option("--limit", type=ROWS, help="at most so many rows (text only)")
 @click.option("--split-fused", is_flag=True, help="share fused kernels out over their modules: an estimate")
+@click.option("--requests", metavar="NUMBERS", help="of both sides only these requests: 2, or 1:4, or 0,3:")
+@click.option("--steps", metavar="NUMBERS", help="of each request only these steps: 5, or 2:, or 0,10:20")
+@click.option("--skip-warmup", is_flag=True, help="leave out the first request of both sides")
+@click.option("--keep-compile", is_flag=True, help="keep requests in which something was compiled")
+@click.pass_context
 def diff_command(
-    a: Path, b: Path, depth: int | None, form: str | None, output: Path | None, limit: int | None, split_fused: bool
+    context: click.Context,
+    a: Path,
+    b: Path,
+    depth: int | None,
+    form: str | None,
+    output: Path | None,
+    limit: int | None,
+    split_fused: bool,
+    requests: str | None,
+    steps: str | None,
+    skip_warmup: bool,
+    keep_compile: bool,
 ) -> None:
     """Compare two captures module by module: B minus A.
 
@@ -141,14 +184,26 @@ def diff_command(
     the scatter over steps explains; how two runs differ as a whole (clocks, temperature) cannot be seen from inside.
     """
     form = form or _format_of(output, DIFF_FORMATS)
+    if limit is not None and form != "text":
+        refuse(context, "limit", f"--format {form}")
     check_target(output, [a, b])
+    window = _window(requests, steps, skip_warmup, keep_compile)
     with Late(f"reading {a.name} and {b.name}") as tick:
-        found = diff(load(a, tick=tick), load(b, tick=tick), depth, split_fused)
+        found = diff(load(a, tick=tick, window=window), load(b, tick=tick, window=window), depth, split_fused)
     if form == "text":
         text = diff_text(found, limit=limit, color=_colored(output))
     else:
         text = diff_json(found) if form == "json" else diff_csv(found)
     _give(text, output, [a, b])
+
+
+def _window(requests: str | None, steps: str | None, skip_warmup: bool, keep_compile: bool) -> Window:
+    return Window(
+        None if requests is None else Numbers.read(requests),
+        None if steps is None else Numbers.read(steps),
+        skip_warmup,
+        keep_compile,
+    )
 
 
 def _format_of(output: Path | None, known: tuple[str, ...] = FORMATS) -> str:

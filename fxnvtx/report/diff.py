@@ -85,6 +85,9 @@ def diff(a: Report, b: Report, depth: int | None = None, split: bool = False) ->
             )
         )
     _note_moves(rows, notes)
+    for note in dict.fromkeys([*a.notes, *b.notes]):
+        sides = " and ".join(side for side, report in (("A", a), ("B", b)) if note in report.notes)
+        notes.append(f"{sides}: {note}")
     rows.sort(key=lambda row: (row.verdict in (ONLY_A, ONLY_B), row.verdict == NOISE, -abs(row.delta), row.name))
     return Comparison(measure, rows, notes)
 
@@ -121,19 +124,26 @@ def _samples(report: Report, measure: str, depth: int | None, split: bool) -> di
         if split:
             root = split_fused(root)
             total(root)
-        todo: list[tuple[Node, int, bool, frozenset[str]]] = [(root, unit, False, frozenset())]
+        inside: dict[str, int] = {}  # name -> how many of its ranges are around here
+        # a range, the repetition it is in, and whether that is a step; a name whose range ends here
+        todo: list[tuple[Node, int, bool] | str] = [(root, unit, False)]
         while todo:
-            node, unit, in_step, around = todo.pop()
+            item = todo.pop()
+            if isinstance(item, str):
+                inside[item] -= 1
+                continue
+            node, unit, in_step = item
             kind = category_of(node.name)
             if not in_step and kind in (STEP, REQUEST):
                 unit, in_step = id(node), kind == STEP
             name = _key(node)
-            if name is not None and name not in around:
-                around = around | {name}
-                if depth is None or name.count(".") < depth:
+            if name is not None:
+                if not inside.get(name, 0) and (depth is None or name.count(".") < depth):
                     values = found.setdefault(name, {})
                     values[unit] = values.get(unit, 0) + (node.gpu if measure == "gpu" else node.cpu)
-            todo.extend((kid, unit, in_step, around) for kid in reversed(node.ordered()))
+                inside[name] = inside.get(name, 0) + 1
+                todo.append(name)
+            todo.extend((kid, unit, in_step) for kid in reversed(node.ordered()))
     return {name: list(values.values()) for name, values in found.items()}
 
 

@@ -39,8 +39,15 @@ def exported(path: Path, tick: Callable[[int], None] | None = None) -> Iterator[
                         tick(0)
         if code or not target.exists():
             said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-            raise ToolError(
-                f"nsys could not export {path}: {said[-1] if said else f'exit code {code}'};"
-                " a newer nsys wrote it perhaps: use that one"
-            )
+            raise ToolError(f"nsys could not export {path}: {_reason(said, code).replace(str(target), 'its export')}")
         yield target
+
+
+def _reason(said: list[str], code: int) -> str:
+    """The line of nsys that tells most: of a file that a newer one wrote, the line that says which."""
+    lines = [" ".join(line.split()) for line in said if line.strip()]
+    for word in ("newer", "created", "version"):
+        telling = [line for line in lines if word in line.lower()]
+        if telling:
+            return f"{telling[0]} (use the nsys that wrote it)"
+    return f"{lines[-1] if lines else f'exit code {code}'}; a newer nsys wrote it perhaps: use that one"

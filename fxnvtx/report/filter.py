@@ -7,13 +7,19 @@ from fnmatch import fnmatchcase
 
 from .tree import SUMS, Node, total
 
-__all__ = ["filtered", "matches"]
+__all__ = ["by_path", "filtered", "matches"]
 
 _OWN_SUMS = tuple(name for name in SUMS if name not in ("calls", "open"))
 
 
 def matches(text: str, path: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatchcase(text, pattern) or fnmatchcase(path, pattern) for pattern in patterns)
+    """Whether a glob matches the name, or the path where it has a "/" in it."""
+    return any(fnmatchcase(text, pattern) or ("/" in pattern and fnmatchcase(path, pattern)) for pattern in patterns)
+
+
+def by_path(patterns: tuple[str, ...]) -> bool:
+    """Whether paths are wanted at all: those of a deep tree are much text."""
+    return any("/" in pattern for pattern in patterns)
 
 
 def filtered(
@@ -24,6 +30,7 @@ def filtered(
     A range on the way keeps of its time what was kept inside it. `alias`: another name that a range can be meant by.
     """
     copy = Node(root.name, None)
+    paths = by_path((*include, *exclude))
     way: set[int] = set()
     changed: list[Node] = []
     # node, its copy's parent, the path above, whether an enclosing range matched
@@ -31,7 +38,7 @@ def filtered(
     order: list[tuple[Node, bool]] = []
     while todo:
         node, above, before, inside = todo.pop()
-        path = f"{before}/{node.name.text}" if before else node.name.text
+        path = "" if not paths else f"{before}/{node.name.text}" if before else node.name.text
         other = alias(node) or node.name.text
         if matches(node.name.text, path, exclude) or matches(other, other, exclude):
             changed.append(above)

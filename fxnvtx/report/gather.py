@@ -14,11 +14,12 @@ from typing import Protocol
 from .. import errors
 from ..errors import CaptureError
 from .part import Part
+from .window import WHOLE, Window
 
 __all__ = ["gather", "read_one"]
 
 _WORTH_IT = 64 << 20  # bytes
-Job = tuple[str, bool]  # path, exact
+Job = tuple[str, bool, Window]  # path, exact, what counts
 
 
 class Mapper(Protocol):
@@ -31,21 +32,26 @@ def read_one(job: Job) -> list[Part]:
     """What every worker runs: the processes of one file."""
     from .load import read_file
 
-    return read_file(Path(job[0]), job[1])
+    return read_file(Path(job[0]), job[1], window=job[2])
 
 
 def gather(
-    files: list[Path], exact: bool, jobs: int | None, tick: Callable[[int], None] | None, mapper: Mapper | None = None
+    files: list[Path],
+    exact: bool,
+    jobs: int | None,
+    tick: Callable[[int], None] | None,
+    mapper: Mapper | None = None,
+    window: Window = WHOLE,
 ) -> list[Part]:
     """The parts of all files, in the order of the files."""
-    work = [(str(path), exact) for path in files]
+    work = [(str(path), exact, window) for path in files]
     workers = min(len(files), jobs or _useful(files))
     if mapper is not None:
         results = mapper(read_one, work)
     elif workers < 2:
         from .load import read_file
 
-        results = (read_file(path, exact, tick) for path in files)
+        results = (read_file(path, exact, tick, window) for path in files)
     else:
         results = _in_processes(work, workers, tick)
     return [part for parts in results for part in parts]
@@ -73,7 +79,8 @@ def _in_process(job: Job) -> list[Part]:
     once more where that has no `if __name__ == "__main__"`."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     done = subprocess.run(
-        [sys.executable, "-m", "fxnvtx.report.worker", job[0], "exact" if job[1] else "clean"],
+        [sys.executable, "-m", "fxnvtx.report.worker"],
+        input=pickle.dumps(job),
         capture_output=True,
         env=environment,
     )

@@ -14,6 +14,7 @@ from .nsys import PUSH_POP, START_END, Reader
 from .recording import damaged_recording, spans_of
 from .schema import damaged, detect, open_capture
 from .sweep import Span
+from .trace import converted
 
 __all__ = ["Process", "Work", "nested", "processes"]
 
@@ -41,7 +42,9 @@ def processes(source: Recording | Path, files: ExitStack, exact: bool = True) ->
     if kind == "recording":
         files.enter_context(damaged_recording(str(source)))
         return [_recorded(Recording.load(source), str(source))]
-    path = files.enter_context(exported(source)) if kind == "nsys-rep" else source
+    path = source
+    if kind in ("nsys-rep", "trace"):
+        path = files.enter_context(exported(source) if kind == "nsys-rep" else converted(source))
     connection = open_capture(path)
     files.callback(connection.close)
     files.enter_context(damaged(source))

@@ -25,15 +25,25 @@ __all__ = [
 UNKNOWN = "cannot attribute: "
 
 # torch.autograd.profiler.emit_nvtx numbers every op, so that no two ranges would ever share a row
-_NUMBERS = re.compile(r", (?:op_id|seq|seqid) = \d+")
+_NUMBERS = re.compile(r", (?:(?:op_id|seq|seqid) = \d+|input_op_ids = \[[^\]]*\])")
+_DICT_MODULE = re.compile(r"^\{'Module': ?'([^']+)'")
+_DICT_INPUTS = re.compile(r"'Inputs': ?(\[\[.*?\]\])(?=, ?'|\})")
 _REQUEST = re.compile(r"^request[#_: ]?\d*$")
 _STAGE = re.compile(r"^stage[_:]")
 _LOOP = re.compile(r"^\w*denoising_loop$")
 _STEP = re.compile(r"^(?:\w*denoising_)?step(?:[_# \[]?\d.*)?$")
+# other programs' steps: Megatron's `iteration 10` and `Step 10 to 20`, TensorRT-LLM's `_forward_step 12: 3 ctx reqs`,
+# torch.profiler's `ProfilerStep#3`, and their like
+_OTHER_STEP = re.compile(
+    r"^(?:\[\w+\] ?)?_?(?:(?:forward|train|training|decode|generation|inference|profiler)[_ ]?)?"
+    r"(?:step|iteration|iter)s?[ _#:=]*\[?\d.*$",
+    re.IGNORECASE,
+)
 _RESIDENCY = re.compile(r"^residency[.:]")
 _OP = re.compile(r"^(?:\w+::\w+|autograd::|\w+Backward\d*$)")
 _MODULE = re.compile(r"^[A-Za-z_]\w*(?:\.\w+)*(?: in=\[.*\])?$")
 _FUSED = re.compile(r"^fused\((.*)\)$")
+_LAYER = re.compile(r"\b((?:layer|block|stage|decoder|encoder)s?[_ ])\d+(?=[_. ]|$)", re.IGNORECASE)  # `layer_3_attn`
 _DIGITS = re.compile(r"\d+")
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")  # timesteps may have a fraction
 
@@ -47,8 +57,18 @@ class Name(NamedTuple):
 
 
 def clean(text: str) -> str:
-    """The text without the running numbers that torch's emit_nvtx adds."""
-    return _NUMBERS.sub("", text) if " = " in text else text
+    """The text as fxnvtx would write it: without the running numbers that torch's emit_nvtx adds, shapes behind ` in=`,
+    and of the dict-like text of vLLM's and NVIDIA's module hooks the module and its shapes."""
+    if " = " in text:
+        text = _NUMBERS.sub("", text)
+        head, mark, shapes = text.partition(", sizes = ")
+        return f"{head} in={shapes}" if mark else text
+    if text.startswith("{"):
+        module = _DICT_MODULE.match(text)
+        if module:
+            inputs = _DICT_INPUTS.search(text)
+            return f"{module[1]} in={inputs[1]}" if inputs else module[1]
+    return text
 
 
 @lru_cache(maxsize=100_000)
@@ -59,6 +79,7 @@ def infer_category(text: str) -> str:
         (_STAGE, "stage"),
         (_LOOP, "loop"),
         (_STEP, "step"),
+        (_OTHER_STEP, "step"),
         (_RESIDENCY, "residency"),
         (_OP, "op"),
         (_MODULE, "module"),
@@ -140,6 +161,7 @@ def fold(text: str, category: str) -> str:
     if owners:
         return f"fused({', '.join(_folded_owners(owners))})"
     head, mark, tail = text.partition(" in=")
+    head = _LAYER.sub(r"\1*", head)
     return re.sub(r"(?<=\.)\d+(?=[.,)]|$)", "*", head) + mark + tail
 
 

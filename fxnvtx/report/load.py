@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from .nsys import read_sqlite
 from .part import Part
 from .recording import load_recording, read_recording
 from .report import Report
+from .trace import converted, is_gzip
+from .window import WHOLE, Window
 
 __all__ = ["from_recording", "load", "read_file"]
 
@@ -28,40 +31,50 @@ def from_recording(recording: Recording, source: str = "this process") -> Report
     return Report([read_recording(recording, source)])
 
 
-def read_file(path: Path, exact: bool = False, tick: Callable[[int], None] | None = None) -> list[Part]:
-    """The processes of one file: a recording, an SQLite export, or a .nsys-rep (where nsys is installed)."""
+def read_file(
+    path: Path, exact: bool = False, tick: Callable[[int], None] | None = None, window: Window = WHOLE
+) -> list[Part]:
+    """The processes of one file: a recording, a trace (Kineto, Chrome, speedscope), an SQLite export, or a .nsys-rep
+    (where nsys is installed)."""
     rank = rank_of(path)
     kind = kind_of(path)
     if kind == "recording":
-        part = load_recording(path, exact)
+        part = load_recording(path, exact, window)
         if part.rank is None:
             part.rank = rank
         return [part]
     if kind == "spool":
-        return [read_recording(read_spool(path), str(path), exact)]
-    if kind == "nsys-rep":
-        with exported(path, tick) as sqlite:
-            parts = read_sqlite(sqlite, exact, tick, rank)
-        for part in parts:
-            part.source = str(path)
-        return parts
-    return read_sqlite(path, exact, tick, rank)
+        return [read_recording(read_spool(path), str(path), exact, window)]
+    if kind == "sqlite":
+        return read_sqlite(path, exact, tick, rank, window=window)
+    with exported(path, tick) if kind == "nsys-rep" else converted(path) as sqlite:
+        return read_sqlite(sqlite, exact, tick, rank, path, window)
 
 
 def kind_of(path: Path) -> str:
-    """recording, spool, sqlite or nsys-rep, by what the file begins with."""
+    """recording, spool, trace, sqlite or nsys-rep, by what the file begins with."""
     if path.suffix == SUFFIX:
         return "spool"
     try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise CaptureError(f"{path} is a folder: name the captures in it")
+        if not stat.S_ISREG(mode):
+            raise CaptureError(f"{path} is a pipe or a device: captures are read from files, save it to one first")
         with open(path, "rb") as file:
-            head = file.read(64)
-    except OSError as error:
-        raise CaptureError(f"cannot read {path}: {error.strerror or error}") from error
+            head = file.read(4096)
+    except (OSError, ValueError) as error:
+        raise CaptureError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
     if head.startswith(b"SQLite format 3\0"):
         return "sqlite"
     if path.suffix in {".nsys-rep", ".qdrep"}:
         return "nsys-rep"
-    if head.lstrip()[:1] == b"{":
+    if is_gzip(head):
+        return "trace"
+    begin = head.lstrip()[:1]
+    if begin == b"[" or (begin == b"{" and b'"fxnvtx-recording"' not in head and len(head.strip()) > 2):
+        return "trace"
+    if begin == b"{":
         return "recording"
     return "sqlite"  # whose reader says what is wrong with it
 
@@ -77,13 +90,28 @@ def load(
     exact: bool = False,
     jobs: int | None = None,
     tick: Callable[[int], None] | None = None,
+    window: Window = WHOLE,
 ) -> Report:
-    """Read captures and recordings, several at once in parallel processes, into one report.
+    """Read captures, traces and recordings, several at once in parallel processes, into one report.
 
     exact: keep the running numbers that torch's emit_nvtx puts into names. jobs: how many processes read (default: as
-    many as pay, up to the number of cores). tick: called with the number of rows read since the last call.
-    Raises CaptureError, in one line, for a file that cannot be read.
+    many as pay, up to the number of cores). tick: called with the number of rows read since the last call. window:
+    which requests and steps count. Raises CaptureError, in one line, for a file that cannot be read.
     """
     if not paths:
         raise CaptureError("no capture given: name at least one .sqlite, .nsys-rep or recording")
-    return Report(gather(expanded(paths), exact, jobs, tick))
+    files: dict[object, Path] = {}
+    again: list[Path] = []
+    for path in expanded(paths):
+        try:
+            found = path.stat()
+            identity: object = (found.st_dev, found.st_ino)
+        except (OSError, ValueError):
+            identity = path  # its reader says what is wrong with it
+        if identity in files:
+            again.append(path)
+        else:
+            files[identity] = path
+    report = Report(gather(list(files.values()), exact, jobs, tick, window=window))
+    report.notes.extend(f"{path} was named twice and read once" for path in again)
+    return report

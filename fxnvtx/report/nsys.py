@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..categories import MODULE
+from ..categories import COMPILE, MODULE
 from ..categories import PIECE as PIECE_CATEGORY
+from ..errors import CaptureError
 from .graphs import BEFORE, LEVEL, NO_TABLE, GraphNodes, place
 from .labels import UNKNOWN, Name, clean, infer_category, numbered
 from .ops import COPY, GRAPH, KERNEL, PROCESS, Op, launches, stage, strays
 from .overlap import Compute, Shared
 from .part import Part
-from .schema import Schema, damaged, detect, open_capture
+from .schema import HOW_TO_RECORD, Schema, damaged, detect, open_capture
 from .sweep import OUTSIDE, PIECE, Span, Sweep
 from .tree import Node, Tree
+from .window import WHOLE, Omitted, Window, omitted
 
 __all__ = ["read_sqlite"]
 
@@ -26,21 +29,26 @@ CROSS_THREAD = "ranges that end on another thread than they began on were left o
 
 
 def read_sqlite(
-    path: Path, exact: bool = False, tick: Callable[[int], None] | None = None, rank: int | None = None
+    path: Path,
+    exact: bool = False,
+    tick: Callable[[int], None] | None = None,
+    rank: int | None = None,
+    shown: Path | None = None,
+    window: Window = WHOLE,
 ) -> list[Part]:
     """One `Part` per process that emitted ranges or did device work.
 
     exact: keep the running numbers of torch's emit_nvtx in the names. tick: called now and then with the number of
-    rows read since the last call. Raises CaptureError.
+    rows read since the last call. shown: the file that `path` was made from. Raises CaptureError.
     """
     connection = open_capture(path)
     try:
         if tick is not None:
             # while SQLite sorts, no row comes out; this keeps whoever watches informed
             connection.set_progress_handler(lambda: tick(0), 5_000_000)
-        with damaged(path):
-            schema = detect(connection, path)
-            return Reader(connection, schema, path, exact, tick).read(rank)
+        with damaged(shown or path):
+            schema = detect(connection, shown or path)
+            return Reader(connection, schema, shown or path, exact, tick, window).read(rank)
     finally:
         connection.close()
 
@@ -53,16 +61,19 @@ class Reader:
         path: Path,
         exact: bool,
         tick: Callable[[int], None] | None,
+        window: Window = WHOLE,
     ) -> None:
         self.connection = connection
         self.schema = schema
         self.path = path
         self.exact = exact
+        self.window = window
         self.tick = tick
         self.notes: list[str] = list(schema.notes)
         self.texts: dict[int, str] = {}
         assert schema.nvtx is not None
         self.nvtx = schema.nvtx
+        self.has_ranges = schema.nvtx.name in schema.tables  # a table of them, be it empty
         self.has_strings = schema.strings is not None
         self.copy_names = self._enum("ENUM_CUDA_MEMCPY_OPER")
         self.domains, self.categories = self._registered()
@@ -78,6 +89,8 @@ class Reader:
             self.notes.append("the export has no CUDA API calls: device work cannot be put under ranges")
         parts = [self._process(pid, seen) for pid in pids]
         parts = [part for part in parts if part.tree.root.kids or part.side.root.kids]
+        if not parts and not self.has_ranges:
+            raise CaptureError(f"{self.path} holds neither NVTX ranges nor work of a device: {HOW_TO_RECORD}")
         if not parts:
             self.notes.append("the capture holds no push/pop range")
             parts = [Part(str(self.path), 0)]
@@ -235,7 +248,12 @@ class Reader:
             # first, because the thread that replays may come before the one that captured
             Sweep(Tree(), filler.captured).run(self.spans(pid, PUSH_POP), graph.points())
         sweep = Sweep(part.tree, filler.launch, compute.watch, gpu=self.operations > 0)
-        sweep.run(self.spans(pid, PUSH_POP), launches(self.connection, self.schema, pid, seen))
+        left_out = self._omitted(pid)
+        part.notes.extend(left_out.notes)
+        sweep.run(
+            left_out.without(self.spans(pid, PUSH_POP)),
+            left_out.without(launches(self.connection, self.schema, pid, seen)),
+        )
         for op in strays(self.connection, pid, seen):
             filler.add(part.tree.child(part.tree.root, NO_LAUNCH), op)
         shared.settle()
@@ -248,6 +266,13 @@ class Reader:
             part.notes.append(f"{sweep.crossing:,} ranges cross another one instead of lying inside it")
         self._side(part, pid)
         return part
+
+    def _omitted(self, pid: int) -> Omitted:
+        window = self.window
+        some = any(owner[0] == pid and name == COMPILE for owner, name in self.categories.items())
+        if not some and not window.compiling:
+            window = replace(window, compiling=True)  # nothing was: saves a pass over the ranges
+        return omitted(lambda: self.spans(pid, PUSH_POP), window)
 
     def _side(self, part: Part, pid: int) -> None:
         """Start/end ranges: they nest in nothing, so they get a tree of their own that no total counts."""

@@ -9,17 +9,21 @@ from pathlib import Path
 
 from ..categories import MODULE
 from ..categories import PIECE as PIECE_CATEGORY
-from ..errors import CaptureError
+from ..errors import CaptureError, FxnvtxError
 from ..recording import Range, Recording
 from .labels import Name, clean, infer_category, numbered
 from .overlap import Compute
 from .part import Part
+from .schema import one_line
 from .sweep import PIECE, Span, Sweep
+from .window import WHOLE, Window, omitted
 
 __all__ = ["damaged_recording", "load_recording", "read_recording", "spans_of"]
 
 
-def read_recording(recording: Recording, source: str = "recording", exact: bool = False) -> Part:
+def read_recording(
+    recording: Recording, source: str = "recording", exact: bool = False, window: Window = WHOLE
+) -> Part:
     """The tree of a recording. Launches are not in it: recordings know CPU time only."""
     meta = recording.meta
     part = Part(source, _number(meta.get("pid")) or 0, rank=_number(meta.get("rank")))
@@ -31,7 +35,10 @@ def read_recording(recording: Recording, source: str = "recording", exact: bool 
     try:
         compute = Compute(connection)
         with damaged_recording(source):
-            Sweep(part.tree, lambda node, both, what: None, compute.watch).run(spans_of(ranges, exact), ())
+            left_out = omitted(lambda: spans_of(ranges, exact), window)
+            part.notes.extend(left_out.notes)
+            spans = left_out.without(spans_of(ranges, exact))
+            Sweep(part.tree, lambda node, both, what: None, compute.watch).run(spans, ())
             compute.settle(None)
     finally:
         connection.close()
@@ -48,9 +55,9 @@ def damaged_recording(source: str) -> Iterator[None]:
     try:
         yield
     except (TypeError, AttributeError, ValueError, OverflowError, sqlite3.Error) as error:
-        if isinstance(error, CaptureError):
+        if isinstance(error, FxnvtxError):
             raise
-        raise CaptureError(f"{source} is a damaged fxnvtx recording: {error}") from error
+        raise CaptureError(f"{source} is a damaged fxnvtx recording: {one_line(error)}") from error
 
 
 def spans_of(ranges: list[Range], exact: bool = False) -> Iterator[Span]:
@@ -73,8 +80,8 @@ def spans_of(ranges: list[Range], exact: bool = False) -> Iterator[Span]:
         yield item.thread_id, item.start_ns, end, name, payload, item.end_ns is None
 
 
-def load_recording(path: Path, exact: bool = False) -> Part:
-    return read_recording(Recording.load(path), str(path), exact)
+def load_recording(path: Path, exact: bool = False, window: Window = WHOLE) -> Part:
+    return read_recording(Recording.load(path), str(path), exact, window)
 
 
 def _number(value: object) -> int | None:

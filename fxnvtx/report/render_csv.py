@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from ..printable import csv_cell
 from .report import Report
+from .rows import check_paths
 from .views import Row
 
 __all__ = ["COLUMNS", "render_csv"]
@@ -52,11 +53,14 @@ def render_csv(
     fold: bool = False,
     kernels: bool = False,
     split_fused: bool = False,
+    sort: str | None = None,
 ) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\r\n")
     writer.writerow(COLUMNS)
-    for row in report.rows(by, depth, include, exclude, fold, kernels, split_fused):
+    rows = report.rows(by, depth, include, exclude, fold, kernels, split_fused, sort)
+    check_paths(rows)
+    for row in rows:
         writer.writerow(_line(row))
     return out.getvalue()
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from ..printable import json_text
 from .report import Report
+from .rows import check_paths
 from .views import Row
 
 __all__ = ["FORMAT", "VERSION", "document", "render_json", "row_fields"]
@@ -57,6 +58,8 @@ def render_json(
     fold: bool = False,
     kernels: bool = False,
     split_fused: bool = False,
+    sort: str | None = None,
 ) -> str:
-    rows = report.rows(by, depth, include, exclude, fold, kernels, split_fused)
+    rows = report.rows(by, depth, include, exclude, fold, kernels, split_fused, sort)
+    check_paths(rows)
     return json_text(document(report, rows, by), indent=1) + "\n"

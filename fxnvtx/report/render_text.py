@@ -28,12 +28,13 @@ def render_text(
     fold: bool = False,
     kernels: bool = False,
     split_fused: bool = False,
+    sort: str | None = None,
     color: bool = False,
     limit: int | None = None,
 ) -> str:
     """The table as text that fits `width` characters (default: the terminal). limit: at most so many rows, the
     number of rows left out is said."""
-    rows = report.rows(by, depth, include, exclude, fold, kernels, split_fused)
+    rows = report.rows(by, depth, include, exclude, fold, kernels, split_fused, sort)
     columns = width or shutil.get_terminal_size((120, 24)).columns
     shown = rows if limit is None else rows[:limit]
     lines = _table(report, shown, by, columns, color) if rows else [painted("no ranges to show", "yellow", color)]
@@ -80,7 +81,7 @@ def _table(report: Report, rows: list[Row], by: str, width: int, color: bool) ->
         if tree:
             # a tree deeper than the terminal is wide shows its depth as a number
             indent = "  " * row.depth if 2 * row.depth <= names // 2 else f"{row.depth}: ".rjust(names // 2)
-            above = row.path[-2] if len(row.path) > 1 else ""
+            above = row.above.name if row.above is not None else ""
         name = indent + shortened(printable(row.name), printable(above), max(8, names - len(indent)))
         lines.append(Line(name, tuple(texts[i][place] for i in chosen), _STYLE.get(row.kind, "")))
     titles = [Column(columns[i][0]) for i in chosen]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..errors import ConfigError
 from .labels import Name
+from .order import ORDERS, ordered
 from .part import Part
 from .tree import Node, merge_into, total
 from .views import Row, Selection, rows_of, tree_of
@@ -54,15 +56,19 @@ class Report:
         fold: bool = False,
         kernels: bool = False,
         split_fused: bool = False,
+        sort: str | None = None,
     ) -> list[Row]:
         """The rows of one view. Raises ConfigError for a view or a pattern that has no meaning.
 
         by: tree, request, stage, step, component, module, class, kernel or range. depth: levels of the tree, or
         dotted parts of a module's name. include, exclude: globs on names or on paths joined by "/". fold: identical
-        blocks, steps and requests become one row. kernels: device operations as rows under their range.
+        blocks, steps and requests become one row. kernels: device operations as rows under their range. sort: largest
+        first by one of order.ORDERS (default: as they ran; grouped ones by time).
         """
+        if sort is not None and sort not in ORDERS:
+            raise ConfigError(f"rows cannot be sorted by {sort!r}: choose one of {', '.join(ORDERS)}")
         chosen = Selection(by, depth, tuple(include), tuple(exclude), fold, kernels, split_fused)
-        return rows_of(self.root, self.side, self.parts, self.classes, chosen)
+        return ordered(rows_of(self.root, self.side, self.parts, self.classes, chosen), sort)
 
     def tree(
         self, include: Sequence[str] = (), exclude: Sequence[str] = (), fold: bool = False, split_fused: bool = False

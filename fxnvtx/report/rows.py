@@ -7,10 +7,13 @@ from dataclasses import dataclass, field
 from ..errors import ConfigError
 from .calls import Calls, Spread, spread_of
 
-__all__ = ["FLAT", "VIEWS", "Row", "Selection", "Spread"]
+__all__ = ["FLAT", "VIEWS", "Row", "Selection", "Spread", "check_paths"]
 
 VIEWS = ("tree", "request", "stage", "step", "component", "module", "class", "kernel", "range")
 FLAT = frozenset({"request", "stage", "step", "component"})  # no row lies inside another one
+
+
+MOST_TEXT = 64 << 20  # characters of all paths together that a format with paths in every row writes
 
 
 @dataclass(frozen=True)
@@ -101,3 +104,18 @@ class Row:
     @property
     def estimate(self) -> bool:
         return "estimate" in self.flags
+
+
+def check_paths(rows: list[Row]) -> None:
+    """Raise ConfigError where the paths of all rows together are more text than anybody could use."""
+    lengths: dict[int, int] = {}
+    total = 0
+    for row in rows:
+        length = lengths.get(id(row.above), 0) + len(row.name) + 1
+        lengths[id(row)] = length
+        total += length
+    if total > MOST_TEXT:
+        deep = max(row.depth for row in rows) + 1
+        raise ConfigError(
+            f"{len(rows):,} rows up to {deep:,} levels deep have {total >> 20:,} MiB of paths: use --depth or text"
+        )

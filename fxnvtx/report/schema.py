@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import CaptureError
+from ..errors import CaptureError, FxnvtxError
 
-__all__ = ["Schema", "Table", "damaged", "detect", "open_capture"]
+__all__ = ["HOW_TO_RECORD", "Schema", "Table", "damaged", "detect", "one_line", "open_capture"]
 
 _MAGIC = b"SQLite format 3\0"
 _SMALL = 64 << 20  # bytes; files up to this size are checked page by page before they are trusted
@@ -86,6 +86,18 @@ _KINDS: dict[str, tuple[str, set[str], set[str]]] = {
 }
 
 
+HOW_TO_RECORD = "record with `nsys profile --trace=nvtx,cuda ...`, check `fxnvtx doctor`"
+_NO_RANGES = Table(
+    "fx_no_ranges",
+    frozenset({"start", "end", "eventType", "globalTid", "endGlobalTid", "text", "textId", "domainId", "category"}),
+)
+
+
+def one_line(error: object) -> str:
+    """SQLite's errors about a schema span lines."""
+    return " ".join(str(error).split())
+
+
 @contextmanager
 def damaged(path: Path) -> Iterator[None]:
     """Turn whatever a broken file causes while it is read into one CaptureError."""
@@ -97,13 +109,22 @@ def damaged(path: Path) -> Iterator[None]:
                 f"{path} is locked: another program is writing it; wait for it, or read a copy"
             ) from error
         if "disk is full" in str(error) or "disk I/O" in str(error):
-            raise CaptureError(f"{path}: {error}; point SQLITE_TMPDIR to a disk with room for a copy of it") from error
-        raise CaptureError(f"{path} is damaged ({error}): export it again with `nsys export`") from error
+            raise CaptureError(
+                f"{path}: {one_line(error)}; point SQLITE_TMPDIR to a disk with room for a copy of it"
+            ) from error
+        journal = Path(f"{path}-journal")
+        if journal.exists() and journal.stat().st_size:
+            raise CaptureError(
+                f"{path} was being written when its program ended ({journal.name} is left): export it again, or let"
+                f" `sqlite3 {path.name} .tables` finish it"
+            ) from error
+        raise CaptureError(f"{path} is damaged ({one_line(error)}): export it again with `nsys export`") from error
     except (TypeError, OverflowError, UnicodeError, ValueError) as error:
-        if isinstance(error, CaptureError):
+        if isinstance(error, FxnvtxError):
             raise
         raise CaptureError(
-            f"{path} is damaged (a column holds what cannot be there: {error}): export it again with `nsys export`"
+            f"{path} is damaged (a column holds what cannot be there: {one_line(error)}):"
+            " export it again with `nsys export`"
         ) from error
 
 
@@ -133,7 +154,8 @@ def open_capture(path: Path) -> sqlite3.Connection:
 
 
 def detect(connection: sqlite3.Connection, path: Path) -> Schema:
-    """Which table is which. Raises CaptureError where nothing of Nsight Systems is there."""
+    """Which table is which. A capture without NVTX ranges gets an empty table of them, and a note. Raises CaptureError
+    where nothing of Nsight Systems is there."""
     tables: dict[str, Table] = {}
     for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
         if name.startswith(("ENUM_", "sqlite_")):
@@ -152,11 +174,11 @@ def detect(connection: sqlite3.Connection, path: Path) -> Schema:
             missing = ", ".join(sorted(needed - tables[usual].columns))
             schema.notes.append(f"table {usual} was not read: it has no column {missing}")
     if schema.nvtx is None:
-        if "META_DATA_EXPORT" in tables or schema.has_device_work or "StringIds" in tables:
-            raise CaptureError(
-                f"{path} holds no NVTX ranges: record with `nsys profile --trace=nvtx,cuda ...`, check `fxnvtx doctor`"
-            )
-        raise CaptureError(f"{path} is an SQLite file, but no export of Nsight Systems")
+        if not ("META_DATA_EXPORT" in tables or schema.has_device_work or "StringIds" in tables):
+            raise CaptureError(f"{path} is an SQLite file, but no export of Nsight Systems")
+        connection.execute(f"CREATE TEMP TABLE IF NOT EXISTS {_NO_RANGES.name} ({', '.join(_NO_RANGES.columns)})")
+        schema.nvtx = _NO_RANGES
+        schema.notes.append(f"the capture holds no NVTX ranges: {HOW_TO_RECORD}")
     return schema
 
 

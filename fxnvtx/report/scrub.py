@@ -13,7 +13,7 @@ from ..output import check_target, writing_file
 from ..recording import Recording
 from .export import exported
 from .load import kind_of
-from .schema import damaged, detect, open_capture
+from .schema import damaged, detect, one_line, open_capture
 
 __all__ = ["scrub"]
 
@@ -47,6 +47,8 @@ def scrub(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> Pat
         recording = Recording.load(origin)
         recording.meta = {key: value for key, value in recording.meta.items() if key in _KEPT_RECORDING}
         return recording.save(goal)
+    if kind == "trace":
+        raise CaptureError(f"{origin} is a trace, which --scrub does not know: scrub the capture that it was made from")
     if kind == "nsys-rep":
         with exported(origin) as sqlite:
             _scrub_sqlite(sqlite, goal)
@@ -81,7 +83,7 @@ def _written(goal: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.OperationalError as error:
-        raise OutputError(f"cannot write {goal}: {error}") from error
+        raise OutputError(f"cannot write {goal}: {one_line(error)}") from error
 
 
 def _copy(reader: sqlite3.Connection, writer: sqlite3.Connection, goal: Path) -> None:

@@ -7,7 +7,7 @@ inside another, in the others the `self` columns are each row's own. What no row
 from __future__ import annotations
 
 from .calls import merged
-from .filter import filtered, matches
+from .filter import by_path, filtered, matches
 from .keys import Keys
 from .labels import Folding, fused_owners
 from .part import Part
@@ -31,12 +31,15 @@ def rows_of(root: Node, side: Node, parts: list[Part], classes: dict[str, str], 
     whole = shown.gpu if gpu else shown.cpu
     rows = _view(shown, side, way, keys, chosen, gpu)
     if len(parts) > 1:
+        known: dict[tuple[int, str, str], int] = {}
+        places = _places(rows, known)
         for part in parts:
             own, own_way = _prepared(part.tree.root, keys, chosen)
             title = _title(part, parts)
-            measures = {_key(row): _measure(row, gpu) for row in _view(own, part.side.root, own_way, keys, chosen, gpu)}
-            for row in rows:
-                row.ranks[title] = measures.get(_key(row), 0)
+            theirs = _view(own, part.side.root, own_way, keys, chosen, gpu)
+            measures = dict(zip(_places(theirs, known), (_measure(row, gpu) for row in theirs), strict=True))
+            for place, row in zip(places, rows, strict=True):
+                row.ranks[title] = measures.get(place, 0)
     flat = chosen.by in FLAT or chosen.by == "kernel"
     for row in rows:
         row.gpu_each = gpu
@@ -51,8 +54,16 @@ def _measure(row: Row, gpu: bool, own: bool = False) -> int:
     return row.cpu_self if own else row.cpu
 
 
-def _key(row: Row) -> tuple[str, ...]:
-    return (row.kind, *row.path)
+def _places(rows: list[Row], known: dict[tuple[int, str, str], int]) -> list[int]:
+    """A number for each row that is the same for rows with the same path."""
+    numbers: dict[int, int] = {}
+    found = []
+    for row in rows:
+        above = -1 if row.above is None else numbers.get(id(row.above), -2)
+        number = known.setdefault((above, row.kind, row.name), len(known))
+        numbers[id(row)] = number
+        found.append(number)
+    return found
 
 
 def _prepared(root: Node, keys: Keys, chosen: Selection) -> tuple[Node, set[int]]:
@@ -162,28 +173,33 @@ def _grouped(root: Node, side: Node, way: set[int], keys: Keys, chosen: Selectio
     every = chosen.by == "range"
     roots = [(root, False)] + ([(side, True)] if every and not chosen.include else [])
     for start, aside in roots:
-        # node, the rows that hold a range around it, the innermost of them
-        todo: list[tuple[Node, frozenset[str], Row]] = [(k, frozenset(), outside) for k in reversed(start.ordered())]
+        inside: dict[str, int] = {}  # row -> how many of its ranges are around here
+        # a node and the innermost row around it; None and the row that ends here
+        todo: list[tuple[Node | None, Row]] = [(kid, outside) for kid in reversed(start.ordered())]
         while todo:
-            node, around, inner = todo.pop()
+            node, inner = todo.pop()
+            if node is None:
+                inside[inner.name] -= 1
+                continue
             name = None if id(node) in way else key(node)
             if name is not None:
                 row = rows.get(name)
                 if row is None:
                     kind = "side" if aside else "unknown" if node.is_unknown() else "range"
                     row = rows[name] = Row(name, 0, kind, node.name.category)
-                _accumulate(row, node, whole=every or name not in around)
-                inner = row
-                if every and name in around:
+                again = inside.get(name, 0) > 0
+                _accumulate(row, node, whole=every or not again)
+                if every and again:
                     row.twice += node.gpu if gpu else node.cpu
-                if name not in around:
-                    around = around | {name}
+                inner = row
+                inside[name] = inside.get(name, 0) + 1
+                todo.append((None, row))
             if inner is outside:
                 _own(outside, node)
             else:
                 inner.cpu_self += node.cpu_self
                 inner.gpu_self += node.gpu_self
-            todo.extend((kid, around, inner) for kid in reversed(node.ordered()))
+            todo.extend((kid, inner) for kid in reversed(node.ordered()))
     found = list(rows.values())
     found.sort(key=lambda row: (row.kind == "unknown", -(row.gpu if gpu else row.cpu)))  # stable: outer ones first
     return [*found, *_worth(outside)]
@@ -223,16 +239,15 @@ def _summary(rows: list[Row], by: str) -> list[Row]:
 
 def _kernels(root: Node, chosen: Selection) -> list[Row]:
     rows: dict[str, Row] = {}
+    paths = by_path((*chosen.include, *chosen.exclude))
     todo: list[tuple[Node, str, bool]] = [(root, "", not chosen.include)]
     while todo:
         node, before, inside = todo.pop()
-        path = f"{before}/{node.name.text}" if before else node.name.text
+        path = "" if not paths else f"{before}/{node.name.text}" if before else node.name.text
         if chosen.include or chosen.exclude:
             if matches(node.name.text, path, chosen.exclude):
                 continue
             inside = inside or matches(node.name.text, path, chosen.include)
-        else:
-            path = ""
         for name, (count, duration, credit) in (node.ops or {}).items():
             if not (inside or matches(name, name, chosen.include)) or matches(name, name, chosen.exclude):
                 continue

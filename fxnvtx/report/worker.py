@@ -1,4 +1,4 @@
-"""`python -m fxnvtx.report.worker PATH exact|clean`: read one capture, give its trees to the process that asked."""
+"""`python -m fxnvtx.report.worker`: read the capture that stdin names, give its trees to the process that asked."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def main() -> None:
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     try:
-        answer = ("parts", read_one((sys.argv[1], sys.argv[2] == "exact")))
+        answer = ("parts", read_one(pickle.load(sys.stdin.buffer)))
     except FxnvtxError as error:
         answer = (type(error).__name__, str(error))  # type: ignore[assignment]
     with out:

@@ -32,7 +32,8 @@ def run(*arguments: object, code: int = 0) -> str:
 
 
 def test_the_default_is_the_tree(capture: Path) -> None:
-    assert run("report", capture) == render_text(load(capture), width=120)
+    assert run("report", capture) == render_text(load(capture), width=120, fold=True)
+    assert run("report", capture, "--no-fold") == render_text(load(capture), width=120)
 
 
 @pytest.mark.parametrize("by", ["request", "step", "component", "module", "class", "kernel", "range"])

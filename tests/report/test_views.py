@@ -250,7 +250,7 @@ def test_categories_from_the_text(text: str, category: str) -> None:
 
 
 def test_texts() -> None:
-    assert clean("aten::mm, seq = 4, op_id = 12, sizes = [[2]]") == "aten::mm, sizes = [[2]]"
+    assert clean("aten::mm, seq = 4, op_id = 12, sizes = [[2]]") == "aten::mm in=[[2]]"
     assert fold("a.10.b.3", "module") == "a.*.b.*"
     assert fold("conv2d.3x3.1 in=[[2, 3]]", "module") == "conv2d.3x3.* in=[[2, 3]]"
     assert fold("denoising_step_4_t881", "step") == "denoising_step_*"

@@ -1,0 +1,205 @@
+"""Which requests and steps of a capture count: the wish, and the times that it leaves out (pure)."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from ..categories import COMPILE, REQUEST, STEP
+from ..errors import ConfigError
+from .labels import category_of, fold
+from .sweep import Point, Span
+
+__all__ = ["WHOLE", "Numbers", "Omitted", "Window", "omitted"]
+
+_PART = re.compile(r"^(\d*)(?:(:)(\d*))?$")
+_MOST = 1_000_000_000
+
+Item = TypeVar("Item", Span, Point)
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Numbers and Python-like ranges of them: `0,3`, `2:`, `1:4` (1, 2, 3)."""
+
+    parts: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def read(cls, text: str) -> Numbers:
+        """Raises ConfigError."""
+        found = []
+        for part in text.replace(" ", "").split(","):
+            match = _PART.match(part)
+            if not match or not part or len(part) > 22:
+                raise ConfigError(f"{text[:40]!r} names no requests or steps: write numbers and ranges like 0,3 or 2:5")
+            start = min(int(match[1] or 0), _MOST)
+            end = start + 1 if not match[2] else min(int(match[3]), _MOST) if match[3] else _MOST
+            if end <= start:
+                raise ConfigError(f"{part!r} is an empty range: the second number must be larger")
+            found.append((start, end))
+        return cls(tuple(found))
+
+    def __contains__(self, number: int) -> bool:
+        return any(start <= number < end for start, end in self.parts)
+
+
+@dataclass(frozen=True)
+class Window:
+    """requests, steps: which count, by their order within a process and within a request; None: all. warm: leave out
+    the first request. compiling: keep what compiles (otherwise requests in which something was compiled are left out,
+    where there are others)."""
+
+    requests: Numbers | None = None
+    steps: Numbers | None = None
+    warm: bool = False
+    compiling: bool = False
+
+    @property
+    def whole(self) -> bool:
+        return self.requests is None and self.steps is None and not self.warm and self.compiling
+
+
+WHOLE = Window(compiling=True)
+
+
+@dataclass
+class Omitted:
+    """Per thread the times that do not count, and sentences that say so."""
+
+    times: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def without(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The spans or points (thread first, then start and end) that lie outside of these times."""
+        if not self.times:
+            yield from items
+            return
+        starts = {thread: [start for start, _ in times] for thread, times in self.times.items()}
+        for item in items:
+            known = starts.get(item[0])
+            if known is not None:
+                place = bisect_right(known, item[1]) - 1
+                if place >= 0 and item[1] < self.times[item[0]][place][1]:
+                    continue
+            yield item
+
+
+@dataclass
+class _Unit:
+    """A request, or an outermost range where there are none, and the steps in it. index: among its kind."""
+
+    thread: int
+    start: int
+    end: int
+    request: bool
+    text: str
+    compiles: bool = False
+    steps: list[tuple[int, int]] = field(default_factory=list)
+
+
+def omitted(spans: Callable[[], Iterator[Span]], window: Window) -> Omitted:
+    """What the window leaves out of one process."""
+    found = Omitted()
+    if window.whole:
+        return found
+    units = _units(spans())
+    asked = [unit for unit in units if unit.request] or units
+    asked.sort(key=lambda unit: unit.start)
+    away: list[_Unit] = []
+    what = "requests" if any(unit.request for unit in units) else "outermost ranges"
+    if window.requests is not None:
+        away = [unit for number, unit in enumerate(asked) if number not in window.requests]
+        if len(away) == len(asked):
+            raise ConfigError(f"--requests leaves nothing: there are {len(asked):,} {what}, counted from 0")
+        away += [unit for unit in units if unit.request != asked[0].request]
+        found.notes.append(f"{len(asked) - sum(u in asked for u in away):,} of {len(asked):,} {what} are shown")
+    elif window.warm and len(asked) > 1:
+        away = [asked[0]]
+        found.notes.append(f"the first of {len(asked):,} {what} is left out (--skip-warmup)")
+    if not window.compiling:
+        _leave_out_compiling(units, asked, away, what, found.notes)
+    gone = {id(unit) for unit in away}
+    for unit in units:
+        if id(unit) in gone:
+            found.times.setdefault(unit.thread, []).append((unit.start, unit.end))
+        elif window.steps is not None:
+            for number, step in enumerate(unit.steps):
+                if number not in window.steps:
+                    found.times.setdefault(unit.thread, []).append(step)
+    if window.steps is not None:
+        kept = [unit for unit in units if id(unit) not in gone]
+        count = max((len(unit.steps) for unit in kept), default=0)
+        shown = max((sum(n in window.steps for n in range(len(unit.steps))) for unit in kept), default=0)
+        if not shown:
+            raise ConfigError(f"--steps leaves nothing: a request has {count:,} steps, counted from 0")
+        found.notes.append(f"{shown:,} of {count:,} steps of a request are shown, and what is outside of steps")
+    for times in found.times.values():
+        times.sort()
+    return found
+
+
+def _leave_out_compiling(
+    units: list[_Unit], asked: list[_Unit], away: list[_Unit], what: str, notes: list[str]
+) -> None:
+    """First calls compile: they would drown everything else."""
+    gone = {id(unit) for unit in away}
+    compiling = [unit for unit in units if unit.compiles and id(unit) not in gone]
+    if not compiling:
+        return
+    # what ran only once is shown, compilation and all: it would be gone altogether
+    alike = {_alike(unit) for unit in asked if not unit.compiles and id(unit) not in gone}
+    out = [unit for unit in compiling if _alike(unit) in alike]
+    away.extend(out)
+    if out:
+        notes.append(f"{len(out):,} {what} in which something was compiled are left out (--keep-compile shows them)")
+    if len(out) < len(compiling):
+        notes.append(f"compilation is part of the times of {len(compiling) - len(out):,} {what}: it ran in all alike")
+
+
+def _alike(unit: _Unit) -> str:
+    return fold(unit.text, REQUEST) if unit.request else unit.text
+
+
+def _units(spans: Iterator[Span]) -> list[_Unit]:
+    """The outermost requests; and the outermost ranges that hold none."""
+    units: list[_Unit] = []
+    outer: _Unit | None = None  # the outermost range around here
+    request: _Unit | None = None
+    step_end = -1
+    for thread, start, end, name, _payload, _open in spans:
+        if outer is None or outer.thread != thread or start >= outer.end:
+            outer = _Unit(thread, start, end, False, name.text)
+            request = None
+            step_end = -1
+            units.append(outer)
+        category = category_of(name)
+        if category == REQUEST and (request is None or start >= request.end):
+            if outer.start == start and outer.end == end and not outer.request and units[-1] is outer:
+                outer.request, request = True, outer
+            else:
+                request = _Unit(thread, start, end, True, name.text)
+                units.append(request)
+            step_end = -1
+        here = request if request is not None and start < request.end else outer
+        if category == COMPILE:
+            here.compiles = True
+        elif category == STEP and start >= step_end:
+            step_end = end
+            here.steps.append((start, end))
+    holders = _holding_requests(units)
+    return [unit for unit in units if id(unit) not in holders]
+
+
+def _holding_requests(units: list[_Unit]) -> set[int]:
+    """Outermost ranges around requests: the requests in them are the units."""
+    found: set[int] = set()
+    outer: _Unit | None = None
+    for unit in units:
+        if outer is None or outer.thread != unit.thread or unit.start >= outer.end:
+            outer = unit
+        elif unit.request and not outer.request:
+            found.add(id(outer))
+    return found
