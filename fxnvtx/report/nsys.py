@@ -160,7 +160,7 @@ class Reader:
             if table is not None:
                 found.update(
                     row[0]
-                    for row in self.connection.execute(f"SELECT DISTINCT globalPid FROM {table.sql}")
+                    for row in self.connection.execute(f"SELECT DISTINCT {self.schema.process(table)} FROM {table.sql}")
                     if row[0] is not None
                 )
         if lost:
@@ -212,7 +212,7 @@ class Reader:
                 name = (table.pick("demangledName", "shortName"), "copyKind", "0")[kind]
                 sources.append(
                     f"SELECT deviceId AS device, {table.pick('streamId', default='0')} AS stream, start, end,"
-                    f" {kind} AS kind, {name} AS name FROM {table.sql} WHERE globalPid = {pid} AND end >= start"
+                    f" {kind} AS kind, {name} AS name FROM {table.sql} WHERE {self.schema.process(table)} = {pid} AND end >= start"
                 )
         if not sources:
             return

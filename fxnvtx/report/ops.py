@@ -20,9 +20,9 @@ PROCESS = "~16777215"  # globalTid & this = globalPid: the low 24 bits are the t
 Op = tuple[int, int, int, int, int, int, int | None, int, int, int, int]
 
 
-def _source(table: Table, kind: int, name: str, size: str) -> str:
+def _source(schema: Schema, table: Table, kind: int, name: str, size: str) -> str:
     return (
-        f"SELECT correlationId AS corr, globalPid AS pid, deviceId AS device, start, end, {kind} AS kind,"
+        f"SELECT correlationId AS corr, {schema.process(table)} AS pid, deviceId AS device, start, end, {kind} AS kind,"
         f" {name} AS name, {table.pick('graphNodeId')} AS node, {size} AS size"
         # a graph whose times could not be collected has two zeros (CUPTI's CUpti_ActivityGraphTrace2)
         f" FROM {table.sql} WHERE end >= start AND end > 0"
@@ -33,13 +33,13 @@ def stage(connection: sqlite3.Connection, schema: Schema) -> int:
     """Make temp.fx_op; returns how many operations it holds."""
     sources = []
     if schema.kernel:
-        sources.append(_source(schema.kernel, KERNEL, schema.kernel.pick("demangledName", "shortName"), "0"))
+        sources.append(_source(schema, schema.kernel, KERNEL, schema.kernel.pick("demangledName", "shortName"), "0"))
     if schema.memcpy:
-        sources.append(_source(schema.memcpy, COPY, "copyKind", schema.memcpy.pick("bytes", default="0")))
+        sources.append(_source(schema, schema.memcpy, COPY, "copyKind", schema.memcpy.pick("bytes", default="0")))
     if schema.memset:
-        sources.append(_source(schema.memset, SET, "0", schema.memset.pick("bytes", default="0")))
+        sources.append(_source(schema, schema.memset, SET, "0", schema.memset.pick("bytes", default="0")))
     if schema.graph_trace:
-        sources.append(_source(schema.graph_trace, GRAPH, "graphId", "0").replace("graphNodeId AS", "NULL AS"))
+        sources.append(_source(schema, schema.graph_trace, GRAPH, "graphId", "0").replace("graphNodeId AS", "NULL AS"))
     # the types matter: without them SQLite would not use the index in the join with the calls
     columns = ("corr", "pid", "device", "start", "end", "kind", "name", "node", "size", "credit", "idle", "shared")
     connection.execute(f"CREATE TEMP TABLE fx_op ({', '.join(f'{column} INTEGER' for column in columns)})")

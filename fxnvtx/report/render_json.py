@@ -25,7 +25,9 @@ from .views import Row
 __all__ = ["FORMAT", "VERSION", "document", "render_json", "row_fields"]
 
 FORMAT, VERSION = "fxnvtx-report", 2
-_FIELDS = tuple(field.name for field in fields(Row) if field.name not in ("above", "distribution", "gpu_each", "twice"))
+_FIELDS = tuple(
+    field.name for field in fields(Row) if field.name not in ("above", "distribution", "gpu_each", "shared", "twice")
+)
 
 
 def row_fields(row: Row) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def _outermost_unknown(root: Node) -> list[Node]:
 
 def _notes(parts: list[Part], root: Node) -> list[str]:
     notes = list(dict.fromkeys(note for part in parts for note in part.notes))
-    lost = sum(node.gpu for node in _outermost_unknown(root))
+    lost = sum(node.gpu - node.gpu_shared for node in _outermost_unknown(root))
     if lost:
         share = f"{lost / root.gpu:.1%}" if root.gpu else "all"
         notes.append(f"{share} of the GPU time is not attributed to a layer: see the rows that say why")

@@ -69,6 +69,7 @@ class Row:
     open: int = 0
     share: float = 0.0
     distribution: Calls = field(default=None, repr=False)
+    shared: int = field(default=0, repr=False)  # of gpu: what counts for other rows' operations, too
     twice: int = field(default=0, repr=False)  # of the measure: ranges inside others of the same row
     gpu_each: bool = False  # whether the distribution is one of GPU time
     ranks: dict[str, int] = field(default_factory=dict)

@@ -46,7 +46,12 @@ class Schema:
     graph_nodes: Table | None = None
     graph_trace: Table | None = None
     tables: dict[str, Table] = field(default_factory=dict)
+    only_process: int = 0  # of tables that do not say whose they are
     notes: list[str] = field(default_factory=list)  # tables that were expected to be readable and are not
+
+    def process(self, table: Table) -> str:
+        """SQL for the process that a device operation belongs to."""
+        return table.pick("globalPid", default=str(self.only_process))
 
     @property
     def has_device_work(self) -> bool:
@@ -96,6 +101,15 @@ _NO_RANGES = Table(
 def one_line(error: object) -> str:
     """SQLite's errors about a schema span lines."""
     return " ".join(str(error).split())
+
+
+# columns without which a table under its usual name says nothing; tools that cut exports down drop the others
+_LEAST: dict[str, set[str]] = {
+    "runtime": {"start", "end", "globalTid", "correlationId"},
+    "kernel": {"start", "end", "deviceId", "correlationId"},
+    "memcpy": {"start", "end", "deviceId", "correlationId", "copyKind"},
+    "memset": {"start", "end", "deviceId", "correlationId"},
+}
 
 
 @contextmanager
@@ -169,10 +183,16 @@ def detect(connection: sqlite3.Connection, path: Path) -> Schema:
         fitting.sort(key=lambda t: (t.name != usual, t.name))
         if kind == "strings":
             fitting = [t for t in fitting if t.name == usual]
+        least = _LEAST.get(kind)
+        if not fitting and least is not None and usual in tables and least <= tables[usual].columns:
+            fitting = [tables[usual]]
         setattr(schema, kind, fitting[0] if fitting else None)
         if not fitting and usual in tables and kind != "graph_nodes":
             missing = ", ".join(sorted(needed - tables[usual].columns))
             schema.notes.append(f"table {usual} was not read: it has no column {missing}")
+    if schema.runtime is not None:
+        some = connection.execute(f"SELECT globalTid & ~16777215 FROM {schema.runtime.sql} LIMIT 1").fetchone()
+        schema.only_process = some[0] if some and type(some[0]) is int else 0
     if schema.nvtx is None:
         if not ("META_DATA_EXPORT" in tables or schema.has_device_work or "StringIds" in tables):
             raise CaptureError(f"{path} is an SQLite file, but no export of Nsight Systems")

@@ -44,7 +44,9 @@ def rows_of(root: Node, side: Node, parts: list[Part], classes: dict[str, str], 
     for row in rows:
         row.gpu_each = gpu
         if whole:
-            row.share = (_measure(row, gpu, flat or row.kind == "outside") - row.twice) / whole
+            itself = flat or row.kind == "outside"
+            elsewhere = row.twice + (row.shared if gpu and not itself else 0)
+            row.share = (_measure(row, gpu, itself) - elsewhere) / whole
     return rows
 
 
@@ -190,7 +192,7 @@ def _grouped(root: Node, side: Node, way: set[int], keys: Keys, chosen: Selectio
                 again = inside.get(name, 0) > 0
                 _accumulate(row, node, whole=every or not again)
                 if every and again:
-                    row.twice += node.gpu if gpu else node.cpu
+                    row.twice += node.gpu - node.gpu_shared if gpu else node.cpu
                 inner = row
                 inside[name] = inside.get(name, 0) + 1
                 todo.append((None, row))
@@ -297,6 +299,7 @@ def _accumulate(row: Row, node: Node, whole: bool) -> None:
         return
     row.cpu += node.cpu
     row.gpu += node.gpu
+    row.shared += node.gpu_shared
     row.gap += node.gap
     row.proj += node.proj
     row.proj_calls += node.proj_calls

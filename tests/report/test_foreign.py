@@ -66,6 +66,31 @@ def test_a_capture_with_neither_ranges_nor_device_work_says_so(tmp_path: Path) -
         load(path)
 
 
+def test_tables_that_were_cut_down_are_read_as_far_as_they_go(tmp_path: Path) -> None:
+    """As tools leave them that keep what they need of an export: without process and return value."""
+    capture = Capture(tmp_path / "slim.sqlite")
+    capture.range(0, 100, "a")
+    capture.kernel(1000, 1040, capture.call(10, 15), "gemm")
+    for table, column in (
+        ("CUPTI_ACTIVITY_KIND_KERNEL", "globalPid"), ("CUPTI_ACTIVITY_KIND_RUNTIME", "returnValue"),
+        ("CUPTI_ACTIVITY_KIND_MEMCPY", "globalPid"),
+    ):  # fmt: skip
+        capture.database.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
+    report = load(capture.close())
+    assert [(row.name, row.gpu) for row in report.rows()] == [("a", 40)]
+    assert not report.notes
+
+
+def test_shares_of_overlapping_work_sum_to_the_whole(tmp_path: Path) -> None:
+    """Work outside of ranges and work without a launch overlap on the device: together they are all of it."""
+    capture = Capture(tmp_path / "overlap.sqlite")
+    capture.kernel(1000, 1100, capture.call(10, 15))
+    capture.kernel(1050, 1200, 999, stream=8)
+    report = load(capture.close())
+    assert sum(row.share for row in report.rows()) == pytest.approx(1.0)
+    assert any(note.startswith("100.0% of the GPU time") for note in report.notes)
+
+
 # ------------------------------------------------------------------------------------------------ labels
 
 
