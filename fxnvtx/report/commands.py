@@ -7,9 +7,9 @@ from pathlib import Path
 
 import click
 
-from ..output import STDOUT, check_target, is_stdout, write_text, wrote
+from ..output import STDOUT, check_target, complain, is_stdout, write_text, wrote
 from . import chrome, speedscope
-from .diff import diff
+from .diff import Comparison, diff
 from .folder import expanded
 from .load import load
 from .options import check_options, refuse
@@ -17,7 +17,7 @@ from .order import ORDERS
 from .progress import Late
 from .recording import load_recording
 from .render_csv import render_csv
-from .render_diff import diff_csv, diff_json, diff_text
+from .render_diff import diff_csv, diff_json, diff_markdown, diff_text
 from .render_html import render_html
 from .render_json import render_json
 from .render_text import render_text
@@ -30,7 +30,7 @@ __all__ = ["diff_command", "report_command"]
 CAPTURE = click.Path(path_type=Path)
 ROWS = click.IntRange(1, 1_000_000_000)
 FORMATS = ("text", "json", "csv", "html", "chrome", "speedscope")
-DIFF_FORMATS = ("text", "json", "csv")
+DIFF_FORMATS = ("text", "markdown", "json", "csv")
 # the first that fits
 _ENDINGS = (
     (".speedscope.json", "speedscope"),
@@ -40,6 +40,7 @@ _ENDINGS = (
     (".csv", "csv"),
     (".html", "html"),
     (".htm", "html"),
+    (".md", "markdown"),
 )
 
 
@@ -105,7 +106,7 @@ def report_command(
               self: what was launched right here, each instant given to one range
     kernels   kernels, copies and memsets
     gap       device idle time between two launches of the range
-    min, median, max   of single calls (GPU time where the capture has any)
+    min, median, p99, max   of single calls (GPU time where the capture has any)
     hidden    residency work that passed while something computed; bytes: its size
     skew      how far the ranks are apart: (highest - lowest) / highest
     ~         an estimate (--split-fused)
@@ -157,11 +158,17 @@ def report_command(
     "--format", "form", type=click.Choice(DIFF_FORMATS), help="default: what the ending of -o says, else text"
 )
 @click.option("-o", "--output", type=CAPTURE, help="write to this file; -: to stdout")
-@click.option("--limit", type=ROWS, help="at most so many rows (text only)")
+@click.option("--limit", type=ROWS, help="at most so many rows (text and markdown)")
 @click.option("--split-fused", is_flag=True, help="share fused kernels out over their modules: an estimate")
 @click.option("--requests", metavar="NUMBERS", help="of both sides only these requests: 2, or 1:4, or 0,3:")
 @click.option("--steps", metavar="NUMBERS", help="of each request only these steps: 5, or 2:, or 0,10:20")
 @click.option("--skip-warmup", is_flag=True, help="leave out the first request of both sides")
+@click.option(
+    "--fail-on",
+    type=click.FloatRange(0, 1_000_000),
+    metavar="PERCENT",
+    help="exit code 1 if requests or steps (else components) are slower than in A by more than this",
+)
 @click.option("--keep-compile", is_flag=True, help="keep requests in which something was compiled")
 @click.pass_context
 def diff_command(
@@ -176,6 +183,7 @@ def diff_command(
     requests: str | None,
     steps: str | None,
     skip_warmup: bool,
+    fail_on: float | None,
     keep_compile: bool,
 ) -> None:
     """Compare two captures module by module: B minus A.
@@ -184,7 +192,7 @@ def diff_command(
     the scatter over steps explains; how two runs differ as a whole (clocks, temperature) cannot be seen from inside.
     """
     form = form or _format_of(output, DIFF_FORMATS)
-    if limit is not None and form != "text":
+    if limit is not None and form not in ("text", "markdown"):
         refuse(context, "limit", f"--format {form}")
     check_target(output, [a, b])
     window = _window(requests, steps, skip_warmup, keep_compile)
@@ -192,9 +200,25 @@ def diff_command(
         found = diff(load(a, tick=tick, window=window), load(b, tick=tick, window=window), depth, split_fused)
     if form == "text":
         text = diff_text(found, limit=limit, color=_colored(output))
+    elif form == "markdown":
+        text = diff_markdown(found, limit)
     else:
         text = diff_json(found) if form == "json" else diff_csv(found)
     _give(text, output, [a, b])
+    if fail_on is not None:
+        _fail(found, fail_on)
+
+
+def _fail(found: Comparison, percent: float) -> None:
+    """End with exit code 1 where B is too slow, or where nothing can be compared: a check must not pass unseen."""
+    if not found.units:
+        complain("fxnvtx: --fail-on finds no requests, steps or components on both sides")
+        raise SystemExit(1)
+    slow = [unit for unit in found.units if unit.slower * 100 > percent]
+    for unit in slow:
+        complain(f"fxnvtx: {unit.kind}s are {unit.slower:.1%} slower than in A, more than {percent:g}%")
+    if slow:
+        raise SystemExit(1)
 
 
 def _window(requests: str | None, steps: str | None, skip_warmup: bool, keep_compile: bool) -> Window:

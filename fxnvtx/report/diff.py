@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from statistics import median
 
 from ..categories import REQUEST, RESIDENCY, STAGE, STEP
+from .calls import Calls, merged, spread_of
 from .labels import category_of, fold, fused_owners, is_module
 from .report import Report
 from .split import split_fused
 from .tree import Node, total
 from .units import readable_ns
 
-__all__ = ["Change", "Comparison", "diff", "verdict"]
+__all__ = ["Change", "Comparison", "Unit", "diff", "verdict"]
 
 FEWEST = 3  # repetitions on each side below which nothing is said about noise
 ERRORS = 4.0  # standard errors that a change must exceed
@@ -47,12 +48,44 @@ class Change:
 
 
 @dataclass
+class Unit:
+    """All requests (steps, components) of both sides. `a`, `b`: ns of a typical one, the median where it is known."""
+
+    kind: str
+    a: int
+    b: int
+    count_a: int
+    count_b: int
+
+    @property
+    def slower(self) -> float:
+        """By which part B is slower than A; below zero: faster."""
+        return self.b / self.a - 1.0 if self.a else 0.0
+
+    def __str__(self) -> str:
+        if min(self.a, self.b) <= 0 or abs(self.slower) < 0.005:
+            change = "as fast"
+        else:
+            ratio = max(self.a, self.b) / min(self.a, self.b)
+            change = f"{ratio:.2f}x {'slower' if self.b > self.a else 'faster'}"
+        few = ", too few to be sure" if min(self.count_a, self.count_b) < FEWEST else ""
+        times = f"{readable_ns(self.a)} -> {readable_ns(self.b)}"
+        return f"{self.kind}s {change} ({times}; {self.count_a:,} and {self.count_b:,} of them{few})"
+
+
+@dataclass
 class Comparison:
-    """measure: "gpu" where both sides recorded device work, else "cpu" (and `notes` says so)."""
+    """measure: "gpu" where both sides recorded device work, else "cpu" (and `notes` says so). units: what the headline
+    tells of."""
 
     measure: str
     rows: list[Change]
     notes: list[str]
+    units: list[Unit]
+
+    @property
+    def headline(self) -> str:
+        return "; ".join(map(str, self.units))
 
 
 def diff(a: Report, b: Report, depth: int | None = None, split: bool = False) -> Comparison:
@@ -89,7 +122,33 @@ def diff(a: Report, b: Report, depth: int | None = None, split: bool = False) ->
         sides = " and ".join(side for side, report in (("A", a), ("B", b)) if note in report.notes)
         notes.append(f"{sides}: {note}")
     rows.sort(key=lambda row: (row.verdict in (ONLY_A, ONLY_B), row.verdict == NOISE, -abs(row.delta), row.name))
-    return Comparison(measure, rows, notes)
+    return Comparison(measure, rows, notes, _units(a, b, measure))
+
+
+def _units(a: Report, b: Report, measure: str) -> list[Unit]:
+    """Requests and steps, as far as both sides have any; where neither is there, components."""
+    found: list[Unit] = []
+    for kind in ("request", "step", "component"):
+        one, two = _typical(a, kind, measure), _typical(b, kind, measure)
+        if one and two and not (kind == "component" and found):
+            found.append(Unit(kind, one[0], two[0], one[1], two[1]))
+    return found
+
+
+def _typical(report: Report, kind: str, measure: str) -> tuple[int, int] | None:
+    """The time of one request (step, component), and how many there were."""
+    rows = [row for row in report.rows(kind) if row.kind == "range" and row.calls]
+    count = sum(row.calls for row in rows)
+    if not count:
+        return None
+    if (measure == "gpu") == report.has_gpu:
+        calls: Calls = None
+        for row in rows:
+            calls = merged(calls, row.distribution)
+        spread = spread_of(calls)
+        if spread is not None and spread.count == count:
+            return spread.middle, count
+    return sum(row.gpu_self if measure == "gpu" else row.cpu for row in rows) // count, count
 
 
 def verdict(a: list[int], b: list[int]) -> str:

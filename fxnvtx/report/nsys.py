@@ -212,7 +212,8 @@ class Reader:
                 name = (table.pick("demangledName", "shortName"), "copyKind", "0")[kind]
                 sources.append(
                     f"SELECT deviceId AS device, {table.pick('streamId', default='0')} AS stream, start, end,"
-                    f" {kind} AS kind, {name} AS name FROM {table.sql} WHERE {self.schema.process(table)} = {pid} AND end >= start"
+                    f" {kind} AS kind, {name} AS name FROM {table.sql}"
+                    f" WHERE {self.schema.process(table)} = {pid} AND end >= start"
                 )
         if not sources:
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import shutil
 from dataclasses import asdict
 
@@ -13,8 +14,9 @@ from .render_text import wrapped
 from .table import GAP, Column, Line, painted, table
 from .units import middle, readable_ns
 
-__all__ = ["diff_csv", "diff_json", "diff_text"]
+__all__ = ["diff_csv", "diff_json", "diff_markdown", "diff_text"]
 
+_MARKUP = re.compile(r"([\\`*_{}\[\]()#+!|~>])")
 COLUMNS = (
     "name",
     "a_ns",
@@ -54,8 +56,33 @@ def diff_text(found: Comparison, width: int | None = None, limit: int | None = N
         lines = [painted("no modules to compare", "yellow", color)]
     if limit is not None and len(found.rows) > limit:
         lines.append(painted(f"... and {len(found.rows) - limit:,} more rows", "dim", color))
+    if found.units:
+        lines.insert(0, wrapped(found.headline, columns, color, "bold"))
     lines.extend(wrapped(f"note: {note}", columns, color) for note in found.notes)
     return "\n".join(lines) + "\n"
+
+
+def diff_markdown(found: Comparison, limit: int | None = None) -> str:
+    """For a pull request: the headline, the changes as a table, the notes."""
+    shown = found.rows if limit is None else found.rows[:limit]
+    lines = [f"**{_markdown(found.headline)}**", ""] if found.units else []
+    if shown:
+        lines += [
+            f"| range | A {found.measure} | B {found.measure} | change | relative | verdict |",
+            "|---|--:|--:|--:|--:|---|",
+        ]
+        lines += [f"| {' | '.join(map(_markdown, (row.name, *_line(row))))} |" for row in shown]
+    else:
+        lines.append("no modules to compare")
+    if len(found.rows) > len(shown):
+        lines += ["", f"... and {len(found.rows) - len(shown):,} more rows"]
+    lines += ["", *(f"- {_markdown(note)}" for note in found.notes)] if found.notes else []
+    return "\n".join(lines) + "\n"
+
+
+def _markdown(text: str) -> str:
+    """The text with nothing in it that Markdown or HTML would take for its own."""
+    return _MARKUP.sub(r"\\\1", printable(text)).replace("&", "&amp;").replace("<", "&lt;")
 
 
 def _line(row: Change) -> tuple[str, ...]:
@@ -82,6 +109,8 @@ def diff_json(found: Comparison) -> str:
         "version": 1,
         "unit": "ns",
         "measure": found.measure,
+        "headline": found.headline,
+        "units": [{**asdict(unit), "slower": unit.slower} for unit in found.units],
         "notes": found.notes,
         "rows": rows,
     }

@@ -44,7 +44,7 @@ def render_text(
     return "\n".join(lines) + "\n"
 
 
-def wrapped(note: str, width: int, color: bool) -> str:
+def wrapped(note: str, width: int, color: bool, style: str = "yellow") -> str:
     """A sentence broken at its spaces into lines that fit."""
     lines, line = [], ""
     for word in printable(note).split(" "):
@@ -56,7 +56,7 @@ def wrapped(note: str, width: int, color: bool) -> str:
             lines.append(longer[:width])
             longer = longer[width:]
         line = longer
-    return "\n".join(painted(each, "yellow", color) for each in [*lines, line])
+    return "\n".join(painted(each, style, color) for each in [*lines, line])
 
 
 def _table(report: Report, rows: list[Row], by: str, width: int, color: bool) -> list[str]:
@@ -101,6 +101,7 @@ _PRIORITY = (
     "skew",
     "median",
     "max",
+    "p99",
     "min",
     "gap",
     "hidden",
@@ -123,9 +124,10 @@ def _columns(report: Report, rows: list[Row], by: str) -> list[tuple[str, Cell]]
             columns.append(("gpu self", lambda row: _estimated(row, row.gpu_self)))
             columns.append(("kernels", lambda row: f"{row.kernels + row.copies:,}"))
             columns.append(("gap", lambda row: readable_ns(row.gap)))
-    if any(row.each for row in rows):
+    if any(row.distribution is not None and type(row.distribution) is not int for row in rows):
         columns.append(("min", lambda row: readable_ns(row.each.low) if row.each else ""))
         columns.append(("median", lambda row: readable_ns(row.each.middle) if row.each else ""))
+        columns.append(("p99", lambda row: readable_ns(row.each.most) if row.each and row.each.count > 9 else ""))
         columns.append(("max", lambda row: readable_ns(row.each.high) if row.each else ""))
     if any(row.resident for row in rows):
         columns.append(("hidden", lambda row: readable_share(row.overlap / row.resident) if row.resident else ""))
