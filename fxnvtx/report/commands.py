@@ -8,8 +8,10 @@ from pathlib import Path
 import click
 
 from ..output import STDOUT, check_target, complain, is_stdout, write_text, wrote
+from ..printable import printable_lines
 from . import chrome, speedscope
 from .diff import Comparison, diff
+from .findings import findings_text
 from .folder import expanded
 from .load import load
 from .options import check_options, refuse
@@ -64,6 +66,7 @@ _ENDINGS = (
 @click.option("--skip-warmup", is_flag=True, help="leave out the first request")
 @click.option("--keep-compile", is_flag=True, help="keep requests in which something was compiled")
 @click.option("--jobs", type=click.IntRange(1, 256), help="how many files to read at once")
+@click.option("--findings", "findings_", is_flag=True, help="what is worth doing something about, before the table")
 @click.option("--exact", is_flag=True, help="keep the running numbers of torch's emit_nvtx in the names")
 @click.option("--classes", type=CAPTURE, metavar="RECORDING", help="take the modules' classes from this recording")
 @click.option("--scrub", "scrubbed", is_flag=True, help="write a copy without environment, host and process names")
@@ -87,6 +90,7 @@ def report_command(
     skip_warmup: bool,
     keep_compile: bool,
     jobs: int | None,
+    findings_: bool,
     exact: bool,
     classes: Path | None,
     scrubbed: bool,
@@ -140,9 +144,10 @@ def report_command(
     if form != "html":
         chosen["sort"] = sort
     if form == "text":
-        text = render_text(found, by, depth, color=_colored(output), limit=limit, **chosen)  # type: ignore[arg-type]
+        text = findings_text(found) + "\n" if findings_ else ""
+        text = printable_lines(text) + render_text(found, by, depth, color=_colored(output), limit=limit, **chosen)  # type: ignore[arg-type]
     elif form == "json":
-        text = render_json(found, by, depth, **chosen)  # type: ignore[arg-type]
+        text = render_json(found, by, depth, findings=findings_, **chosen)  # type: ignore[arg-type]
     elif form == "csv":
         text = render_csv(found, by, depth, **chosen)  # type: ignore[arg-type]
     else:

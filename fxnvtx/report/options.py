@@ -32,6 +32,7 @@ _MEANING: dict[str, tuple[frozenset[str], frozenset[str] | None]] = {
     "skip_warmup": (_ALL, None),
     "keep_compile": (_ALL, None),
     "jobs": (_ALL, None),
+    "findings_": (frozenset({"text", "json"}), None),
     "exact": (_ALL, frozenset(VIEWS) - {"stage", "class", "kernel"}),
     "classes": (_ALL, _NESTED),
     "form": (_ALL | {"chrome", "speedscope"}, None),

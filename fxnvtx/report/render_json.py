@@ -8,6 +8,7 @@ side), category, calls, cpu, cpu_self, cpu_min, cpu_max, gpu, gpu_self, gpu_sum,
 launches, gap, proj, proj_calls, resident, overlap, payload, open, share (0 to 1), each (of single calls: null, or
 count, low, middle, most (the 99th percentile), high), ranks (title -> ns), skew (null, or 0 to 1), fused (list of
 owners), flags ("replayed", "estimate"). views.Row and tree.Node define them.
+With findings asked for: "findings" (rule, text, ns, evidence as pairs of name and ns) and "unsaid" (rule, why).
 A change that takes a field away or changes its meaning raises `version`; new fields do not.
 """
 
@@ -18,6 +19,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from ..printable import json_text
+from .findings import findings as all_findings
 from .report import Report
 from .rows import check_paths
 from .views import Row
@@ -61,7 +63,13 @@ def render_json(
     kernels: bool = False,
     split_fused: bool = False,
     sort: str | None = None,
+    findings: bool = False,
 ) -> str:
     rows = report.rows(by, depth, include, exclude, fold, kernels, split_fused, sort)
     check_paths(rows)
-    return json_text(document(report, rows, by), indent=1) + "\n"
+    whole = document(report, rows, by)
+    if findings:
+        found, silent = all_findings(report)
+        whole["findings"] = [asdict(finding) for finding in found]
+        whole["unsaid"] = [asdict(silence) for silence in silent]
+    return json_text(whole, indent=1) + "\n"

@@ -23,6 +23,7 @@ GIVEN: dict[str, list[str]] = {
     "exclude": ["--exclude", "*.attn"], "fold": ["--fold"], "kernels": ["--kernels"], "split_fused": ["--split-fused"],
     "sort": ["--sort", "ORDER"], "limit": ["--limit", "1"], "requests": ["--requests", "1"], "steps": ["--steps", "1"],
     "skip_warmup": ["--skip-warmup"], "keep_compile": ["--keep-compile"], "jobs": ["--jobs", "1"], "exact": ["--exact"],
+    "findings_": ["--findings"],
     "classes": ["--classes", "CLASSES"],
 }  # fmt: skip
 SILENT = {"jobs"}  # changes the speed only

@@ -1,0 +1,291 @@
+"""The few things in a report that are worth doing something about, each with its evidence (pure).
+
+Every rule is a function of the report. It gives a `Finding`, or a `Silence` where the capture does not hold what it
+takes to say, or None where all is well. Its docstring is its condition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+from ..categories import COMPILE, RESIDENCY, STEP
+from .calls import Calls, merged, spread_of
+from .labels import category_of, is_module
+from .report import Report
+from .rows import Row
+from .tree import Node
+from .units import readable_ns, readable_share
+
+__all__ = ["RULES", "Finding", "Silence", "findings", "findings_text"]
+
+EVIDENCE = 3  # rows of evidence with each finding
+
+
+@dataclass(frozen=True)
+class Finding:
+    """rule: its function's name. text: a sentence. ns: how much time it is about. evidence: rows, largest first."""
+
+    rule: str
+    text: str
+    ns: int
+    evidence: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Silence:
+    """What a rule cannot say from this capture, and why."""
+
+    rule: str
+    why: str
+
+
+Answer = Finding | Silence | None
+
+
+def findings(report: Report) -> tuple[list[Finding], list[Silence]]:
+    """What the rules say, largest first, and what they cannot say."""
+    answers = [rule(report) for rule in RULES]
+    found = sorted((a for a in answers if isinstance(a, Finding)), key=lambda finding: -finding.ns)
+    return found, [a for a in answers if isinstance(a, Silence)]
+
+
+def findings_text(report: Report) -> str:
+    """The findings as lines of text."""
+    found, silent = findings(report)
+    lines = []
+    for number, finding in enumerate(found, 1):
+        lines.append(f"{number}. {finding.text} [{readable_ns(finding.ns)}]")
+        lines.extend(f"     {readable_ns(ns):>10}  {name}" for name, ns in finding.evidence)
+    if not found:
+        lines.append("no findings")
+    if silent:
+        lines.append("not enough in this capture to say: " + "; ".join(f"{s.rule} ({s.why})" for s in silent))
+    return "\n".join(lines) + "\n"
+
+
+# ------------------------------------------------------------------------------------------------ the rules
+
+
+def first_step(report: Report) -> Answer:
+    """The first step takes more than 1.5 times the median of at least three others."""
+    steps = _rows(report, "step")
+    if len(steps) < 4:
+        return Silence("first_step", f"{len(steps)} different steps, four are needed")
+    each = [_measure(report, row) // row.calls for row in steps]
+    usual = int(median(each[1:]))
+    over = (each[0] - usual) * steps[0].calls
+    if each[0] <= 1.5 * usual:
+        return None
+    return Finding(
+        "first_step",
+        f"the first step takes {each[0] / usual:.1f}x a usual one: warm up before timing, or look what it loads"
+        if usual
+        else "the first step does all the work",
+        over,
+        ((steps[0].name, each[0]), ("median of the others", usual)),
+    )
+
+
+def uneven_steps(report: Report) -> Answer:
+    """Of ten steps or more, leaving the first out, the slowest hundredth takes more than twice the median."""
+    calls: Calls = None
+    for row in _rows(report, "step")[1:]:
+        calls = merged(calls, row.distribution)
+    spread = spread_of(calls)
+    if spread is None or spread.count < 10:
+        return Silence("uneven_steps", f"{spread.count if spread else 0} steps after the first, ten are needed")
+    if spread.most <= 2 * spread.middle:
+        return None
+    return Finding(
+        "uneven_steps",
+        f"some steps take {spread.most / spread.middle:.1f}x the median" if spread.middle else "steps are uneven",
+        spread.most - spread.middle,
+        (("99th percentile", spread.most), ("median", spread.middle)),
+    )
+
+
+def late_compilation(report: Report) -> Answer:
+    """Something is compiled in a step that is not the first: a recompilation, by a changed shape most often."""
+    steps = [row.name for row in _rows(report, "step")]
+    if len(steps) < 2:
+        return Silence("late_compilation", "fewer than two steps")
+    late: dict[str, int] = {}
+    for node in report.root.walk():
+        if node.parent is None or category_of(node.name) != COMPILE:
+            continue
+        step = next((above for above in _above(node) if category_of(above.name) == STEP), None)
+        if step is not None and step.name.text != steps[0]:
+            late[step.name.text] = late.get(step.name.text, 0) + node.cpu
+    if not late:
+        return None
+    return Finding(
+        "late_compilation",
+        f"something is compiled in {len(late)} steps after the first: look for changing shapes (TORCH_LOGS=recompiles)",
+        sum(late.values()),
+        _largest(late),
+    )
+
+
+def launch_bound(report: Report) -> Answer:
+    """The device is idle before launches for more than a fifth of its busy and idle time together."""
+    if not report.has_gpu:
+        return Silence("launch_bound", "no device work")
+    root = report.root
+    if root.gap * 5 <= root.gap + root.gpu:
+        return None
+    share = root.gap / (root.gap + root.gpu)
+    return Finding(
+        "launch_bound",
+        f"the device waits for launches {readable_share(share)} of the time: CUDA graphs or compiling would fill it",
+        root.gap,
+        _by_module(report, lambda node: node.gap_self),
+    )
+
+
+def residency_waits(report: Report) -> Answer:
+    """Residency work that nothing hid takes more than 2% of the time."""
+    nodes = [node for node in report.root.walk() if node.parent is not None and node.name.category == RESIDENCY]
+    if not nodes:
+        return Silence("residency_waits", "no residency ranges")
+    waits: dict[str, int] = {}
+    for node in nodes:
+        open_time = max(0, node.resident - node.overlap)
+        waits[node.name.text] = waits.get(node.name.text, 0) + open_time
+    total = sum(waits.values())
+    if total * 50 <= report.root.cpu:
+        return None
+    return Finding(
+        "residency_waits",
+        f"weights are waited for {readable_share(total / report.root.cpu)} of the time: prefetch earlier, or keep them",
+        total,
+        _largest(waits),
+    )
+
+
+def copies(report: Report) -> Answer:
+    """Copies are more than 5% of the device's busy time, what kernels hid not counted."""
+    if not report.has_gpu:
+        return Silence("copies", "no device work")
+    kinds: dict[str, int] = {}
+    where: dict[str, int] = {}
+    for node in report.root.walk():
+        for name, (_count, _duration, credit) in (node.ops or {}).items():
+            if name.startswith("[memcpy"):
+                kinds[name] = kinds.get(name, 0) + credit
+                where[node.name.text] = where.get(node.name.text, 0) + credit
+    total = sum(kinds.values())
+    if total * 20 <= report.root.gpu:
+        return None
+    most = max(kinds, key=lambda name: kinds[name])
+    return Finding(
+        "copies",
+        f"copies take {readable_share(total / report.root.gpu)} of the device's time, most of them {most}",
+        total,
+        _largest(where),
+    )
+
+
+def guidance(report: Report) -> Answer:
+    """Passes without the condition, which only guidance needs, take more than a quarter of the steps' time."""
+    steps = sum(_measure(report, row) for row in _rows(report, "step"))
+    if not steps:
+        return Silence("guidance", "no steps")
+    passes: dict[str, int] = {}
+    for node in report.root.walk():
+        if node.name.text in ("predict_noise.unconditional", "predict_noise.uncond"):
+            passes[node.name.text] = passes.get(node.name.text, 0) + (node.gpu if report.has_gpu else node.cpu)
+    total = sum(passes.values())
+    if total * 4 <= steps:
+        return None
+    return Finding(
+        "guidance",
+        f"guidance's second pass takes {readable_share(total / steps)} of the steps: an interval of steps may do",
+        total,
+        _largest(passes),
+    )
+
+
+def rank_skew(report: Report) -> Answer:
+    """Ranks are more than 10% apart in requests (steps where there are none)."""
+    if len(report.parts) < 2:
+        return Silence("rank_skew", "one process")
+    rows = _rows(report, "request") or _rows(report, "step")
+    apart = {row.name: max(row.ranks.values()) - min(row.ranks.values()) for row in rows if (row.skew or 0) > 0.1}
+    if not rows:
+        return Silence("rank_skew", "no requests or steps")
+    if not apart:
+        return None
+    worst = max((row for row in rows if row.name in apart), key=lambda row: apart[row.name])
+    slow = max(worst.ranks, key=lambda rank: worst.ranks[rank])
+    return Finding("rank_skew", f"ranks are apart: {slow} takes the longest", sum(apart.values()), _largest(apart))
+
+
+def unattributed(report: Report) -> Answer:
+    """More than a tenth of the device time belongs to no range."""
+    if not report.has_gpu:
+        return Silence("unattributed", "no device work")
+    lost: dict[str, int] = {}
+    for node in report.root.walk():
+        if node.parent is not None and node.is_unknown():
+            lost[node.name.text] = lost.get(node.name.text, 0) + node.gpu_self
+    total = sum(lost.values())
+    if total * 10 <= report.root.gpu:
+        return None
+    return Finding(
+        "unattributed",
+        f"{readable_share(total / report.root.gpu)} of the device time has no layer: see the rows that say why",
+        total,
+        _largest(lost),
+    )
+
+
+RULES: tuple[Callable[[Report], Answer], ...] = (
+    first_step,
+    uneven_steps,
+    late_compilation,
+    launch_bound,
+    residency_waits,
+    copies,
+    guidance,
+    rank_skew,
+    unattributed,
+)
+
+
+# ------------------------------------------------------------------------------------------------ shared
+
+
+def _rows(report: Report, by: str) -> list[Row]:
+    return [row for row in report.rows(by) if row.kind == "range" and row.calls]
+
+
+def _measure(report: Report, row: Row) -> int:
+    return row.gpu if report.has_gpu else row.cpu
+
+
+def _above(node: Node) -> list[Node]:
+    found = []
+    at = node.parent
+    while at is not None and at.parent is not None:
+        found.append(at)
+        at = at.parent
+    return found
+
+
+def _by_module(report: Report, measure: Callable[[Node], int]) -> tuple[tuple[str, int], ...]:
+    """The modules with most of a measure of their own; what lies outside of modules by its range's name."""
+    found: dict[str, int] = {}
+    todo: list[tuple[Node, str]] = [(kid, "") for kid in report.root.kids.values()]
+    while todo:
+        node, module = todo.pop()
+        module = node.name.text if is_module(node.name) or not module else module
+        found[module] = found.get(module, 0) + measure(node)
+        todo.extend((kid, module) for kid in node.kids.values())
+    return _largest(found)
+
+
+def _largest(values: dict[str, int]) -> tuple[tuple[str, int], ...]:
+    ordered = sorted(values.items(), key=lambda item: (-item[1], item[0]))
+    return tuple(item for item in ordered[:EVIDENCE] if item[1] > 0)
