@@ -1,33 +1,41 @@
 """Which models are instrumented, and what follows for each of their modules' slots. The rim of the eager path.
 
-A `Control` is one call of `instrument()`. It holds the model's modules weakly; the slots live in the modules. Slots are
-in place only while somebody listens, so an instrumented model that nobody watches runs exactly as before.
+Slots are in place only while somebody listens, so an instrumented model that nobody watches runs exactly as before.
+Who names a module is kept per module (`_claims`), so whatever changes is brought in line for the modules it concerns,
+and for no other model.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-import threading
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from types import MethodType
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterable
+from types import MethodType, TracebackType
+from typing import cast
 
 from torch import nn
 
 from . import ranges as _ranges
-from .levels import Level
-from .names import Named, Selection, label_text, name_modules
-from .ranges import Label, label
+from .compile.invisible import undisturbed
+from .gate import lock
+from .instrumented import Control, Entry
 from .sight import keep_out_of_sight
-from .slot import SLOT, Around, OuterSlot, Slot, calls_plainly, slot_of
+from .slot import SLOT, slot_of, tracing
 
-__all__ = ["Control", "Entry", "controls", "controls_of", "entry_of", "lock", "sync"]
-
-lock = threading.RLock()
+__all__ = [
+    "Control",
+    "Entry",
+    "controls",
+    "controls_of",
+    "entry_of",
+    "lock",
+    "register",
+    "sync",
+    "unregister",
+    "update",
+]
 
 
 def _before_fork() -> None:
@@ -43,255 +51,293 @@ def _after_fork() -> None:
 
 # A child must not inherit a lock whose owner it does not have.
 os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
-_registered: dict[int, Control] = {}  # by id(root), in the order of instrument() calls; a later one wins a module
+
+Claim = tuple[Control, Entry]
+
+_registered: dict[int, Control] = {}  # by id(root)
+_claims: dict[int, list[Claim]] = {}  # by id(module): all who name it
+_placed: dict[int, _Placed] = {}  # by id(module): what was put into it
+_orphaned: deque[tuple[int, int]] = deque()  # (id(root), age) of controls whose model died
 lost = 0  # how many modules of instrumented models have died, for the report at exit
-_orphaned: list[Control] = []  # their model died, children of it may live on with slots in place
-_current: dict[int, tuple[Control, Entry]] = {}  # by id(module): who names it, as of the last sync
 
 
-@dataclass
-class Entry:
-    """One module of a model: what it is called and how its range gets emitted."""
-
-    module: weakref.ref[nn.Module]
-    kind: type
-    fqn: str
-    parent: str | None
-    by_parent: dict[str, str]
-    also: list[str]
-    path: str = "hooks"
-    reason: str = ""
-    level: Level | None = None
-
-
-class Control:
-    """One instrumented model."""
-
-    def __init__(self, model: nn.Module, name: str | None, selection: Selection, path: str, shapes: bool) -> None:
-        self.model = weakref.ref(model)
-        self.kind = type(model)
-        self.name = name
-        self.selection = selection
-        self.path = path
-        self.shapes = shapes
-        self.enabled = True
-        self.fast = False
-        self.entries: list[Entry] = []
-        self.arounds: dict[str, Around] = {}  # by FQN: what to show around a module's own range, call by call
-        self._silent_calls = 0
-
-    @classmethod
-    def off(cls) -> Control:
-        """A control that is switched off for good."""
-        control = cls(nn.Module(), None, Selection(), "hooks", False)
-        control.enabled = False
-        return control
-
-    def scan(self) -> list[Named]:
-        """Read the model's modules as they are now."""
-        model = self.model()
-        named = [] if model is None else name_modules(model, self.selection)
-        self.entries = [
-            Entry(weakref.ref(n.module), type(n.module), n.fqn, n.parent, n.by_parent, n.also) for n in named
-        ]
-        return named
-
-    def modules(self) -> list[nn.Module]:
-        """The modules that have a range and are still alive."""
-        return [m for e in self.entries if (m := e.module()) is not None]
-
-    def text(self, fqn: str) -> str:
-        return label_text(self.name, self.kind, fqn)
-
-    def prefix(self, fqn: str) -> str:
-        """How the labels of the children of `fqn` begin."""
-        text = self.text(fqn) if fqn else self.name
-        return f"{text}." if text else ""
-
-    def label(self, fqn: str) -> Label:
-        return label(self.text(fqn), "module")
-
-    def note_kind(self, entry: Entry) -> None:
-        """Leave the module's class where recordings look for it."""
-        for fqn in {entry.fqn, *entry.by_parent.values()}:
-            _ranges.kinds[self.text(fqn)] = entry.kind.__name__
-
-    def labels_by_parent(self, entry: Entry) -> dict[str, Label] | None:
-        if len(entry.by_parent) < 2:
-            return None
-        return {self.text(parent): self.label(fqn) for parent, fqn in entry.by_parent.items()}
-
-    def runs_on(self, stack: list[Any]) -> bool:
-        """Whether a call of this model that emits is under way on the thread that owns `stack`."""
-        for entry in reversed(stack):
-            if type(entry) is tuple:
-                if entry[-1] is self:
-                    return True
-            elif entry.owner is self:
-                return True
-        return False
-
-    @contextmanager
-    def silence(self) -> Iterator[None]:
-        """Around an outermost call that began switched off."""
-        silent = _ranges.local.silent
-        silent.add(self)
-        with lock:
-            self._silent_calls += 1
-            self.refresh()
-        try:
-            yield
-        finally:
-            silent.discard(self)
-            with lock:
-                self._silent_calls -= 1
-                self.refresh()
-
-    def set_enabled(self, enabled: bool) -> None:
-        with lock:
-            self.enabled = enabled
-            self.refresh()
-
-        if len(_registered) > 1:  # another instrument() call may name the same modules
-            sync()
-
-    def mend(self) -> None:
-        """Module.compile() puts its own callable where a slot was: wrap it. Called at every call of the root."""
-        if "torch._dynamo" not in sys.modules:
-            return
-        for entry in self.entries:
-            module = entry.module()
-            if module is not None and type(module.__dict__.get(SLOT)) is not MethodType:
-                sync()
-                return
-
-    def refresh(self) -> None:
-        """The cheap path is for the settled case: switched on everywhere, NVTX the only listener."""
-        self.fast = (
-            self.enabled and not self._silent_calls and not self.shapes and _ranges.nvtx_on and not _ranges.sinks
-        )
+# ------------------------------------------------------------------------------------------------ asking
 
 
 def controls() -> list[Control]:
     """All instrumented models still alive, the oldest first."""
     with lock:
-        return [c for c in list(_registered.values()) if c.model() is not None]  # a model may die meanwhile
+        found = [c for c in list(_registered.values()) if c.model() is not None]  # a model may die meanwhile
+    return sorted(found, key=lambda c: c.age)
 
 
 def controls_of(model: nn.Module) -> Control | None:
-    with lock:
-        found = _registered.get(id(model))
+    found = _registered.get(id(model))
     return found if found is not None and found.model() is model else None
 
 
-def register(model: nn.Module, control: Control) -> None:
-    key = id(model)
-
-    def forget(_: object, key: int = key, control: Control = control) -> None:
-        if _registered.get(key) is control:
-            del _registered[key]
-            global lost
-            lost += len(control.entries)
-            _orphaned.append(control)  # any thread may be in sync() just now, so no more than this
-
-    keep_out_of_sight()
-    control.model = weakref.ref(model, forget)
-    with lock:
-        _registered.pop(key, None)
-        _registered[key] = control
-
-
-def unregister(model: nn.Module) -> Control | None:
-    with lock:
-        control = controls_of(model)
-        if control is not None:
-            del _registered[id(model)]
-        return control
-
-
-def _who_names_what() -> dict[int, tuple[nn.Module, Control, Entry]]:
-    """Who names each module: the newest instrument() call that is switched on, else the newest."""
-    wanted: dict[int, tuple[nn.Module, Control, Entry]] = {}
-    for control in sorted(controls(), key=lambda c: c.enabled):  # stable: age decides among equals
-        for entry in control.entries:
-            module = entry.module()
-            if module is not None:
-                wanted[id(module)] = (module, control, entry)
-    return wanted
-
-
-def entry_of(module: nn.Module) -> tuple[Control, Entry] | None:
-    """The control and entry that name this module now."""
-    found = _current.get(id(module))
+def entry_of(module: nn.Module) -> Claim | None:
+    """The control and entry that name this module now: of the newest instrument() call that is switched on, else of
+    the newest."""
+    found = _winner(id(module))
     return found if found is not None and found[1].module() is module else None
 
 
 def current(key: int) -> nn.Module | None:
     """The named module whose id() is `key`."""
-    found = _current.get(key)
+    found = _winner(key)
     module = found[1].module() if found is not None else None
     return module if module is not None and id(module) == key else None
 
 
-def sync(leaving: list[nn.Module] | None = None) -> None:
-    """Put every slot in the state that follows from who is registered and who listens."""
-    with lock:
-        global _current
-        wanted = _who_names_what()
-        _current = {key: (control, entry) for key, (_, control, entry) in wanted.items()}
-        several = len(_registered) > 1
-        for control in controls():
-            control.refresh()
-        while _orphaned:
-            leaving = [*(leaving or ()), *_orphaned.pop().modules()]
-        for module in leaving or ():
-            if id(module) not in wanted:
-                _remove(module)
-        for module, control, entry in wanted.values():
-            if not _ranges.active:
-                _remove(module)
-                continue
-            level = entry.level
-            if level is not None and several and not _children_agree(module, control, wanted):
-                level = None
-            _place(module, control, entry, level)
+def _winner(key: int) -> Claim | None:
+    claims = _claims.get(key)
+    if claims is None:
+        return None
+    if len(claims) == 1:
+        return claims[0]
+    living = [c for c in claims if c[1].module() is not None]
+    return max(living, key=lambda c: (c[0].enabled, c[0].age), default=None)
 
 
-def _children_agree(module: nn.Module, control: Control, wanted: dict[int, tuple[nn.Module, Control, Entry]]) -> bool:
-    """A generated forward names its children itself: right only where they all belong to the same control."""
-    for child in module.modules():
-        found = wanted.get(id(child))
-        if found is not None and found[1] is not control:
+# ------------------------------------------------------------------------------------------------ changing
+
+
+class _Changing:
+    """Held while anything here changes, by one thread. What died meanwhile is forgotten first."""
+
+    depth = 0
+
+    def __enter__(self) -> None:
+        lock.acquire()
+        self.depth += 1
+        if self.depth == 1:
+            _reap()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.depth -= 1
+        lock.release()
+
+    def idle(self) -> bool:
+        """Take the lock if nobody, this thread included, is in the middle of a change. For callbacks of weak
+        references: they run anywhere, and must not wait."""
+        if not lock.acquire(blocking=False):
             return False
-    return True
+        if self.depth:
+            lock.release()
+            return False
+        return True
 
 
-def _place(module: nn.Module, control: Control, entry: Entry, level: Level | None) -> None:
-    slot = slot_of(module)
-    if slot is None or slot.control is not control or slot.module is not module:
-        occupied = slot.occupied if slot is not None else SLOT in module.__dict__
-        inner = slot.inner if slot is not None else module.__dict__.get(SLOT)
-        slot = (Slot if calls_plainly(module) else OuterSlot)(module, control, inner)
-        slot.occupied = occupied
-    slot.around = control.arounds.get(entry.fqn)
-    slot.name(
-        control.label(entry.fqn), control.prefix(entry.fqn), control.labels_by_parent(entry), control.shapes, level
-    )
-    entry_point = slot.entry_point
-    if entry.parent is None:
-        entry_point = slot.call_root
-    module.__dict__[SLOT] = entry_point
-    control.note_kind(entry)
+_changing = _Changing()
+
+
+def register(model: nn.Module, control: Control) -> None:
+    """Let `control` name the modules of `model` from now on, in place of an earlier one."""
+    keep_out_of_sight()
+    with _changing:
+        previous = _registered.pop(id(model), None)
+        leaving = _release(previous) if previous is not None else []
+        control.registers(_mend, sync)
+        control.model = weakref.ref(model, _forgetting((id(model), control.age)))
+        _registered[id(model)] = control
+        _claim(control)
+        sync([*leaving, *control.modules()])
+
+
+def update(previous: Control, control: Control) -> None:
+    """Let `previous` go on with what `control`, which has the same options, has read of the model."""
+    with _changing:
+        leaving = _release(previous, for_good=False)
+        previous.takes_over(control)
+        _claim(previous)
+        sync([*leaving, *previous.modules()])
+
+
+def unregister(model: nn.Module) -> Control | None:
+    """Let nobody name the modules of `model`, other than who does so besides; takes their slots out."""
+    with _changing:
+        control = controls_of(model)
+        if control is not None:
+            del _registered[id(model)]
+            sync(_release(control))
+        return control
+
+
+def _mend(control: Control) -> None:
+    """The model is not what it was: read it again, and bring names, slots and generated forwards in line."""
+    if tracing():
+        return  # the next ordinary call will do
+    with _changing:
+        if not control.registered or not control.structure.changed():
+            return  # another thread was faster
+        try:
+            with undisturbed():
+                leaving = _release(control, for_good=False)
+                try:
+                    control.scan(check=False)
+                    control.choose_paths(strict=False)
+                finally:
+                    _claim(control)
+                sync([*leaving, *control.modules()])
+        except Exception as error:  # the user's call goes on, whatever became of the model
+            _ranges.log.warning("the ranges of %s may be out of date: %r", control.text(""), error)
+
+
+def _claim(control: Control) -> None:
+    for entry in control.entries:
+        claims = [c for c in _claims.get(entry.key, ()) if c[1].module() is not None]
+        claims.append((control, entry))
+        _claims[entry.key] = claims
+        if len(claims) > 1:
+            for other, _ in claims:
+                other.shared.add(entry.key)
+
+
+def _release(control: Control, for_good: bool = True) -> list[nn.Module]:
+    """Take back what a control claims; returns those of its modules that are alive."""
+    if for_good:
+        control.unregisters()
+    control.shared.clear()
+    for entry in control.entries:
+        claims = [c for c in _claims.get(entry.key, ()) if c[0] is not control]
+        if claims:
+            _claims[entry.key] = claims
+            if len(claims) == 1:
+                claims[0][0].shared.discard(entry.key)
+        else:
+            _claims.pop(entry.key, None)
+    return control.modules()
+
+
+def _reap() -> None:
+    """Forget models that have died. Children of them may live on with slots in place."""
+    global lost
+    while _orphaned:
+        key, age = _orphaned.popleft()
+        control = _registered.get(key)
+        if control is not None and control.age == age:
+            del _registered[key]
+            lost += len(control.entries)
+            sync(_release(control))
+
+
+def _forgetting(what: tuple[int, int]) -> Callable[[object], None]:
+    # What it needs is bound: it may run at interpreter exit, when globals are gone.
+    def forget(
+        _: object,
+        tell: Callable[[tuple[int, int]], None] = _orphaned.append,
+        finalizing: Callable[[], bool] = sys.is_finalizing,
+    ) -> None:
+        if finalizing():
+            return
+        tell(what)
+        if _changing.idle():
+            try:
+                _reap()
+            finally:
+                lock.release()
+
+    return forget
+
+
+# ------------------------------------------------------------------------------------------------ slots
+
+
+def sync(modules: Iterable[nn.Module] | None = None) -> None:
+    """Put the slots of these modules, None for all, in the state that follows from who names them and who listens."""
+    with _changing:
+        if modules is None:
+            for control in controls():
+                control.refresh()
+                if _ranges.active and control.structure.changed():
+                    _mend(control)
+            modules = [m for control in controls() for m in control.modules()]
+        for module in _with_callers(modules):
+            found = entry_of(module)
+            if found is None or not _ranges.active:
+                _remove(module)
+            else:
+                _place(module, *found)
+
+
+def _with_callers(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """These, and those that call them in a generated forward: whether that is right depends on who else names them."""
+    found = {id(m): m for m in modules}
+    for module in list(found.values()):
+        for control, entry in _claims.get(id(module), ()):
+            for above in control.callers(entry):
+                found.setdefault(id(above), above)
+    return list(found.values())
+
+
+def _place(module: nn.Module, control: Control, entry: Entry) -> None:
+    present = slot_of(module)
+    inner = module.__dict__.get(SLOT) if present is None else present.inner
+    occupied = SLOT in module.__dict__ if present is None else present.occupied
+    level = entry.level if entry.level is not None and _names_its_children(control, entry) else None
+    slot = control.slot(entry, module, level, inner, occupied)
+    wanted = slot.call_root if entry.parent is None else slot.entry_point
+    if present is None or module.__dict__[SLOT] != wanted:  # bound methods are equal by what they bind
+        _placed.pop(id(module), None)
+        module.__dict__[SLOT] = wanted
+        _placed[id(module)] = _Placed(cast(MethodType, wanted), id(module))
+
+
+def _names_its_children(control: Control, entry: Entry) -> bool:
+    """A generated forward names its children itself: right only where nobody else does."""
+    if not control.shared:
+        return True
+    return all(c.key not in control.shared or _winner(c.key) == (control, c) for c in entry.children.values())
 
 
 def _remove(module: nn.Module) -> None:
     slot = slot_of(module)
     if slot is None:
         return
+    _placed.pop(id(module), None)
     if not slot.occupied:
         del module.__dict__[SLOT]
     else:
         module.__dict__[SLOT] = slot.inner
+
+
+def _overwritten(
+    placed: _Placed,
+    finalizing: Callable[[], bool] = sys.is_finalizing,
+    known: dict[int, _Placed] = _placed,
+) -> None:
+    """What was put into a module is gone from there: the module died, or Module.compile() has put its own callable in
+    the place. That one gets a slot around it at once: where the module is a root, nothing of ours would be called."""
+    if finalizing() or known.get(placed.key) is not placed:
+        return
+    del known[placed.key]
+    found = _winner(placed.key)
+    module = found[1].module() if found is not None else None
+    if found is None or module is None:
+        return
+    if _changing.idle():
+        try:
+            sync([module])
+        finally:
+            lock.release()
+    else:
+        found[0].structure.news.append(placed)
+
+
+class _Placed(weakref.ref[MethodType]):
+    """The bound method that was put into a module. Nothing else holds it, so it dies with its place."""
+
+    __slots__ = ("key",)
+
+    def __new__(cls, bound: MethodType, key: int) -> _Placed:
+        return super().__new__(cls, bound, _overwritten)
+
+    def __init__(self, bound: MethodType, key: int) -> None:
+        super().__init__(bound, _overwritten)  # type: ignore[call-arg]
+        self.key = key
 
 
 _ranges.on_listeners_changed(sync)

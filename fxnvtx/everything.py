@@ -25,7 +25,7 @@ from .family import Family
 from .instrument import instrument, log_once, unwrapped
 from .methods import Methods, unwrapped_method
 from .names import DEFAULT_EXCLUDE, Pattern, walk_paths
-from .slot import SLOT, _traced
+from .slot import SLOT, tracing
 
 __all__ = ["Everything", "instrument_everything"]
 
@@ -39,7 +39,7 @@ class _Unmet:
     def __get__(self, module: nn.Module | None, kind: type | None = None) -> Any:
         if module is None or torch.compiler.is_compiling():  # the second is what Dynamo sees when it inlines a call
             return None
-        if not _ranges.active or dynamo_active() or _traced():
+        if not _ranges.active or dynamo_active() or tracing():
             return None
         self.met.meet(module)
         return module.__dict__.get(SLOT)

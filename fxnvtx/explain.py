@@ -79,6 +79,7 @@ def explain(model: nn.Module) -> Explanation:
     control = controls_of(inner)
     if control is None:
         raise InstrumentError(f"this {type(inner).__name__} is not instrumented: call fxnvtx.instrument(model) first")
+    control.look_everywhere()
     found = Explanation(f"{control.text('')}: {sum(1 for _ in inner.modules())} modules")
     known = {fqn: entry for entry in control.entries for fqn in (entry.fqn, *entry.by_parent.values(), *entry.also)}
     for path, module, _ in walk_paths(inner):
@@ -86,7 +87,7 @@ def explain(model: nn.Module) -> Explanation:
         entry = known.get(fqn)
         kind = type(module).__name__
         if entry is None or entry.module() is not module:
-            found.rows.append(Row(fqn, kind, "", "", _why_not(control, entry, fqn, module)))
+            found.rows.append(Row(fqn, kind, "", "", _why_not(control, fqn, module)))
         else:
             found.rows.append(Row(fqn, kind, control.text(_shown_as(entry, fqn)), entry.path, _why(entry, fqn)))
     found.notes = [*_state(control, inner), *_compiled()]
@@ -117,16 +118,14 @@ def _why(entry: Entry, fqn: str) -> str:
     return "; ".join(reasons)
 
 
-def _why_not(control: Control, entry: Entry | None, fqn: str, module: nn.Module) -> str:
-    if entry is not None:
-        return "replaced since: call fxnvtx.instrument(model) again"
+def _why_not(control: Control, fqn: str, module: nn.Module) -> str:
     if not is_callable_module(module):
         return "a container that is never called"
     if not control.selection.takes(fqn, type(module)):
         return "excluded"
     if control.selection.depth is not None:
         return f"below depth {control.selection.depth}"
-    return "new since: call fxnvtx.instrument(model) again"
+    return "not read yet: the next call of the model does so"
 
 
 def _state(control: Control, model: nn.Module) -> list[str]:

@@ -47,16 +47,12 @@ class DiffusionNvtxHooks:
             raise InstrumentError(f"register_hooks takes a torch.nn.Module, not {type(model).__name__}")
         model = unwrapped(model)
         with lock:
-            known = {id(m) for c in _control.controls() for e in c.entries if (m := e.module()) is not None}
             control = Control(model, prefix or None, self._selection, "hooks", self._shapes)
             control.enabled = self._enabled
-            named = control.scan()
-            previous = _control.controls_of(model)
-            leaving = previous.modules() if previous is not None else []
+            fresh = sum(_control.entry_of(n.module) is None for n in control.scan())
             _control.register(model, control)
-            _control.sync(leaving)
             self._models = [c for c in self._models if c.model() not in (None, model)] + [control]
-            return sum(id(n.module) not in known for n in named)
+            return fresh
 
     def set_enabled(self, enabled: bool) -> None:
         """Takes effect at the next outermost call; a forward under way goes on as it began."""
@@ -71,5 +67,4 @@ class DiffusionNvtxHooks:
                 model = control.model()
                 if model is not None and _control.controls_of(model) is control:
                     _control.unregister(model)
-                    _control.sync(control.modules())
             self._models = []

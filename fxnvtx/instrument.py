@@ -12,9 +12,8 @@ from . import control as _control
 from . import graph as _graph
 from . import ranges as _ranges
 from . import recording
-from .control import Control, Entry, controls, controls_of, entry_of, lock, register, sync, unregister
-from .errors import InstrumentError, TraceError
-from .levels import Refused, trace_level
+from .control import Control, controls, controls_of, entry_of, lock, register, unregister, update
+from .errors import InstrumentError
 from .names import DEFAULT_EXCLUDE, Pattern, Selection, unwrapped
 
 __all__ = [
@@ -70,7 +69,7 @@ def instrument(
     inner = unwrapped(model)
     control = Control(inner, name, selection, path, bool(shapes))
     control.scan()
-    choose_paths(control)
+    control.choose_paths()
     previous = controls_of(inner)
     if previous is not None:
         control.enabled = previous.enabled
@@ -82,13 +81,10 @@ def attach(model: nn.Module, control: Control) -> None:
     """Register and bring the slots in line; those of modules that left the model are taken out."""
     with lock:
         previous = controls_of(model)
-        leaving = previous.modules() if previous is not None else []
         if previous is not None and same(previous, control):
-            previous.entries = control.entries
-            sync(leaving)
-            return
-        register(model, control)
-        sync(leaving)
+            update(previous, control)
+        else:
+            register(model, control)
 
 
 def same(a: Control, b: Control) -> bool:
@@ -101,11 +97,7 @@ def uninstrument(model: M) -> M:
         raise InstrumentError(f"uninstrument takes a torch.nn.Module, not {type(model).__name__}")
     if isinstance(model, fx.GraphModule):
         return _graph.remove_ranges(model)  # type: ignore[return-value]
-    inner = unwrapped(model)
-    with lock:
-        control = unregister(inner)
-        if control is not None:
-            sync(control.modules())
+    unregister(unwrapped(model))
     return model
 
 
@@ -141,47 +133,6 @@ def module_by_id(key: int) -> nn.Module | None:
             if id(module) == key:
                 return module
     return None
-
-
-# ------------------------------------------------------------------------------------------------ choosing
-
-
-def choose_paths(control: Control) -> None:
-    """Decide for every level whether its forward may be replaced; raises TraceError under path="fx"."""
-    below: dict[str, list[str]] = {}
-    for entry in control.entries:
-        for parent, fqn in entry.by_parent.items():
-            below.setdefault(parent, []).append(fqn[len(parent) + 1 :] if parent else fqn)
-    by_fqn = {entry.fqn: entry for entry in control.entries}
-    for entry in control.entries:
-        children = below.get(entry.fqn, [])
-        module = entry.module()
-        if not children or module is None:
-            continue
-        if control.path == "hooks":
-            entry.reason = 'path="hooks"'
-            continue
-        try:
-            entry.level = trace_level(module, children)
-        except Refused as refused:
-            entry.reason = str(refused)
-            if control.path == "fx":
-                raise TraceError(
-                    f"the level {control.text(entry.fqn)} ({entry.kind.__name__}) cannot be traced soundly: {refused}; "
-                    'use path="auto" to let the hooks path take it'
-                ) from None
-    for entry in control.entries:
-        entry.path = _path_of(entry, by_fqn)
-
-
-def _path_of(entry: Entry, by_fqn: dict[str, Entry]) -> str:
-    """Who emits a module's own range: the generated forward of the level above, or its slot."""
-    if entry.parent is None:
-        return "fx" if entry.level is not None else "hooks"
-    above = by_fqn.get(entry.parent)
-    relative = entry.fqn[len(entry.parent) + 1 :] if entry.parent else entry.fqn
-    inline = above is not None and above.level is not None and relative in above.level.children
-    return "fx" if inline else "hooks"
 
 
 # ------------------------------------------------------------------------------------------------ the rim

@@ -13,6 +13,7 @@ import dis
 import inspect
 import itertools
 import linecache
+import sys
 import types
 import weakref
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import graph as _graph
 from .compile.invisible import hide_from_dynamo
+from .deferred import begins_only
 from .names import walk_paths
 from .ranges import HANDLE, label, nvtx_pop, nvtx_push, unwind
 from .slot import SLOT, Slot, calls_plainly, in_range
@@ -49,8 +51,9 @@ class Level:
     fast: Callable[..., Any]
     general: Callable[..., Any]
 
-    def labels_below(self, prefix: str) -> tuple[Any, ...]:
-        """What the generated code pushes, for children called `prefix` and more: (entry, NVTX attributes) by turns."""
+    def labels_below(self, prefix: str, kinds: dict[str, str]) -> tuple[Any, ...]:
+        """What the generated code pushes, for children called `prefix` and more: (entry, NVTX attributes) by turns.
+        `kinds`: their classes."""
         made = [label(f"{prefix}{child}", "module") for child in self.children]
         return tuple(item for text in made for item in ((text,), text.attributes))
 
@@ -65,10 +68,12 @@ def trace_level(module: nn.Module, ranged: Sequence[str]) -> Level:
     Raises Refused with the reason. Modules of one class that look alike share one Level.
     """
     function, facts = read_forward(module)
+    _first_paths(module)  # before the cache, which knows classes and not who shares what
     for child in ranged:
         if not calls_plainly(module.get_submodule(child)):
             raise Refused(f"{child} overrides __call__, which must run around its range")
-    _first_paths(module)  # before the cache, which knows classes and not who shares what
+        if begins_only(module.get_submodule(child).forward):
+            raise Refused(f"{child} returns a coroutine or generator, and its range must last as long as that")
     key = (
         function,
         tuple(sorted((n, type(v), v) for n, v in facts.scalars.items())) if facts.scalars else (),
@@ -136,6 +141,8 @@ def _first_paths(module: nn.Module) -> dict[int, str]:
     in the graph stands for one name, and the other may be given another module later."""
     paths: dict[int, str] = {}
     for steps, child, _ in walk_paths(module):
+        if any("." in step for step in steps[:2]):  # only a write into `_modules` can make one
+            raise Refused(f"the name of its child {steps[-1]!r} has a dot in it, and could be taken for a path")
         path = ".".join(steps)
         first = paths.setdefault(id(child), path)
         if first != path and child is not module and _in_reach(module, path):
@@ -172,6 +179,8 @@ class _Tracer(fx.Tracer):
         except Exception as error:  # a forward may fail under tracing in any way
             first = str(error).strip().splitlines()
             raise Refused(f"torch.fx cannot trace it: {type(error).__name__}: {first[0] if first else ''}") from None
+        finally:
+            self.__dict__.clear()  # torch leaves cycles through a tracer, and this one knows the module
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -192,10 +201,7 @@ class _Unpacks:
     """`b, n, c = x.shape` becomes one node that checks the number, where fx would index without a check."""
 
     def __iter__(self) -> Any:
-        frame = inspect.currentframe()
-        calling = frame.f_back if frame is not None else None
-        if calling is None:
-            raise Refused("a tensor is iterated")
+        calling = sys._getframe(1)  # and not our own frame, which would be a cycle around the model
         for instruction in dis.get_instructions(calling.f_code):
             if instruction.offset == calling.f_lasti:
                 if instruction.opname != "UNPACK_SEQUENCE":
@@ -288,7 +294,7 @@ __c = __getattr(__m, __SLOT, None)
 if type(__c) is __Method and type(__c.__self__) is __Slot:
     __stack.append(__labels[ENTRY])
     __push(__labels[ATTRIBUTES], __HANDLE)
-    TARGET = __c.__self__.body(ARGUMENTS)
+    TARGET = __c.__self__.body(__m, ARGUMENTS)
     if len(__stack) == __depth:
         del __stack[-1]
         __pop(__HANDLE)

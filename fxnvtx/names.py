@@ -130,8 +130,9 @@ def walk_paths(model: nn.Module) -> Iterator[tuple[tuple[str, ...], nn.Module, t
         todo.extend(((*path, name), child, below) for name, child in reversed(children))
 
 
-def name_modules(model: nn.Module, selection: Selection) -> list[Named]:
-    """The modules of `model` that get a range, each once, in registration order; the root is always first."""
+def name_modules(model: nn.Module, selection: Selection, check: bool = True) -> list[Named]:
+    """The modules of `model` that get a range, each once, in registration order; the root is always first. `check`:
+    raise SelectionError for a glob that names nothing."""
     named: dict[int, Named] = {}
     seen: list[tuple[str, type]] = []
     ranged: dict[tuple[str, ...], int] = {}  # path -> its depth in ranges
@@ -156,7 +157,8 @@ def name_modules(model: nn.Module, selection: Selection) -> list[Named]:
         elif parent in entry.by_parent or entry.parent is None:
             entry.also.append(fqn)
         entry.by_parent.setdefault(parent, fqn)
-    selection.check(seen)
+    if check:
+        selection.check(seen)
     return list(named.values())
 
 

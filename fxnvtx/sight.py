@@ -13,9 +13,11 @@ __all__ = ["keep_out_of_sight"]
 # Where a compiled model's root has a slot, functions of these run with Dynamo watching.
 _OURS = [
     "control",
+    "gate",
     "graph",
     "hooks",
     "instrument",
+    "instrumented",
     "labels",
     "levels",
     "names",
@@ -23,6 +25,7 @@ _OURS = [
     "recording",
     "slot",
     "soundness",
+    "structure",
 ]
 _hidden: set[str] = set()
 

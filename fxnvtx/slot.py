@@ -5,143 +5,44 @@ place `Module.compile()` uses, and it is the place fxnvtx uses, because of what 
 (0.3 us instead of 1.2 us, and an exception in anybody's hook unwinds through our `finally`), not a replaced `forward`
 (accelerate and diffusers may replace and restore that one as they like), not part of the module's state (torch
 leaves it out of pickles and copies), and Dynamo ignores it when it inlines a module. It exists from torch 2.2 on.
+
+Nothing here holds the module: a slot hands it to what it calls, so a model that is dropped is freed at once.
 """
 
 from __future__ import annotations
 
+import sys
+import weakref
 from collections.abc import Callable
 from types import MethodType
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol
 
 from torch import nn
 
 from . import ranges as _ranges
 from .compile.invisible import dynamo_active, jit_traces
+from .deferred import held_open
+from .gate import Gate
 from .names import input_shapes, unwrapped
 from .ranges import HANDLE, Label, close_tuple, local, mark_now, nvtx_pop, nvtx_push, pop, push
 
-if TYPE_CHECKING:
-    from .control import Control
-    from .levels import Level
-
-__all__ = ["SLOT", "Around", "Slot", "in_range", "slot_of"]
+__all__ = ["SLOT", "Around", "Inside", "Naming", "OuterSlot", "Slot", "calls_plainly", "in_range", "slot_of", "tracing"]
 
 SLOT = "_compiled_call_impl"
 Around = Callable[[tuple[Any, ...], dict[str, Any]], "tuple[Label, object] | None"]
+Body = Callable[..., Any]  # (module, *its arguments)
 
 
-class Slot:
-    """Lives in the module's own dict, so it dies with the module. Nothing else holds it or the module."""
+class Naming:
+    """What one module is called: one label, or for a tied module one per caller."""
 
-    __slots__ = (
-        "around",
-        "attributes",
-        "below",
-        "body",
-        "by_parent",
-        "control",
-        "inner",
-        "label",
-        "level",
-        "module",
-        "occupied",
-        "plain",
-        "prefix",
-        "shapes",
-        "shown",
-    )
+    __slots__ = ("by_parent", "label")
 
-    def __init__(self, module: nn.Module, control: Control, inner: Any) -> None:
-        self.module = module
-        self.control = control
-        self.inner = inner  # what was in the place before (a compiled callable), given back on removal
-        self.occupied = False  # whether there was anything, None included
-        self.plain: Any = inner if inner is not None else module._call_impl
-        self.label: Label = cast(Label, None)
-        self.attributes: Any = None
-        self.prefix = ""
-        self.by_parent: dict[str, Label] | None = None  # tied modules: label of the caller -> own label
-        self.shapes = False
-        self.shown: dict[tuple[object, ...], Label] = {}
-        self.level: Level | None = None
-        self.below: dict[str, tuple[Any, ...]] = {}
-        self.body: Any = self.plain
-        # (arguments) -> what this very call is for: a range around the module's own, None for no such range
-        self.around: Around | None = None
-
-    def name(
-        self, label: Label, prefix: str, by_parent: dict[str, Label] | None, shapes: bool, level: Level | None
-    ) -> None:
-        """Set or change what this module is called, how its children's labels begin, and how its inside runs."""
+    def __init__(self, label: Label, by_parent: dict[str, Label] | None) -> None:
         self.label = label
-        self.prefix = prefix
-        self.attributes = label.attributes
-        self.by_parent = by_parent
-        if shapes != self.shapes:
-            self.shapes, self.shown = shapes, {}
-        self.level = level if self.inner is None else None
-        self.below = {}
-        if self.level is not None:
-            self.body = self.run_level
-        else:
-            self.body = self.run_shapes if shapes else self.plain
+        self.by_parent = by_parent  # label of the caller -> own label
 
-    @property
-    def entry_point(self) -> Any:
-        return self.call if self.settled else self.call_resolving
-
-    @property
-    def settled(self) -> bool:
-        """Whether every call of this module shows the same one range."""
-        return self.by_parent is None and not self.shapes and self.around is None
-
-    def call(self, *args: Any, **kwargs: Any) -> Any:
-        """The cheapest form: one label, NVTX only. Everything else goes through `call_resolving`."""
-        if not self.control.fast:
-            return self.call_resolving(*args, **kwargs)
-        stack = local.stack
-        entry = (self.label, self.control)
-        try:
-            stack.append(entry)
-            nvtx_push(self.attributes, HANDLE)
-            if kwargs:
-                return self.body(*args, **kwargs)
-            return self.body(*args)  # saves copying an empty dict
-        finally:
-            if stack and stack[-1] is entry:
-                del stack[-1]
-                nvtx_pop(HANDLE)
-            else:
-                close_tuple(stack, entry)
-
-    def call_root(self, *args: Any, **kwargs: Any) -> Any:
-        _ranges.emitted = True
-        self.control.mend()
-        return self.call(*args, **kwargs) if self.settled else self.call_resolving(*args, **kwargs)
-
-    def call_resolving(self, *args: Any, **kwargs: Any) -> Any:
-        """Recorders, tied modules, shapes, and models that are switched off or being switched."""
-        control = self.control
-        if control in local.silent or not _ranges.active:
-            return self.plain(*args, **kwargs)
-        stack = local.stack
-        if not control.enabled and not control.runs_on(stack):
-            # Outermost call of a model that is switched off: its whole call tree stays silent, also when it is
-            # switched on in the middle.
-            with control.silence():
-                return self.plain(*args, **kwargs)
-        outer = None if self.around is None else self.around(args, kwargs)
-        outermost = None if outer is None else push(*outer)
-        entry = push(self.current_label(stack))
-        if entry is not None:
-            entry.owner = control
-        try:
-            return self.body(*args, **kwargs)
-        finally:
-            pop(entry)
-            pop(outermost)
-
-    def current_label(self, stack: list[Any]) -> Label:
+    def now(self, stack: list[Any]) -> Label:
         """A tied module is called by the path through which it is being reached now."""
         if self.by_parent is not None:
             for entry in reversed(stack):
@@ -151,13 +52,65 @@ class Slot:
                     return found
         return self.label
 
-    def run_shapes(self, *args: Any, **kwargs: Any) -> Any:
-        self.show_shapes(args, kwargs)
-        return self.plain(*args, **kwargs)
+
+class Generated(Protocol):
+    """A generated forward (levels.py), as slots use it."""
+
+    @property
+    def holds(self) -> Callable[[nn.Module], bool]: ...
+
+    @property
+    def fast(self) -> Callable[..., Any]: ...
+
+    @property
+    def general(self) -> Callable[..., Any]: ...
+
+    def labels_below(self, prefix: str, kinds: dict[str, str]) -> tuple[Any, ...]: ...
+
+
+class Inside:
+    """What runs within a module's range where that is more than its forward: input shapes, a generated forward.
+
+    `prefix`: how the labels of its children begin. `kinds`: the class of each child that the generated forward names.
+    """
+
+    __slots__ = ("below", "gate", "kinds", "level", "naming", "plain", "prefix", "shown")
+
+    def __init__(
+        self, gate: Gate, naming: Naming, plain: Body, level: Generated | None, prefix: str, kinds: dict[str, str]
+    ) -> None:
+        self.gate = gate
+        self.naming = naming
+        self.plain = plain
+        self.level = level
+        self.prefix = prefix
+        self.kinds = kinds
+        self.below: dict[str, tuple[Any, ...]] = {}  # by own label: labels of the children
+        self.shown: dict[tuple[object, ...], Label] = {}
+
+    def run(self, module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        """The generated forward where it is proven equal to the real one just now, else the real one."""
+        if self.gate.shapes:
+            self.show_shapes(args, kwargs)
+        level = self.level
+        if level is None or dynamo_active() or tracing() or not level.holds(module):
+            return self.plain(module, *args, **kwargs)
+        stack = local.stack
+        label = self.naming.label
+        if self.naming.by_parent is not None:
+            above = stack[-1]
+            label = above[0] if type(above) is tuple else above.label
+        labels = self.below.get(label.text)
+        if labels is None:
+            prefix = self.prefix if self.naming.by_parent is None else f"{label.text}."
+            labels = self.below[label.text] = level.labels_below(prefix, self.kinds)
+        if self.gate.fast:
+            return level.fast(module, stack, labels, *args, **kwargs)
+        return level.general(module, stack, labels, *args, **kwargs)
 
     def show_shapes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         shapes = input_shapes(args, kwargs)
-        text = self.current_label(local.stack[:-1]).text
+        text = self.naming.now(local.stack[:-1]).text
         key = (text, *shapes)
         shown = self.shown.get(key)
         if shown is None:
@@ -165,34 +118,147 @@ class Slot:
             shown = self.shown[key] = _ranges.label(f"{text} in=[{listed}]")
         mark_now(shown)
 
-    def run_level(self, *args: Any, **kwargs: Any) -> Any:
-        """The generated forward where it is proven equal to the real one just now, else the real one."""
-        if self.shapes:
-            self.show_shapes(args, kwargs)
-        level, module = self.level, self.module
-        if level is None or dynamo_active() or _traced() or not level.holds(module):
-            return self.plain(*args, **kwargs)
+
+class Covered:
+    """What was in the slot's place before (Module.compile() puts a compiled callable there). It knows its module."""
+
+    __slots__ = ("inner",)
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def run(self, module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs)
+
+
+class Slot:
+    """One module's place on the call path. What lies in the module is one of its bound methods."""
+
+    __slots__ = (
+        "around",
+        "attributes",
+        "body",
+        "gate",
+        "holds_open",
+        "inner",
+        "inside",
+        "key",
+        "label",
+        "module",
+        "naming",
+        "occupied",
+        "plain",
+    )
+
+    def __init__(self, module: nn.Module, gate: Gate, naming: Naming) -> None:
+        self.module = weakref.ref(module)
+        self.key = id(module)
+        self.gate = gate
+        self.holds_open = False  # its forward only begins the work (a coroutine, a generator)
+        self.inner: Any = None  # what was in the place before, given back on removal
+        self.occupied = False  # whether there was anything, None included
+        self.plain: Body = _forward_of(module)
+        self.inside: Inside | None = None
+        self.body: Body = self.plain
+        # (arguments) -> what this very call is for: a range around the module's own, None for no such range
+        self.around: Around | None = None
+        self.name(naming)
+
+    def name(self, naming: Naming) -> None:
+        self.naming = naming
+        self.label = naming.label
+        self.attributes = naming.label.attributes
+
+    def cover(self, module: nn.Module, inner: Any, occupied: bool) -> None:
+        """Remember what else claims the place."""
+        if inner is not self.inner:
+            self.plain = _forward_of(module) if inner is None else Covered(inner).run
+            self.inner = inner
+            self.inside, self.body = None, self.plain
+        self.occupied = occupied
+
+    def fill(self, inside: Inside | None) -> None:
+        """How the module's inside runs."""
+        self.inside = inside
+        self.body = self.plain if inside is None else inside.run
+
+    @property
+    def entry_point(self) -> Body:
+        """The cheapest form of a call that is right for this module."""
+        return self.call if self.settled else self.call_resolving
+
+    @property
+    def settled(self) -> bool:
+        """Whether every call of this module shows the same one range."""
+        return self.naming.by_parent is None and not self.gate.shapes and self.around is None and not self.holds_open
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """The cheapest form: one label, NVTX only. Everything else goes through `call_resolving`."""
+        gate = self.gate
+        if not gate.fast:
+            return self.call_resolving(*args, **kwargs)
         stack = local.stack
-        label = self.label
-        if self.by_parent is not None:
-            above = stack[-1]
-            label = above[0] if type(above) is tuple else above.label
-        known = self.below.get(label.text)
-        if known is None or known[0] is not level:  # another thread may give this slot another level meanwhile
-            prefix = self.prefix if self.by_parent is None else f"{label.text}."
-            known = self.below[label.text] = (level, level.labels_below(prefix))
-        labels = known[1]
-        if self.control.fast:
-            return level.fast(module, stack, labels, *args, **kwargs)
-        return level.general(module, stack, labels, *args, **kwargs)
+        if not stack:
+            gate.look(self.key)
+        module = self.module()
+        if module is None:
+            module = _calling_module()
+        entry = (self.label, gate)
+        try:
+            stack.append(entry)
+            nvtx_push(self.attributes, HANDLE)
+            if kwargs:
+                return self.body(module, *args, **kwargs)
+            return self.body(module, *args)  # saves copying an empty dict
+        finally:
+            if stack and stack[-1] is entry:
+                del stack[-1]
+                nvtx_pop(HANDLE)
+            else:
+                close_tuple(stack, entry)
+
+    def call_root(self, *args: Any, **kwargs: Any) -> Any:
+        _ranges.emitted = True
+        if local.stack:  # the forms below look where nothing is open
+            self.gate.look(self.key)
+        return self.call(*args, **kwargs) if self.settled else self.call_resolving(*args, **kwargs)
+
+    def call_resolving(self, *args: Any, **kwargs: Any) -> Any:
+        """Recorders, tied modules, shapes, and models that are switched off or being switched."""
+        gate = self.gate
+        module = self.module()
+        if module is None:
+            module = _calling_module()
+        if gate in local.silent or not _ranges.active:
+            return self.plain(module, *args, **kwargs)
+        stack = local.stack
+        if not gate.enabled and not gate.runs_on(stack):
+            # Outermost call of a model that is switched off: its whole call tree stays silent, also when it is
+            # switched on in the middle.
+            with gate.silence():
+                return self.plain(module, *args, **kwargs)
+        if not stack:
+            gate.look(self.key)
+        outer = None if self.around is None else self.around(args, kwargs)
+        if self.holds_open:
+            return held_open(self.plain(module, *args, **kwargs), self.naming.now(stack), gate)
+        outermost = None if outer is None else push(*outer)
+        entry = push(self.naming.now(stack))
+        if entry is not None:
+            entry.owner = gate
+        try:
+            return self.body(module, *args, **kwargs)
+        finally:
+            pop(entry)
+            pop(outermost)
 
     # A copy of the module must not keep calling the original. torch leaves the slot out of pickles and copies; this is
     # for classes that bring their own __getstate__ and copy everything.
     def __deepcopy__(self, memo: dict[int, Any]) -> Slot:
-        return _silent_slot(memo.get(id(self.module), self.module))
+        return _silent_slot(memo.get(self.key, self.module()))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _silent_slot, (self.module,)
+        return _silent_slot, (self.module(),)
 
 
 class OuterSlot(Slot):
@@ -206,16 +272,35 @@ def calls_plainly(module: nn.Module) -> bool:
     return type(module).__call__ is nn.Module.__call__
 
 
-def _silent_slot(module: nn.Module) -> Slot:
-    from .control import Control
+def _forward_of(module: nn.Module) -> Body:
+    """What nn.Module calls where the place is empty: hooks and forward."""
+    return _own_call if "_call_impl" in module.__dict__ else type(module)._call_impl
 
-    return Slot(module, Control.off(), None)
+
+def _own_call(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+    return module._call_impl(*args, **kwargs)
+
+
+def _calling_module() -> nn.Module:
+    """The module whose call this is where the slot's own has died: a shallow copy, by a class that copies everything,
+    has the original's slot."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        found = frame.f_locals.get("self")
+        if isinstance(found, nn.Module):
+            return found
+        frame = frame.f_back  # type: ignore[assignment]
+    raise ReferenceError("the module that was called is gone")
+
+
+def _silent_slot(module: Any) -> Slot:
+    return Slot(module, Gate.off(), Naming(_ranges.label(type(module).__name__), None))
 
 
 _module_call = nn.Module.__call__
 
 
-def _traced() -> bool:
+def tracing() -> bool:
     """Whether torch.fx (it replaces nn.Module.__call__ meanwhile) or torch.jit watches the calls of modules now: a
     generated forward goes past the places where they look."""
     return nn.Module.__call__ is not _module_call or jit_traces()
@@ -242,6 +327,6 @@ def in_range(module: Any, label: Label, /, *args: Any, **kwargs: Any) -> Any:
         return module(*args, **kwargs)
     entry = push(label)
     try:
-        return slot.body(*args, **kwargs) if type(slot) is Slot else module(*args, **kwargs)
+        return slot.body(module, *args, **kwargs) if type(slot) is Slot else module(*args, **kwargs)
     finally:
         pop(entry)

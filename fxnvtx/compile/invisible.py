@@ -7,7 +7,8 @@ not needed for it. A torch without these entry points gets the answers of a torc
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ try:
 except ImportError:  # a torch built without Dynamo
     _eval_frame = None  # type: ignore[assignment]
 
-__all__ = ["dynamo_active", "hide_from_dynamo", "hide_from_torchscript", "hide_module", "jit_traces"]
+__all__ = ["dynamo_active", "hide_from_dynamo", "hide_from_torchscript", "hide_module", "jit_traces", "undisturbed"]
 
 _set_strategy = getattr(_eval_frame, "set_code_exec_strategy", None)
 _Strategy = getattr(_eval_frame, "_FrameExecStrategy", None)
@@ -45,6 +46,20 @@ def hide_from_dynamo(code: types.CodeType) -> None:
 def dynamo_active() -> bool:
     """Whether Dynamo watches the frames that this thread enters now: inside a compiled call, or being compiled."""
     return _callback() is not None
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Let Dynamo watch no frame of this thread meanwhile (torch 2.11 to 2.15: set_eval_frame(callback) -> before)."""
+    change = getattr(_eval_frame, "set_eval_frame", None)
+    if change is None or not dynamo_active():
+        yield
+        return
+    before = change(None)
+    try:
+        yield
+    finally:
+        change(before)
 
 
 def hide_from_torchscript(attribute: str) -> None:

@@ -269,9 +269,8 @@ class Call:
 
     def holds(self) -> bool:
         """Whether the models are still instrumented as they were, and hold the tensors they held."""
-        alive = controls()
         return all(
-            (b.control is None or (b.control in alive and b.control.entries is e)) and not b.died
+            (b.control is None or (b.control.registered and b.control.entries is e)) and not b.died
             for b, e in zip(self.bindings, self._entries, strict=True)
         ) and all(proof() for proof in self._proofs)
 

@@ -172,7 +172,7 @@ def _set_arounds(component: nn.Module, bound: Bound) -> None:
         if not bound.pipe.shown:
             control.set_enabled(False)
         if control.arounds:
-            sync()
+            sync(control.modules())
 
 
 def _arounds(component: nn.Module, bound: Bound) -> dict[str, Any]:

@@ -20,16 +20,10 @@ class _Attached:
     prefix: str
     depth: int | None
     shapes: bool
-    parts: list[tuple[str, weakref.ref[nn.Module]]]
 
     def fits(self, prefix: str, depth: int | None, shapes: bool, module: nn.Module) -> bool:
-        """Whether nothing changed since: neither the name nor a child."""
-        if (self.prefix, self.depth, self.shapes) != (prefix, depth, shapes) or label_of(module) != prefix:
-            return False
-        now = list(module.named_modules(remove_duplicate=False))
-        return len(now) == len(self.parts) and all(
-            name == known and ref() is child for (name, child), (known, ref) in zip(now, self.parts, strict=True)
-        )
+        """Whether it is called so by now. What became of its children every outermost call sees for itself."""
+        return (self.prefix, self.depth, self.shapes) == (prefix, depth, shapes) and label_of(module) == prefix
 
 
 class Attachments:
@@ -47,8 +41,7 @@ class Attachments:
         known = self._attached.get(module)
         if known is None or not known.fits(prefix, depth, shapes, module):
             instrument(module, name=prefix, depth=depth, shapes=shapes)
-            parts = [(n, weakref.ref(m)) for n, m in module.named_modules(remove_duplicate=False)]
-            self._attached[module] = _Attached(prefix, depth, shapes, parts)
+            self._attached[module] = _Attached(prefix, depth, shapes)
         set_enabled(module, enabled)
         wrap_methods(module, forward=whole)
 

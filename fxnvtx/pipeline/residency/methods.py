@@ -70,6 +70,9 @@ def _wrapper(name: str, method: FunctionType) -> FunctionType:
 
 
 def _open(module: nn.Module) -> ranges.Open | None:
+    known = control.controls_of(module)
+    if known is not None and ranges.active and not dynamo_active():
+        known.look(id(module))  # its layers may be others by now, and its root's slot is not asked
     text = label_of(module)
     if text is None or not ranges.active or dynamo_active() or not is_enabled(module) or _innermost(text):
         return None

@@ -1,0 +1,225 @@
+"""One instrumented model: what each of its modules is called, and by which path its range gets emitted.
+
+A `Control` is one call of `instrument()`. It holds the model's modules weakly; the slots that it makes for them hold
+them weakly too.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from . import ranges as _ranges
+from .deferred import begins_only
+from .errors import TraceError
+from .gate import Gate, lock
+from .levels import Level, Refused, trace_level
+from .names import Named, Selection, label_text, name_modules
+from .ranges import Label, label
+from .slot import Around, Inside, Naming, OuterSlot, Slot, calls_plainly
+from .structure import Structure
+
+__all__ = ["Control", "Entry"]
+
+_ages = itertools.count(1)
+
+
+@dataclass(eq=False)
+class Entry:
+    """One module of a model: what it is called and how its range gets emitted."""
+
+    module: weakref.ref[nn.Module]
+    key: int  # id() of the module; another one may have it once this one is dead
+    kind: type
+    fqn: str
+    parent: str | None
+    by_parent: dict[str, str]
+    also: list[str]
+    path: str = "hooks"
+    reason: str = ""
+    level: Level | None = None
+    children: dict[str, Entry] = field(default_factory=dict)  # by name below this one: those it calls itself
+    naming: Naming | None = None
+    slot: Slot | None = None
+    settled: bool = False  # whether the slot says what this entry says
+
+
+class Control(Gate):
+    """One instrumented model."""
+
+    def __init__(self, model: nn.Module, name: str | None, selection: Selection, path: str, shapes: bool) -> None:
+        super().__init__(shapes)
+        self.model = weakref.ref(model)
+        self.kind = type(model)
+        self.name = name
+        self.selection = selection
+        self.path = path
+        self.age = 0  # the later instrument() call wins a module that two name; 0: not registered
+        self.shared: set[int] = set()  # ids of modules that other controls name as well
+        self.entries: list[Entry] = []
+        self.arounds: dict[str, Around] = {}  # by FQN: what to show around a module's own range, call by call
+        self.structure = Structure(None)
+        self._by_fqn: dict[str, Entry] = {}
+        # Of the registry, while registered: bring this control up to date with its model; bring slots up to date
+        self._mend: Callable[[Control], None] | None = None
+        self._sync: Callable[[list[nn.Module]], None] | None = None
+
+    @property
+    def registered(self) -> bool:
+        """Whether this is what the model is instrumented as now."""
+        return self._mend is not None
+
+    def registers(self, mend: Callable[[Control], None], sync: Callable[[list[nn.Module]], None]) -> None:
+        self.age = next(_ages)
+        self._mend, self._sync = mend, sync
+        self.refresh()
+
+    def unregisters(self) -> None:
+        self._mend = self._sync = None
+        for entry in self.entries:
+            entry.slot = None  # it refers to us
+
+    def set_enabled(self, enabled: bool) -> None:
+        """Switch the model. Its modules are not touched, other than those that somebody else names as well."""
+        with lock:
+            self.enabled = enabled
+            self.refresh()
+            if self.shared and self._sync is not None:
+                self._sync([m for e in self.entries if e.key in self.shared and (m := e.module()) is not None])
+
+    def scan(self, check: bool = True) -> list[Named]:
+        """Read the model's modules as they are now. `check`: raise SelectionError for a glob that names nothing."""
+        model = self.model()
+        known = {entry.key: entry for entry in self.entries}
+        self.structure = Structure(model)
+        named = [] if model is None else name_modules(model, self.selection, check)
+        self._set_entries([_entry(n, known.get(id(n.module))) for n in named])
+        return named
+
+    def takes_over(self, other: Control) -> None:
+        """Go on with what `other` has read of the same model."""
+        self.structure = other.structure
+        self._set_entries(other.entries)
+
+    def _set_entries(self, entries: list[Entry]) -> None:
+        self.entries = entries
+        self._by_fqn = {entry.fqn: entry for entry in entries}
+
+    def modules(self) -> list[nn.Module]:
+        """The modules that have a range and are still alive."""
+        return [m for e in self.entries if (m := e.module()) is not None]
+
+    def callers(self, entry: Entry) -> list[nn.Module]:
+        """The modules that call this one by the names we know."""
+        above = (self._by_fqn.get(parent) for parent in entry.by_parent)
+        return [m for e in above if e is not None and (m := e.module()) is not None]
+
+    def look(self, key: int) -> None:
+        if self.enabled and self._mend is not None and self.structure.changed(key):
+            self._mend(self)
+
+    def look_everywhere(self) -> None:
+        """See that the whole model is as it was, where no call of the root does so."""
+        if self._mend is not None and self.structure.changed():
+            self._mend(self)
+
+    def text(self, fqn: str) -> str:
+        return label_text(self.name, self.kind, fqn)
+
+    def prefix(self, fqn: str) -> str:
+        """How the labels of the children of `fqn` begin."""
+        text = self.text(fqn) if fqn else self.name
+        return f"{text}." if text else ""
+
+    # -------------------------------------------------------------------------------------------- slots
+    def naming(self, entry: Entry) -> Naming:
+        if entry.naming is None:
+            by_parent: dict[str, Label] | None = None
+            if len(entry.by_parent) > 1:
+                by_parent = {self.text(p): self._label(fqn, entry.kind) for p, fqn in entry.by_parent.items()}
+            entry.naming = Naming(self._label(entry.fqn, entry.kind), by_parent)
+        return entry.naming
+
+    def _label(self, fqn: str, kind: type) -> Label:
+        text = self.text(fqn)
+        _ranges.kinds[text] = kind.__name__
+        return label(text, "module")
+
+    def slot(self, entry: Entry, module: nn.Module, level: Level | None, inner: object, occupied: bool) -> Slot:
+        """The slot that says all this of `module`. `inner`: what else claims the place; `level`: what runs inside."""
+        naming, slot = self.naming(entry), entry.slot
+        if slot is None:
+            slot = entry.slot = (Slot if calls_plainly(module) else OuterSlot)(module, self, naming)
+        if not entry.settled:
+            slot.name(naming)
+            slot.holds_open = begins_only(module.forward)
+        slot.cover(module, inner, occupied)
+        slot.around = self.arounds.get(entry.fqn)
+        level = level if inner is None else None
+        if level is None and not self.shapes:
+            slot.fill(None)
+        elif not entry.settled or slot.inside is None or slot.inside.level is not level:
+            kinds = {name: child.kind.__name__ for name, child in entry.children.items()}
+            slot.fill(Inside(self, naming, slot.plain, level, self.prefix(entry.fqn), kinds))
+        entry.settled = True
+        return slot
+
+    # -------------------------------------------------------------------------------------------- paths
+    def choose_paths(self, strict: bool = True) -> None:
+        """Decide for every level whether its forward may be replaced. Raises TraceError under path="fx" where one may
+        not; with `strict` False such a level is left to the hooks path."""
+        by_fqn = self._by_fqn
+        for entry in self.entries:
+            for parent, fqn in entry.by_parent.items():
+                if parent in by_fqn:
+                    by_fqn[parent].children[fqn[len(parent) + 1 :] if parent else fqn] = entry
+        for entry in self.entries:
+            module = entry.module()
+            if not entry.children or module is None:
+                continue
+            if self.path == "hooks":
+                entry.reason = 'path="hooks"'
+                continue
+            try:
+                entry.level = trace_level(module, list(entry.children))
+            except Refused as refused:
+                entry.reason = str(refused)
+                if self.path == "fx" and strict:
+                    raise TraceError(
+                        f"the level {self.text(entry.fqn)} ({entry.kind.__name__}) cannot be traced soundly: "
+                        f'{refused}; use path="auto" to let the hooks path take it'
+                    ) from None
+        for entry in self.entries:
+            entry.path = _path_of(entry, by_fqn)
+
+
+def _entry(named: Named, known: Entry | None) -> Entry:
+    """The entry of a module as it is named now. It keeps its slot, which may be in use, and labels that fit."""
+    made = Entry(
+        weakref.ref(named.module),
+        id(named.module),
+        type(named.module),
+        named.fqn,
+        named.parent,
+        named.by_parent,
+        named.also,
+    )
+    if known is not None and known.module() is named.module:
+        made.slot = known.slot
+        if (known.kind, known.fqn, known.by_parent) == (made.kind, made.fqn, made.by_parent):
+            made.naming = known.naming
+    return made
+
+
+def _path_of(entry: Entry, by_fqn: dict[str, Entry]) -> str:
+    """Who emits a module's own range: the generated forward of the level above, or its slot."""
+    if entry.parent is None:
+        return "fx" if entry.level is not None else "hooks"
+    above = by_fqn.get(entry.parent)
+    relative = entry.fqn[len(entry.parent) + 1 :] if entry.parent else entry.fqn
+    inline = above is not None and above.level is not None and relative in above.level.children
+    return "fx" if inline else "hooks"
