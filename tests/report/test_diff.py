@@ -16,7 +16,7 @@ from fxnvtx.report.diff import CHANGE, NOISE, ONLY_A, ONLY_B, UNSURE, verdict
 from fxnvtx.report.render_diff import diff_csv, diff_json, diff_text
 
 from .captures import Capture
-from .samples import pipeline
+from .samples import pipeline, recorded
 
 
 def steps(times: dict[str, list[int]]) -> Report:
@@ -31,9 +31,7 @@ def steps(times: dict[str, list[int]]) -> Report:
                 now += values[step]
         ranges.insert(place, Range(f"denoising_step_{step}_t{step}", "step", None, 1, 0, begin, now))
         now += 5
-    recording = Recording()
-    recording._frozen, recording._frozen_marks = ranges, []
-    return from_recording(recording)
+    return from_recording(recorded(ranges))
 
 
 def test_absolute_and_relative(tmp_path: Path) -> None:
@@ -139,8 +137,7 @@ def test_repetitions_are_steps_or_requests() -> None:
             Range("vae", "module", None, 1, 1, at + 10, at + 60),
             Range("vae", "module", None, 1, 1, at + 100, at + 150),
         ]
-    recording = Recording()
-    recording._frozen, recording._frozen_marks = ranges, []
+    recording = recorded(ranges)
     rows = {row.name: row for row in diff(from_recording(recording), from_recording(recording)).rows}
     assert (rows["vae"].count_a, rows["vae"].a) == (3, 100)
     assert (rows["request#*"].count_a, rows["request#*"].a) == (3, 900)

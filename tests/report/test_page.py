@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from fxnvtx.recording import Range, Recording
+from fxnvtx.recording import Range
 from fxnvtx.report import from_recording, load, render_html
 
 from .browser import Browser, find_chromium
 from .captures import Capture
-from .samples import pipeline
+from .samples import pipeline, recorded
 
 needs_browser = pytest.mark.skipif(find_chromium() is None, reason="no Chromium on the PATH")
 
@@ -210,7 +210,6 @@ def test_measure_and_step_chart(browser: Browser) -> None:
 
 @needs_browser
 def test_a_hundred_thousand_rows_stay_usable(browser: Browser, tmp_path: Path) -> None:
-    recording = Recording()
     ranges, now = [], 0
     for step in range(100):
         begin = now
@@ -220,7 +219,7 @@ def test_a_hundred_thousand_rows_stay_usable(browser: Browser, tmp_path: Path) -
             now += 60
         ranges.insert(place, Range(f"denoising_step_{step}_t{step}", "step", None, 1, 0, begin, now))
         now += 10
-    recording._frozen, recording._frozen_marks = ranges, []
+    recording = recorded(ranges)
     path = tmp_path / "big.html"
     path.write_text(render_html(from_recording(recording)), encoding="utf-8")
     start = time.monotonic()

@@ -12,12 +12,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fxnvtx.recording import Range, Recording
+from fxnvtx.recording import Range
 from fxnvtx.report import Report, from_recording, load, render_html, render_text
 from fxnvtx.report.overlap import covered, union
 from fxnvtx.report.tree import Node
 
 from .captures import VERSIONS, Capture
+from .samples import recorded
 
 LABELS = ("a", "b", "c.0", "c.1", "fused(a, c.0)")
 
@@ -155,8 +156,7 @@ def test_a_recording_comes_back_as_its_own_tree(items: list[list[Written | int]]
         writer = Writer(Capture(Path(folder) / "unused.sqlite"), itertools.cycle([gap + 1 for gap in gaps]), 1)
         for tid, thread in enumerate(items, 1):
             writer.thread(tid, thread)
-    recording = Recording()
-    recording._frozen, recording._frozen_marks = sorted(writer.ranges, key=lambda r: r.start_ns), []
+    recording = recorded(writer.ranges)
     report = from_recording(recording)
     expected: dict[tuple[str, ...], tuple[int, int]] = {}
     todo = [(node, (node.label,)) for node in recording.tree()]

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from fxnvtx.errors import ConfigError
-from fxnvtx.recording import Range, Recording
+from fxnvtx.recording import Range
 from fxnvtx.report import VIEWS, Report, from_recording, load
 from fxnvtx.report.labels import Name, clean, fold, fused_owners, infer_category, is_module
 
 from .captures import Capture
-from .samples import pipeline
+from .samples import pipeline, recorded
 
 BLOCK = 46_000  # ns of one block on the GPU
 OUTSIDE = "outside every module"
@@ -133,15 +133,13 @@ def test_residency_and_what_hides_it(tmp_path: Path) -> None:
 
 
 def test_residency_without_a_gpu_is_hidden_by_other_threads(tmp_path: Path) -> None:
-    recording = Recording()
-    recording._frozen, recording._frozen_marks = (
+    recording = recorded(
         [
             Range("transformer", "module", None, 1, 0, 0, 60),
             Range("transformer.a", "module", None, 1, 1, 10, 20),
             Range("residency.prefetch vae", "residency", 7, 2, 0, 30, 100),
             Range("vae", "module", None, 2, 1, 40, 90),  # its own thread: that hides nothing
-        ],
-        [],
+        ]
     )
     row = next(row for row in from_recording(recording).rows() if row.category == "residency")
     assert (row.resident, row.overlap) == (70, 30)
@@ -167,16 +165,14 @@ def test_launch_gaps_belong_to_the_range_around_both_launches(tmp_path: Path) ->
 
 
 def test_classes_come_from_recordings(tmp_path: Path) -> None:
-    recording = Recording()
-    recording.meta = {"classes": {"m": "Model", "m.0": "Linear", "m.1": "Linear"}}
-    recording._frozen, recording._frozen_marks = (
+    recording = recorded(
         [
             Range("m", "module", None, 1, 0, 0, 100),
             Range("m.0", "module", None, 1, 1, 10, 20),
             Range("m.1 in=[[2, 3]]", "module", None, 1, 1, 30, 60),
             Range("m.2", "module", None, 1, 1, 70, 80),
         ],
-        [],
+        classes={"m": "Model", "m.0": "Linear", "m.1": "Linear"},
     )
     rows = {row.name: row for row in from_recording(recording).rows(by="class")}
     assert {name: (row.calls, row.cpu) for name, row in rows.items()} == {
