@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-ARGS = ("text_encoder_cpu_offload=false", "vae_cpu_offload=true", "dit_cpu_offload=false")
+ARGS = ("text_encoder_cpu_offload=false", "vae_cpu_offload=false", "dit_cpu_offload=false")
 
 
 @dataclass

@@ -34,6 +34,15 @@ def paths(ranges):
     return found
 
 
+def last_names(texts):
+    """How often each name without the modules above it."""
+    found = Counter()
+    for text, count in texts.items():
+        name, _, shapes = text.partition(" in=")
+        found[name.rpartition(".")[2], shapes] += count
+    return found
+
+
 def nodes(recording):
     return [n for root in recording.tree() for n in root.walk()]
 
@@ -77,10 +86,10 @@ def test_every_label_of_sglangs_own_is_there(run_sglang, eager):
         ours.update(r.label for r in recording.ranges)
         ours.update(m.label for m in recording.marks)
     assert not [text for text in wanted if " in=[" not in text and text not in names]
-    # SGLang names a module that has two names by the first of them; here it goes by the way it is reached
-    tied = {text for text in wanted if text not in ours}
-    assert all("rotary" in text for text in tied), sorted(tied)[:5]
-    assert not wanted - ours - Counter({text: wanted[text] for text in tied})
+    # SGLang calls a module that has several names by the first of them; here it goes by the way it is reached
+    shared = {text.split(" in=")[0].rpartition(".")[2] for text in wanted - ours}
+    assert shared <= {"nonlinearity", "rotary_emb", "act_fn"}
+    assert not last_names(wanted) - last_names(ours)
 
 
 def test_the_structure_of_a_request(eager):
@@ -107,8 +116,8 @@ def test_the_structure_of_a_request(eager):
         assert {r.label for r in roots} == {"decoding_stage.vae"}
         assert all(any(n.label == "decoding_stage.vae.decoder" for n in r.walk()) for r in roots)
         moves = [(n.label, n.payload) for n in nodes(recording) if n.category == "residency"]
-        assert ("residency.load vae", 0) in moves, "there is no other place to move it to"
-        assert ("residency.offload vae", 0) in moves
+        # without a GPU SGLang keeps everything where it is
+        assert {("residency.load transformer", 0), ("residency.load vae", 0)} <= set(moves)
 
 
 @pytest.mark.nsys
@@ -150,8 +159,9 @@ def test_compiled_layers(run_sglang, plain):
         labels = {n.label for n in guided.walk()}
         assert {f"denoising_stage.transformer.layers.{n}" for n in (0, 1)} <= labels
         assert any(re.match(r"denoising_stage\.transformer\.layers\.1\..*attention", text) for text in labels)
-    roots = [n for n in request.walk() if n.label == "decoding_stage.vae"]
-    assert roots
+    (decoding,) = (n for n in request.walk() if n.label == "stage_decoding_stage")
+    roots = [n for n in decoding.children if n.category == "module"]
+    assert {r.label for r in roots} == {"decoding_stage.vae"}
     assert any(n.label.startswith("decoding_stage.vae.decoder") for r in roots for n in r.walk())
 
 

@@ -43,6 +43,7 @@ def handlers(options: Options) -> dict[str, Any]:
             "use_begins",
             "compile_arguments",
             "compiles_directly",
+            "compiled_method",
         )
     }
     found["Hooks"] = hooks_class(plugin.layers)
@@ -169,12 +170,10 @@ class Plugin:
             if not ranges.listening() or self._moving.get() or state.batch_is_warmup or not wanted(None):
                 return original(strategy, module, use, state, *args, **kwargs)
             nbytes = bytes_of(what, strategy, module, use)
-            # that a component which comes and goes had nothing to move is worth a line; that a resident one had is not
-            offloads = what != "wait" and type(strategy).__name__ != "ResidentStrategy"
             text = label(f"residency.{what} {use.component_name}", "residency")
             token = self._moving.set(True)
             try:
-                with ranges.range(text, payload=nbytes, enabled=nbytes != 0 or offloads):
+                with ranges.range(text, payload=nbytes, enabled=nbytes != 0 or what != "wait"):
                     return original(strategy, module, use, state, *args, **kwargs)
             finally:
                 self._moving.reset(token)
@@ -196,6 +195,11 @@ class Plugin:
             self.layers.compiles(kwargs.get("module"))
             return {**result, "backend": "fxnvtx"}
         return result
+
+    def compiled_method(self, original: Call, holder: Any, target: Any, *args: Any, **kwargs: Any) -> Any:
+        """Around ActiveTargetCompiledCallable.get_or_compile: `vae.decode`, compiled; its root is the component's."""
+        compiled = original(holder, target, *args, **kwargs)
+        return self.layers.rooted(target, compiled) if wanted(None) else compiled
 
     def compiles_directly(self, original: Call, pipeline: Any, pipe: Any, server_args: Any) -> Any:
         """Around DiffusersPipeline._apply_torch_compile, which calls torch.compile without arguments."""

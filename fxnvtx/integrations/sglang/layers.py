@@ -110,6 +110,14 @@ class Layers:
         if isinstance(module, nn.Module):
             self.attachments.prepare(module, type(module).__name__)
 
+    def rooted(self, target: Any, compiled: Callable[..., Any]) -> Callable[..., Any]:
+        """`compiled`, which runs a method of `target`, inside the range of that component."""
+        from torch import nn
+
+        from ...pipeline.residency.methods import with_root
+
+        return with_root(target, compiled) if isinstance(target, nn.Module) else compiled
+
     @contextmanager
     def compiling(self) -> Iterator[None]:
         """Let torch.compile and Module.compile without a backend take ours while the block runs."""

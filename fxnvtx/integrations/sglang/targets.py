@@ -86,6 +86,14 @@ TARGETS: tuple[Target, ...] = (
         layers=True,
     ),
     Target(
+        "utils.torch_compile",
+        "ActiveTargetCompiledCallable.get_or_compile",
+        "AROUND",
+        "compiled_method",
+        "the root of a compiled vae.decode",
+        layers=True,
+    ),
+    Target(
         "pipelines.diffusers_pipeline",
         "DiffusersPipeline._apply_torch_compile",
         "AROUND",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Callable
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -21,7 +22,7 @@ from ... import control, ranges
 from ...compile.invisible import dynamo_active
 from ...instrument import is_enabled, label_of
 
-__all__ = ["METHODS", "unwrap_methods", "wrap_methods"]
+__all__ = ["METHODS", "unwrap_methods", "with_root", "wrap_methods"]
 
 METHODS = ("encode", "decode", "forward")
 # By name and function that is wrapped: components of one class share it, and a compiled one meets it again.
@@ -45,6 +46,19 @@ def unwrap_methods(module: nn.Module, names: tuple[str, ...] = METHODS) -> None:
         found = getattr(module.__dict__.get(name), "__func__", None)
         if isinstance(found, FunctionType) and found in _wrappers.values():
             del module.__dict__[name]
+
+
+def with_root(module: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:
+    """`call`, a compiled method of `module`, with the module's own range around it."""
+
+    def ranged(*args: Any, **kwargs: Any) -> Any:
+        entry = _open(module)
+        try:
+            return call(*args, **kwargs)
+        finally:
+            ranges.pop(entry)
+
+    return ranged
 
 
 def _wrapper(name: str, method: FunctionType) -> FunctionType:

@@ -4,7 +4,7 @@ import contextlib
 
 from ...managers import forward_context
 from ...managers.memory_managers.component_manager import ComponentUse
-from ...utils import nvtx_pytorch_hooks
+from ...utils import nvtx_pytorch_hooks, torch_compile
 
 
 class Stage:
@@ -54,8 +54,14 @@ class DecodingStage(Stage):
 
     def __init__(self, target_dtype=None):
         self.use = ComponentUse("decoding", "vae", "decode", target_dtype)
+        self.compile_kwargs = None
+        self.compiled = torch_compile.ActiveTargetCompiledCallable()
 
     def forward(self, batch, manager):
         vae = manager.begin_use(self.use)
-        batch.image = vae.decode(batch.latent.to(next(vae.parameters()).dtype))
+        decode = vae.decode
+        if self.compile_kwargs is not None:
+            kwargs = {**torch_compile.build_torch_compile_kwargs(mode=None, module=vae), **self.compile_kwargs}
+            decode = self.compiled.get_or_compile(vae, decode, compile_kwargs=kwargs)
+        batch.image = decode(batch.latent.to(next(vae.parameters()).dtype))
         manager.end_use(self.use)
