@@ -31,6 +31,7 @@ def findings() -> Iterator[Finding]:
     yield from _nsys()
     yield from _cuda()
     yield _diffusers()
+    yield from _sglang()
 
 
 def _version(package: str) -> str:
@@ -113,6 +114,18 @@ def _diffusers() -> Finding:
     if importlib.util.find_spec("diffusers") is None:
         return Finding("diffusers", "note", "not installed", "pip install 'fxnvtx[diffusers]' for its pipelines")
     return Finding("diffusers", "ok", _version("diffusers"))
+
+
+def _sglang() -> Iterator[Finding]:
+    from .integrations.sglang import missing_targets
+
+    missing = missing_targets()
+    if missing is None:  # nobody misses what is not installed
+        return
+    if missing:
+        yield Finding("SGLang", "note", "; ".join(missing), f"SGLang {_version('sglang')} shows no ranges for that")
+    else:
+        yield Finding("SGLang", "ok", f"{_version('sglang')}; its --enable-layerwise-nvtx-marker gives fxnvtx's ranges")
 
 
 @click.command("doctor")

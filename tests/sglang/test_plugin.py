@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import fxnvtx
+from fxnvtx import doctor
 from fxnvtx.integrations.sglang import missing_targets, register
 from fxnvtx.integrations.sglang.options import Options, read_options
 from fxnvtx.integrations.sglang.targets import TARGETS, lacking
@@ -313,6 +314,25 @@ def test_a_component_of_two_uses_is_named_by_the_one_that_goes_on(start):
         assert labels(recording) == ["decoding.vae", "decoding.vae.decoder"], "the copy has none"
 
 
+def test_a_use_that_goes_on_costs_no_walk_over_the_model(start, monkeypatch):
+    server = start()
+    walks = []
+    monkeypatch.setattr(
+        Dit, "named_modules", lambda self, *a, **k: walks.append(1) or nn.Module.named_modules(self, *a, **k)
+    )
+    use = server.stages[0].use
+    server.manager.begin_use(use)
+    before = len(walks)
+    assert before
+    for _ in range(5):
+        server.manager.begin_use(use)
+    assert len(walks) == before
+    server.manager.end_use(use)
+    server.manager.begin_use(use)
+    assert len(walks) > before
+    server.manager.end_use(use)
+
+
 @pytest.mark.parametrize("flag", [True, False])
 def test_arguments_of_torch_compile(start, flag):
     server = start(flag=flag)
@@ -369,22 +389,29 @@ def test_a_release_without_some_places(start, tmp_path, monkeypatch, caplog):
     importlib.invalidate_caches()
     told = missing_targets()
     assert [t.split(": ")[0] for t in told] == ["names of more than two passes"] * 2
+    (finding,) = (f for f in doctor.findings() if f.what == "SGLang")
+    assert finding.state == "note"
+    assert "CFGBranch.configure_batch is not there" in finding.found
     with caplog.at_level(logging.WARNING, "fxnvtx.sglang"):
         register()
     lines = [r.getMessage() for r in caplog.records if r.name == "fxnvtx.sglang"]
     assert lines == ["this release of SGLang has no place for: names of more than two passes"]
     hooked = {target for target, *_ in importlib.import_module(ROOT + "platforms.plugins").HookRegistry.hooks}
     assert len(hooked) == len(TARGETS) - 2
+    (runtime / "platforms" / "plugins.py").unlink()
+    assert "0.5.23 is the first release" in missing_targets()[0]
 
 
 def test_targets_of_the_stand_in_are_all_there(start):
     assert missing_targets() == []
+    assert [f.state for f in doctor.findings() if f.what == "SGLang"] == ["ok"]
     assert len(lacking(TARGETS, None)) == len(TARGETS)
 
 
 def test_without_sglang(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert missing_targets() is None
+    assert not [f for f in doctor.findings() if f.what == "SGLang"]
 
 
 def test_values_without_meaning_are_told_and_ignored(caplog):

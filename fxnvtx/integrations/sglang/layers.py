@@ -62,6 +62,8 @@ class Layers:
                     self.attachments.disable(model)
 
     def enable(self, model: nn.Module, prefix: str) -> None:
+        if self._active and self._active[-1] == (model, prefix):
+            return  # SGLang says so again at every step of a loop; looking for new children would take a walk each time
         if (model, prefix) not in self._active:
             self._active.append((model, prefix))
         self._name(model, prefix)

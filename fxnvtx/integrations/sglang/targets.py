@@ -150,4 +150,6 @@ def missing_targets() -> list[str] | None:
     package = sglang_folder()
     if package is None:
         return None
+    if not package.joinpath("multimodal_gen", "runtime", "platforms", "plugins.py").exists():
+        return ["there is no entry point for plugins: SGLang-Diffusion 0.5.23 is the first release with one"]
     return [f"{t.shows}: {t.path} is not there" for t in lacking(TARGETS, package)]
