@@ -63,7 +63,8 @@ class ComposedPipeline:
         return stage
 
     def check(self, args: ServerArgs) -> None:
-        """Raise where there is nothing to run, or where `args` name a component that is not there."""
+        """Raise where there is nothing to run, or where `args` name a component that is not there, or ask for one to be
+        offloaded that no stage declares a use of: nothing would ever bring it in."""
         if not self.stages:
             raise PipelineError(f"pipeline {self.name!r} has no stages: add_stage() some")
         for where, named in (
@@ -74,6 +75,13 @@ class ComposedPipeline:
                 if component not in self.components:
                     known = ", ".join(self.components)
                     raise ConfigError(f"{where} names {component!r}, which is none of the components: {known}")
+        declared = {use.component for name, s in self.stages.items() for use in s.component_uses(args, name)}
+        for component, mode in args.residency.items():
+            if mode != "resident" and component not in declared:
+                raise ConfigError(
+                    f"residency asks for {component}={mode}, but no stage declares a use of it: let component_uses() of "
+                    "the stage that needs it return it, or keep it resident"
+                )
 
     def __call__(self, batch: Any, args: ServerArgs | None = None) -> Any:
         """Run one request through all stages; returns the batch."""

@@ -55,7 +55,7 @@ class ParallelExecutor(PipelineExecutor):
             yield
 
     def _run_stage(self, pipeline: ComposedPipeline, stage: PipelineStage, payload: Any, args: ServerArgs) -> Any:
-        group, kind = self.group, stage.parallelism
+        group, kind = self.group, stage.parallelism_for(payload)
 
         def work() -> Any:
             return PipelineExecutor._run_stage(self, pipeline, stage, payload, args)

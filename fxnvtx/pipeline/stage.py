@@ -68,6 +68,10 @@ class PipelineStage:
         """The components that this stage will use, in order."""
         return []
 
+    def parallelism_for(self, batch: Any) -> StageParallelism:
+        """How a parallel executor runs this stage for this batch (a list for a group). Every rank must answer alike."""
+        return self.parallelism
+
     def deduplication_key(self, batch: Any, args: ServerArgs) -> Hashable | None:
         """Batches with equal keys get the same result from this stage; None: run every one."""
         return None

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import fxnvtx
 from fxnvtx.errors import ConfigError, OutputError, PipelineError
-from fxnvtx.pipeline import Batch, ComposedPipeline, PipelineStage, ServerArgs
+from fxnvtx.pipeline import Batch, ComposedPipeline, ParallelExecutor, PipelineStage, ServerArgs, StageParallelism
 from fxnvtx.pipeline.composed import profile_names
 
 from .nets import LAYERS, Net, Uses, calls, labels, pipeline_of
@@ -130,3 +130,30 @@ def test_mistakes_are_told():
     for values in ({"steps": 0}, {"steps": True}, {"refine_steps": 1.5}, {"prompt": 3}):
         with pytest.raises(ConfigError):
             Batch(**values)
+
+
+@pytest.mark.parametrize("mode", ["component-offload", "layerwise-offload", "snapshot-offload", "resident"])
+def test_an_offload_that_no_stage_declares_is_refused(mode):
+    args = LAYERS.with_values(residency={"other": mode})
+    pipeline = pipeline_of({"net": Net(), "other": Net()}, {"a": calls()}, args)
+    if mode == "resident":
+        pipeline(Batch())
+        return
+    with pytest.raises(ConfigError, match=f"other={mode}, but no stage declares a use"):
+        pipeline(Batch())
+
+
+def test_parallelism_may_follow_from_the_batch():
+    asked = []
+
+    class Chooses(Uses):
+        def parallelism_for(self, batch):
+            asked.append(batch)
+            return StageParallelism.MAIN_RANK_ONLY
+
+    batch, group = Batch(), [Batch(), Batch()]
+    pipeline = pipeline_of({}, {"a": Chooses(lambda stage, batch: None)})
+    pipeline.executor = ParallelExecutor()
+    assert pipeline(batch) is batch
+    assert pipeline.run_grouped(group) == group
+    assert asked == [batch, group]
