@@ -209,6 +209,20 @@ def test_without_the_flag_and_in_a_warmup_nothing_shows_and_the_result_is_the_sa
         assert torch.equal(server.serve().image, wanted)
 
 
+def test_what_cannot_be_shown_is_told_once_and_served_all_the_same(start, caplog):
+    server = start()
+    wanted = server.serve().image
+    server = Server()
+    server.args.enable_layerwise_nvtx_marker = True
+    server.manager.modules["dit"] = torch.fx.symbolic_trace(server.dit)
+    with caplog.at_level(logging.WARNING, "fxnvtx.sglang"):
+        for _ in range(2):
+            assert torch.equal(server.serve().image, wanted)
+    told = [r.getMessage() for r in caplog.records if r.name == "fxnvtx.sglang"]
+    assert len(told) == len(set(told)) > 0
+    assert labels(server.recorded(), "stage") == ["stage_denoising", "stage_decoding"]
+
+
 def test_more_than_two_passes_go_by_their_names(start):
     server = start(branches=("positive", "image", "negative"))
     names = [x for x in labels(server.recorded()) if x.startswith("predict_noise.")]

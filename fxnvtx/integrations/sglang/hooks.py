@@ -18,7 +18,7 @@ from ... import ranges
 from ...labels import Label, label
 from .layers import Layers, hooks_class
 from .moves import bytes_of
-from .options import Options, log
+from .options import Options, guarded, log
 
 __all__ = ["Plugin", "handlers"]
 
@@ -116,10 +116,7 @@ class Plugin:
         if not wanted(server_args) or is_warmup(batch):
             yield
             return
-        try:
-            self.layers.ahead(executor, stages, server_args)
-        except Exception as error:  # a release that declares its uses another way: they are read when they begin
-            log.debug("the components were not read ahead: %s", str(error))
+        self.layers.ahead(executor, stages, server_args)
         number = next(self._numbers)
         rank, world = ranks()
         group = isinstance(batch, list) and len(batch) > 1
@@ -167,10 +164,10 @@ class Plugin:
         """Around a residency strategy's method. What a method of a strategy calls of the same strategy is its own."""
 
         def moves(original: Call, strategy: Any, module: Any, use: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
-            if not ranges.listening() or self._moving.get() or state.batch_is_warmup or not wanted(None):
+            if not ranges.listening() or self._moving.get() or not self._shows_moves(state):
                 return original(strategy, module, use, state, *args, **kwargs)
             nbytes = bytes_of(what, strategy, module, use)
-            text = label(f"residency.{what} {use.component_name}", "residency")
+            text = label(f"residency.{what} {getattr(use, 'component_name', 'component')}", "residency")
             token = self._moving.set(True)
             try:
                 with ranges.range(text, payload=nbytes, enabled=nbytes != 0 or what != "wait"):
@@ -180,18 +177,26 @@ class Plugin:
 
         return moves
 
+    @staticmethod
+    def _shows_moves(state: Any) -> bool:
+        return wanted(None) and not getattr(state, "batch_is_warmup", False)
+
     # --------------------------------------------------------------------------------------------------- layers
 
     def use_begins(self, original: Call, manager: Any, use: Any, module: Any = None) -> Any:
         """Around ComponentResidencyManager._enable_nvtx_for_use: compiled layers must be silent in a warm-up."""
         result = original(manager, use, module)
+        self._silence_a_warmup(manager, use, module)
+        return result
+
+    @guarded
+    def _silence_a_warmup(self, manager: Any, use: Any, module: Any) -> None:
         if wanted(manager.server_args) and manager.state.batch_is_warmup:
             self.layers.silence(module, manager._nvtx_prefix_for_use(use))
-        return result
 
     def compile_arguments(self, result: Any, *args: Any, **kwargs: Any) -> Any:
         """After build_torch_compile_kwargs: Inductor, but with ranges."""
-        if wanted(None) and result.get("backend", "inductor") == "inductor":
+        if wanted(None) and isinstance(result, dict) and result.get("backend", "inductor") == "inductor":
             self.layers.compiles(kwargs.get("module"))
             return {**result, "backend": "fxnvtx"}
         return result

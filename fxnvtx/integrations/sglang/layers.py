@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from .options import Options
+from .options import Options, guarded
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,15 +35,17 @@ class Layers:
             self._attachments = Attachments()
         return self._attachments
 
+    @guarded
     def register(self, owner: object, model: nn.Module) -> int:
         """Note that `owner` will show `model`. How many of its modules get a range; 0 where no layers are wanted."""
         if not self.options.layers:
             return 0
-        from ...names import Selection, name_modules, unwrapped
+        from ...names import DEFAULT_EXCLUDE, Selection, name_modules, unwrapped
 
         self._registered.append((owner, model))
-        return len(name_modules(unwrapped(model), Selection.of(None, (), self.options.depth)))
+        return len(name_modules(unwrapped(model), Selection.of(None, DEFAULT_EXCLUDE, self.options.depth)))
 
+    @guarded
     def ahead(self, executor: Any, stages: Any, server_args: Any) -> None:
         """Read the components of a request before it begins: a large model takes tens of milliseconds, which would
         otherwise show as a stage's own."""
@@ -61,6 +63,7 @@ class Layers:
                     self._name(model, manager._nvtx_prefix_for_use(use))
                     self.attachments.disable(model)
 
+    @guarded
     def enable(self, model: nn.Module, prefix: str) -> None:
         if self._active and self._active[-1] == (model, prefix):
             return  # SGLang says so again at every step of a loop; looking for new children would take a walk each time
@@ -68,6 +71,7 @@ class Layers:
             self._active.append((model, prefix))
         self._name(model, prefix)
 
+    @guarded
     def disable(self, model: nn.Module, prefix: str) -> None:
         if (model, prefix) not in self._active:
             return
@@ -78,6 +82,7 @@ class Layers:
         else:
             self._name(model, outer)
 
+    @guarded
     def remove(self, owner: object) -> None:
         """Take out what nobody else has registered."""
         mine = [m for o, m in self._registered if o is owner]
@@ -87,6 +92,7 @@ class Layers:
                 self._active = [(m, p) for m, p in self._active if m is not model]
                 self.attachments.remove(model)
 
+    @guarded
     def silence(self, module: Any, prefix: str) -> None:
         """Compiled code brings its ranges along: a use without ranges has to switch them off."""
         from torch import nn
@@ -94,6 +100,7 @@ class Layers:
         if self.options.layers and isinstance(module, nn.Module):
             self.attachments.silence(module, prefix)
 
+    @guarded
     def show_step(self, index: int | None) -> None:
         """Step `index` begins (None: the loop is over): show the layers of the components in use, or not."""
         steps = self.options.steps
@@ -105,6 +112,7 @@ class Layers:
 
     # ------------------------------------------------------------------------------------------ torch.compile
 
+    @guarded
     def compiles(self, module: Any) -> None:
         """`module`, or a method of it, is about to be compiled: have it known before its first call."""
         from torch import nn
@@ -156,7 +164,7 @@ def hooks_class(layers: Layers) -> type:
 
         def register_hooks(self, model: Any, prefix: str = "") -> int:
             """Returns how many modules get a range; with none SGLang keeps no hooks."""
-            count = layers.register(self, model)
+            count: int = layers.register(self, model) or 0
             if count:
                 self._models.append((model, prefix))
                 if self._enabled:

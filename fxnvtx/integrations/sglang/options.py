@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from ...errors import ConfigError
 
 if TYPE_CHECKING:
     from ...pipeline.steps import StepWindows
 
-__all__ = ["VARIABLE", "Options", "read_options"]
+__all__ = ["VARIABLE", "Options", "guarded", "read_options"]
 
 VARIABLE = "FXNVTX_SGLANG"
 MODES = ("layers", "stages", "off")
 log = logging.getLogger("fxnvtx.sglang")
+F = TypeVar("F", bound=Callable[..., Any])
+_told: set[str] = set()
+
+
+def guarded(function: F) -> F:
+    """A part of the plugin whose failure must not reach SGLang: it is told once, and None comes back."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            told = f"{function.__name__}: {type(error).__name__}: {error}"
+            if told not in _told and len(_told) < 100:
+                _told.add(told)
+                log.warning("some ranges are missing (%s)", told)
+            return None
+
+    return cast(F, call)
 
 
 @dataclass(frozen=True)
