@@ -23,6 +23,7 @@ __all__ = ["profile_command"]
 
 BUILT_IN = ("reference", "two-stage")
 TREE = "tree.txt"
+PAGE = "report.html"
 
 
 @dataclass
@@ -149,7 +150,7 @@ def _under_nsys(output: Path) -> None:
 
 def _in_process(job: Job, output: Path, rows: int) -> None:
     from .recording import record
-    from .report import chrome, from_recording, render_text
+    from .report import chrome, from_recording, render_html, render_text
 
     run = _runner(job)
     for _ in range(job.warmup):
@@ -159,8 +160,10 @@ def _in_process(job: Job, output: Path, rows: int) -> None:
     recording.meta["pipeline"] = job.pipeline
     recording.save(output / "recording.json")
     chrome.write(recording, output / "trace.json")
-    names = ["recording.json", "trace.json", TREE, *_write_picture(result, output)]
-    shown = render_text(from_recording(recording), "tree", fold=True, limit=rows)
+    names = ["recording.json", "trace.json", PAGE, TREE, *_write_picture(result, output)]
+    report = from_recording(recording)
+    write_text(output / PAGE, render_html(report))
+    shown = render_text(report, "tree", fold=True, limit=rows)
     shown += f"wrote {', '.join(names)} to {output}/\n  the whole table: fxnvtx report {output}/recording.json\n"
     write_text(output / TREE, shown)
     say(shown, end="")

@@ -116,6 +116,12 @@ class Recording:
         """The outermost ranges of every thread, each with what is inside it."""
         return build_tree(self.ranges)
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the folded tree with its times."""
+        from .report import from_recording
+
+        return from_recording(self)._repr_html_()
+
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write JSON: {"format", "version", "meta", "ranges": [[label, category, payload, thread_id, depth,
         start_ns, end_ns, leaked], ...], "marks": [...]}."""

@@ -144,6 +144,22 @@ def launch_bound(report: Report) -> Answer:
     )
 
 
+def idle_gaps(report: Report) -> Answer:
+    """One single time that the device was idle between two launches is more than 1% of its busy and idle time."""
+    if not report.has_gpu:
+        return Silence("idle_gaps", "no device work")
+    longest = sorted((gap for part in report.parts for gap in part.gaps), reverse=True)[:EVIDENCE]
+    if not longest or longest[0][0] * 100 <= report.root.gap + report.root.gpu:
+        return None
+    idle, _, where, kernel = longest[0]
+    return Finding(
+        "idle_gaps",
+        f"the device was idle for {readable_ns(idle)} at a stretch, in {where} before {kernel}",
+        idle,
+        tuple((f"{where}, before {kernel}", idle) for idle, _, where, kernel in longest),
+    )
+
+
 def residency_waits(report: Report) -> Answer:
     """Residency work that nothing hid takes more than 2% of the time."""
     nodes = [node for node in report.root.walk() if node.parent is not None and node.name.category == RESIDENCY]
@@ -246,6 +262,7 @@ RULES: tuple[Callable[[Report], Answer], ...] = (
     uneven_steps,
     late_compilation,
     launch_bound,
+    idle_gaps,
     residency_waits,
     copies,
     guidance,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import sqlite3
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -23,6 +24,7 @@ from .window import WHOLE, Omitted, Window, omitted
 
 __all__ = ["read_sqlite"]
 
+GAPS = 10  # of the longest idle times
 PUSH_POP, START_END = (59, 70), (60, 71)
 NO_LAUNCH = Name(UNKNOWN + "no launching call in this recording", "unknown")
 CROSS_THREAD = "ranges that end on another thread than they began on were left out"
@@ -263,6 +265,7 @@ class Reader:
         part.has_gpu = filler.count > 0
         part.device_calls = self.operations > 0
         part.operations = filler.count
+        part.gaps = filler.longest_gaps()
         if sweep.crossing:
             part.notes.append(f"{sweep.crossing:,} ranges cross another one instead of lying inside it")
         self._side(part, pid)
@@ -305,6 +308,8 @@ class _Filler:
         self.shared = shared
         self.compute = compute
         self.count = 0
+        self.gaps: list[tuple[int, int, int, Node, int, int]] = []  # a heap
+        self.least_gap = 0
         self.where: dict[int, Node] = {}  # captured graph node -> the range it was captured in
         self.placed: dict[tuple[int, int], Node] = {}  # (launching node, captured graph node) -> where it counts
         self.names: dict[tuple[int, int], str] = {}
@@ -327,12 +332,29 @@ class _Filler:
                 self.add(node, op)
             if both is not None:
                 both.gap_self += op[9]
+                if op[9] > self.least_gap:
+                    self._gap(op, both)
             both = node  # within one launch, the launch's own range holds them all
             if first is None or op[1] < first:
                 first = op[1]
             if last is None or op[2] > last:
                 last = op[2]
         return (first, last, time)  # type: ignore[return-value]
+
+    def _gap(self, op: Op, both: Node) -> None:
+        """Keep the longest times that the device was idle, each with the range around it and what ended it."""
+        if len(self.gaps) == GAPS:
+            heapq.heappop(self.gaps)
+        heapq.heappush(self.gaps, (op[9], op[1], op[0], both, op[3], op[4]))
+        if len(self.gaps) == GAPS:
+            self.least_gap = self.gaps[0][0]
+
+    def longest_gaps(self) -> list[tuple[int, int, str, str]]:
+        """(length, end, text of the range around, operation that ended it), the longest first."""
+        return [
+            (idle, end, both.name.text or "no range", self.reader.operation(kind, key))
+            for idle, end, _, both, kind, key in sorted(self.gaps, reverse=True, key=lambda gap: gap[:3])
+        ]
 
     def add(self, node: Node, op: Op) -> None:
         """Count one operation for one node."""

@@ -25,6 +25,8 @@ class Part:
     has_gpu: bool = False
     device_calls: bool = False  # whether the distributions over calls are of device time
     operations: int = 0
+    # the longest times the device was idle: length, end, the range around both launches, what ended it
+    gaps: list[tuple[int, int, str, str]] = field(default_factory=list)
 
     @property
     def title(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 
 from ..errors import ConfigError
@@ -76,6 +77,12 @@ class Report:
         """The tree that the rows of the view "tree" come from, with its sums."""
         chosen = Selection("tree", None, tuple(include), tuple(exclude), fold, False, split_fused)
         return tree_of(self.root, self.classes, chosen)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the folded tree, cut where it would fill pages."""
+        from .render_text import render_text
+
+        return f"<pre>{html.escape(render_text(self, fold=True, width=120, limit=60))}</pre>"
 
 
 def _outermost_unknown(root: Node) -> list[Node]:

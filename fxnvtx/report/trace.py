@@ -17,7 +17,9 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
+from ..categories import PIECE as PIECE_CATEGORY
 from ..errors import CaptureError
+from .sweep import PIECE
 
 __all__ = ["converted", "is_gzip"]
 
@@ -222,8 +224,9 @@ def _events(writer: _Writer, events: list[Any]) -> None:
             continue
         only = pid if only is None else only
         payload = arguments.get("payload")
+        known = PIECE_CATEGORY if payload == PIECE else _category(category, kineto)
         writer.range(
-            writer.thread(pid, tid), start, end, text.removeprefix(_MODULE), _category(category, kineto),
+            writer.thread(pid, tid), start, end, text.removeprefix(_MODULE), known,
             payload if type(payload) is int and abs(payload) < 1 << 63 else None,
         )  # fmt: skip
     for (pid, tid), opened in begun.items():

@@ -64,6 +64,7 @@ def test_profile_leaves_a_balanced_recording_a_trace_and_an_image(profiled: tupl
     events = json.loads((folder / "trace.json").read_text())
     assert len(events["traceEvents"]) >= len(recording.ranges)
     assert (folder / "image.png").read_bytes().startswith(b"\x89PNG")
+    assert "denoising_step_1" in (folder / "report.html").read_text()
 
 
 @pytest.mark.nsys

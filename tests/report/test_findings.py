@@ -92,6 +92,11 @@ CASES: dict[str, tuple[Callable[[Path], Report], Callable[[Path], Report], Calla
         lambda p: device(p / "x.sqlite", gap=100),
         lambda p: steps([1]),
     ),
+    "idle_gaps": (
+        lambda p: device(p / "x.sqlite", gap=400),
+        lambda p: device(p / "x.sqlite", gap=10),
+        lambda p: steps([1]),
+    ),
     "residency_waits": (lambda p: offloaded(False), lambda p: offloaded(True), lambda p: steps([1])),
     "copies": (
         lambda p: device(p / "x.sqlite", copy=2000),
@@ -134,6 +139,7 @@ def test_figures_are_right_to_the_digit(tmp_path: Path) -> None:
     found, _ = findings(device(tmp_path / "x.sqlite", gap=400))
     assert [(finding.rule, finding.ns, finding.evidence) for finding in found] == [
         ("launch_bound", 19 * 400, (("net", 19 * 400),)),
+        ("idle_gaps", 400, (("net, before kernel", 400),) * 3),
     ]
     found, _ = findings(offloaded(False))
     assert [(finding.rule, finding.ns) for finding in found] == [("residency_waits", 50)]

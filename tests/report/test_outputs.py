@@ -14,7 +14,7 @@ from fxnvtx import range as nvtx_range
 from fxnvtx import record
 from fxnvtx.errors import OutputError
 from fxnvtx.output import write_text
-from fxnvtx.report import Report, chrome, load, render_csv, render_json, render_text, speedscope
+from fxnvtx.report import Report, chrome, from_recording, load, render_csv, render_json, render_text, speedscope
 from fxnvtx.report.units import middle, readable_bytes, readable_ns
 
 from .captures import DATA, Capture
@@ -221,3 +221,15 @@ def test_numbers_people_read() -> None:
     assert [readable_bytes(value) for value in (5, 2048, 3 << 30)] == ["5 B", "2.0 KiB", "3.0 GiB"]
     assert middle("transformer.blocks.0.attn", 12) == "tra…s.0.attn"
     assert middle("short", 12) == "short"
+
+
+def test_a_notebook_shows_the_tree() -> None:
+    with record() as recording, nvtx_range("a <b>&", category="op"):
+        for _ in range(3):
+            with nvtx_range("net.blocks.0"):
+                pass
+    for shown in (recording._repr_html_(), from_recording(recording)._repr_html_()):
+        assert shown.startswith("<pre>range ")
+        assert "a &lt;b&gt;&amp;" in shown
+        assert "net.blocks.*" in shown
+        assert "\x1b" not in shown

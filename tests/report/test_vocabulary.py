@@ -14,7 +14,7 @@ import fxnvtx
 from fxnvtx import record
 from fxnvtx.categories import CATEGORIES
 from fxnvtx.recording import Range, Recording
-from fxnvtx.report import VIEWS, Report, diff, from_recording, load
+from fxnvtx.report import VIEWS, Report, chrome, diff, from_recording, load
 from fxnvtx.report.labels import fold
 from fxnvtx.report.rows import FLAT
 
@@ -172,6 +172,13 @@ def test_pieces_in_a_capture_count_the_same_with_device_time(tmp_path: Path) -> 
     assert (row.calls, row.cpu, row.gpu, row.cpu_min, row.cpu_max) == (2, 300, 123, 150, 150)
     assert row.each is not None
     assert (row.each.count, row.each.low, row.each.high) == (2, 60, 63)
+
+
+def test_a_trace_of_pieces_reads_back_as_calls(tmp_path: Path) -> None:
+    back = load(chrome.write(pieces(), tmp_path / "trace.json"))
+    assert {row.name: row.calls for row in back.rows("module") if row.kind == "range"} == {
+        "net": 3, "net.a": 3, "net.a.x": 3, "net.b": 3,
+    }  # fmt: skip
 
 
 def test_a_piece_without_its_beginning_is_no_call() -> None:
