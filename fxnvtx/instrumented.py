@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from . import ranges as _ranges
 from .deferred import begins_only
 from .errors import TraceError
 from .gate import Gate, lock
@@ -145,9 +144,7 @@ class Control(Gate):
         return entry.naming
 
     def _label(self, fqn: str, kind: type) -> Label:
-        text = self.text(fqn)
-        _ranges.kinds[text] = kind.__name__
-        return label(text, "module")
+        return label(self.text(fqn), "module", kind=kind.__name__)
 
     def slot(self, entry: Entry, module: nn.Module, level: Level | None, inner: object, occupied: bool) -> Slot:
         """The slot that says all this of `module`. `inner`: what else claims the place; `level`: what runs inside."""
