@@ -104,6 +104,14 @@ class Control(Gate):
         self.structure = other.structure
         self._set_entries(other.entries)
 
+    def takes_name(self, name: str | None) -> None:
+        """Call the same modules otherwise. The list of entries is another one: that is what labels are kept by."""
+        self.name = name
+        self.age = next(_ages)
+        for entry in self.entries:
+            entry.naming, entry.settled = None, False
+        self.entries = list(self.entries)
+
     def _set_entries(self, entries: list[Entry]) -> None:
         self.entries = entries
         self._by_fqn = {entry.fqn: entry for entry in entries}

@@ -11,7 +11,7 @@ from torch import nn
 
 import fxnvtx
 from fxnvtx.compile.region import Anchor, Region
-from fxnvtx.control import controls_of, entry_of
+from fxnvtx.control import Control, controls_of, entry_of
 from fxnvtx.pipeline.residency.attach import Attachments
 
 
@@ -150,6 +150,28 @@ def test_a_component_in_use_for_the_second_time_places_nothing():
 
     use()
     assert calls(use)["placed"] == 0
+
+
+def test_a_component_that_two_stages_use_is_read_once():
+    attachments, model = Attachments(), net(8)
+
+    def request():
+        for stage in ("draft", "refine"):
+            attachments.enable(model, stage, None)
+            model(torch.zeros(1, 2))
+            attachments.disable(model)
+
+    with fxnvtx.record() as recording:
+        request()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Control, "scan", None)  # not to be called
+            request()
+        model[2] = nn.Sequential(nn.Sigmoid())
+        request()
+    names = [[r.label for r in recording.ranges if r.label.startswith(s)] for s in ("draft", "refine")]
+    assert names[0] == [n.replace("refine", "draft") for n in names[1]]
+    assert len(names[0]) == 3 * (1 + 8 * 3) - 1
+    assert recording.meta["classes"]["refine.2.0"] == "Linear | Sigmoid"
 
 
 def test_a_settled_root_call_makes_no_call_per_module():
