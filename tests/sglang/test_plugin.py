@@ -17,6 +17,7 @@ from fxnvtx import doctor
 from fxnvtx.integrations.sglang import missing_targets, register
 from fxnvtx.integrations.sglang.options import Options, read_options
 from fxnvtx.integrations.sglang.targets import TARGETS, lacking
+from fxnvtx.pipeline.residency.attach import Attachments
 from fxnvtx.recording import Recording
 
 DOUBLE = Path(__file__).parent / "double"
@@ -328,22 +329,24 @@ def test_a_component_of_two_uses_is_named_by_the_one_that_goes_on(start):
         assert labels(recording) == ["decoding.vae", "decoding.vae.decoder"], "the copy has none"
 
 
-def test_a_use_that_goes_on_costs_no_walk_over_the_model(start, monkeypatch):
+def test_a_use_that_goes_on_costs_nothing_and_sees_new_layers(start, monkeypatch):
     server = start()
-    walks = []
-    monkeypatch.setattr(
-        Dit, "named_modules", lambda self, *a, **k: walks.append(1) or nn.Module.named_modules(self, *a, **k)
-    )
+    named = []
+    enable = Attachments.enable
+    monkeypatch.setattr(Attachments, "enable", lambda self, *a, **k: named.append(a) or enable(self, *a, **k))
     use = server.stages[0].use
     server.manager.begin_use(use)
-    before = len(walks)
-    assert before
+    assert len(named) == 1
     for _ in range(5):
         server.manager.begin_use(use)
-    assert len(walks) == before
+    assert len(named) == 1
+    server.dit.layers[1].fc = nn.Sequential(nn.Linear(4, 4))
+    with fxnvtx.record() as recording:
+        server.dit(X)
+    assert "denoising.dit.layers.1.fc.0" in labels(recording)
     server.manager.end_use(use)
     server.manager.begin_use(use)
-    assert len(walks) > before
+    assert len(named) == 2
     server.manager.end_use(use)
 
 
