@@ -1,22 +1,25 @@
 """How long a report takes and how much memory it needs, for captures of 0.1, 1 and 10 million ranges.
 
-    python benchmarks/report.py [--millions 0.1,1,10] [--nsys] [--keep FOLDER]
+    python benchmarks/report.py [--millions 0.1,1,10] [--repeat 3] [--nsys] [--keep FOLDER]
 
 Writes captures in the schema of Nsight Systems 2023.4 (requests of 50 steps over identical blocks, a kernel for every
-second range), reads each in a process of its own, and prints seconds and peak resident memory. With --nsys the same
-files also go through `nsys stats` (stopped after ten minutes), whose three reports hold the same numbers.
+second range) and prints the processor seconds (user and system) and the peak resident memory of whole commands, each
+in a process of its own: `fxnvtx report FILE` as it comes, as CSV, and by module. With --nsys the same files also go
+through `nsys stats` (stopped after ten minutes), whose three reports together hold the same numbers; every command is
+told how many times faster it is than these.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
 import tempfile
-import time
+import threading
 from pathlib import Path
 
 NSYS_REPORTS = ("nvtx_pushpop_sum", "nvtx_gpu_proj_sum", "nvtx_kern_sum")
@@ -76,7 +79,8 @@ def write_capture(path: Path, ranges: int) -> tuple[int, int]:
         )
         written[0] += len(spans)
         written[1] += len(works)
-        spans.clear(), calls.clear(), works.clear()
+        for rows in (spans, calls, works):
+            rows.clear()
 
     database.execute(
         "INSERT INTO NVTX_EVENTS (start, eventType, text, globalTid, domainId) VALUES (0, 75, 'fxnvtx', ?, 1)", (TID,)
@@ -127,71 +131,71 @@ def write_capture(path: Path, ranges: int) -> tuple[int, int]:
     return written[0], written[1]
 
 
-READ = """
-import json, resource, sys, time
+COMMANDS = {
+    "text": [],
+    "csv": ["--format", "csv"],
+    "by module": ["--by", "module", "--fold"],
+    "json": ["--format", "json"],
+}
+CHECK = """
+import sys
 import fxnvtx.report as report
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-start, cpu = time.perf_counter(), time.process_time()
-found = report.load(sys.argv[1])
-seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-rows = found.rows(by="tree")
-text = report.render_text(found, by="module", fold=True, width=120)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps({"seconds": seconds, "cpu": cpu, "all": time.perf_counter() - start, "before": before, "peak": peak,
-                  "calls": sum(row.calls for row in rows), "rows": len(rows),
-                  "kernels": sum(row.kernels for row in rows if row.depth == 0)}))
+rows = report.load(sys.argv[1]).rows(by="tree")
+print(sum(row.calls for row in rows if row.kind == "range"), sum(row.kernels for row in rows if row.depth == 0))
 """
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--millions", default="0.1,1")
+    parser.add_argument("--repeat", type=int, default=3, help="how often each command runs; the least is told")
     parser.add_argument("--nsys", action="store_true")
     parser.add_argument("--keep", type=Path)
     arguments = parser.parse_args()
     folder = arguments.keep or Path(tempfile.mkdtemp(prefix="fxnvtx-bench-"))
     folder.mkdir(parents=True, exist_ok=True)
-    titles = ("ranges", "kernels", "file", "read", "cpu", "+ views", "peak", "over import")
-    widths = (12, 12, 10, 9, 9, 9, 9, 12)
-    print(" ".join(f"{title:>{width}}" for title, width in zip(titles, widths, strict=True)), " nsys stats")
     try:
         for millions in (float(part) for part in arguments.millions.split(",")):
             path = folder / f"bench_{millions:g}.sqlite"
-            ranges, kernels = write_capture(path, int(millions * 1e6))
-            done = subprocess.run([sys.executable, "-c", READ, str(path)], capture_output=True, text=True, check=True)
-            seen = json.loads(done.stdout.splitlines()[-1])
-            assert seen["calls"] == ranges, (seen, ranges)
-            assert seen["kernels"] == kernels, (seen, kernels)
-            print(
-                f"{ranges:>12,} {kernels:>12,} {path.stat().st_size / 2**20:>6.0f} MiB {seen['seconds']:>7.1f} s"
-                f" {seen['cpu']:>7.1f} s"
-                f" {seen['all'] - seen['seconds']:>7.2f} s {seen['peak'] / 1024:>5.0f} MiB"
-                f" {(seen['peak'] - seen['before']) / 1024:>8.0f} MiB  {nsys_stats(path) if arguments.nsys else '-'}",
-                flush=True,
-            )
+            measure(path, int(millions * 1e6), arguments.repeat, arguments.nsys)
     finally:
         if not arguments.keep:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def nsys_stats(path: Path) -> str:
-    """Seconds that nsys needs for the same numbers, report by report."""
-    if shutil.which("nsys") is None:
-        return "nsys is not on the PATH"
-    times = []
-    for report in NSYS_REPORTS:
-        start = time.perf_counter()
-        try:
-            done = subprocess.run(
-                ["nsys", "stats", "-q", "-r", report, "--format", "csv", "--output", "-", str(path)],
-                capture_output=True,
-                timeout=600,
-            )
-            said = f"{time.perf_counter() - start:.1f} s" if done.returncode == 0 else f"failed ({done.returncode})"
-        except subprocess.TimeoutExpired:
-            said = "over 600 s"
-        times.append(f"{report} {said}")
-    return ", ".join(times)
+def measure(path: Path, wanted: int, repeat: int, nsys: bool) -> None:
+    """Write one capture, run all commands on it, print a line for each."""
+    ranges, kernels = write_capture(path, wanted)
+    print(f"{ranges:,} ranges, {kernels:,} kernels, {path.stat().st_size / 2**20:.0f} MiB", flush=True)
+    found = subprocess.run([sys.executable, "-c", CHECK, str(path)], capture_output=True, text=True, check=True).stdout
+    assert found.split() == [str(ranges), str(kernels)], (found, ranges, kernels)
+    theirs = 0.0
+    if nsys:
+        for report in NSYS_REPORTS:
+            command = ["nsys", "stats", "-q", "-r", report, "--format", "csv", "--output", "-", str(path)]
+            seconds, peak, code = run(command, 600)
+            theirs += seconds
+            said = "" if code == 0 else f", ended with {code}"
+            print(f"  nsys {report:<20} {seconds:>8.2f} CPU s {peak:>6.0f} MiB{said}", flush=True)
+        print(f"  nsys, all three           {theirs:>8.2f} CPU s", flush=True)
+    for title, options in COMMANDS.items():
+        command = [sys.executable, "-m", "fxnvtx", "report", str(path), *options]
+        runs = [run(command, 600) for _ in range(repeat)]
+        seconds, peak, code = min(runs)
+        assert code == 0, command
+        times = f", {theirs / seconds:.1f} times faster" if theirs else ""
+        print(f"  fxnvtx report {title:<11} {seconds:>8.2f} CPU s {peak:>6.0f} MiB{times}", flush=True)
+
+
+def run(command: list[str], limit: float) -> tuple[float, float, int]:
+    """Processor seconds, peak memory in MiB, and exit code of a command and the processes it waited for."""
+    with open(os.devnull, "w") as nowhere:
+        process = subprocess.Popen(command, stdout=nowhere, stderr=nowhere, start_new_session=True)
+        timer = threading.Timer(limit, lambda: os.killpg(process.pid, signal.SIGKILL))
+        timer.start()
+        _pid, status, used = os.wait4(process.pid, 0)
+        timer.cancel()
+    return used.ru_utime + used.ru_stime, used.ru_maxrss / 1024, os.waitstatus_to_exitcode(status)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,13 @@
-"""Kernels of replayed CUDA graphs: back through the clones to the call that was captured."""
+"""Where kernels of replayed CUDA graphs count: below the launch (which step), at the layer they were captured in."""
 
 from __future__ import annotations
 
-import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable
 
 from .labels import UNKNOWN, Name
-from .schema import Schema
 from .tree import Node, Tree
 
-__all__ = ["BEFORE", "LEVEL", "NO_TABLE", "GraphNodes", "layers", "place"]
+__all__ = ["BEFORE", "LEVEL", "NO_TABLE", "layers", "place"]
 
 BEFORE = Name(UNKNOWN + "the CUDA graph was captured before the recording began", "unknown")
 NO_TABLE = Name(
@@ -18,44 +16,6 @@ NO_TABLE = Name(
 LEVEL = Name(UNKNOWN + "graph-level trace (record with --cuda-graph-trace=node)", "unknown")
 NO_RANGE = Name(UNKNOWN + "captured outside every range (a warm-up without ranges?)", "unknown")
 _STRUCTURE = {"request", "stage", "loop", "step", "compile", "unknown"}
-
-
-class GraphNodes:
-    """Of one process: which captured node every replayed node goes back to."""
-
-    def __init__(self, connection: sqlite3.Connection, schema: Schema, pid: int) -> None:
-        self.origin: dict[int, int | None] = {}  # replayed node -> captured node; None: not in this recording
-        self.captured: dict[int, tuple[int, int]] = {}  # captured node -> thread, start
-        self.known = schema.graph_nodes is not None
-        used = connection.execute(
-            "SELECT DISTINCT node FROM temp.fx_op WHERE pid = ? AND node IS NOT NULL", (pid,)
-        ).fetchall()
-        if not used or schema.graph_nodes is None:
-            self.origin = {node: None for (node,) in used}
-            return
-        clones: dict[int, int] = {}
-        for node, original, start, thread in connection.execute(
-            f"SELECT graphNodeId, originalGraphNodeId, start, globalTid FROM {schema.graph_nodes.sql}"
-            " WHERE globalTid BETWEEN ? AND ? AND graphNodeId IS NOT NULL ORDER BY start",
-            (pid, pid | 0xFFFFFF),
-        ):
-            if original is not None and original != node:
-                clones[node] = original
-            elif node not in self.captured:
-                self.captured[node] = (thread, start)
-        for (node,) in used:
-            at, visited = node, {node}
-            while at in clones and clones[at] not in visited:
-                at = clones[at]
-                visited.add(at)
-            self.origin[node] = at if at in self.captured and at not in clones else None
-        wanted = {origin for origin in self.origin.values() if origin is not None}
-        self.captured = {node: place for node, place in self.captured.items() if node in wanted}
-
-    def points(self) -> Iterator[tuple[int, int, int, int]]:
-        """(thread, start, end, captured node), by thread and start."""
-        for node, (thread, start) in sorted(self.captured.items(), key=lambda item: (item[1], item[0])):
-            yield thread, start, start, node
 
 
 def layers(launched: Node, captured: Node) -> list[Name]:
@@ -70,8 +30,11 @@ def layers(launched: Node, captured: Node) -> list[Name]:
     return [part for part in path if part.category not in _STRUCTURE]
 
 
-def place(tree: Tree, launched: Node, captured: Node | None, missing: Name) -> Node:
-    """The node for a replayed kernel: below its launch (which step), at its layer (from the capture)."""
+def place(
+    tree: Tree, launched: Node, captured: Node | None, missing: Name, later: Callable[[Node], bool] = lambda node: False
+) -> Node:
+    """The node for a replayed kernel: below its launch (which step), at its layer (from the capture). later: whether a
+    node is there only because of ranges that come after the launch."""
     if captured is None:
         return tree.child(launched, missing)
     names = layers(launched, captured)
@@ -82,6 +45,9 @@ def place(tree: Tree, launched: Node, captured: Node | None, missing: Name) -> N
         below = node.kids.get(name)
         if below is None:
             below = tree.child(node, name)
+            below.flags = frozenset({"replayed"})
+            below.first = launched.first
+        elif later(below):
             below.flags = frozenset({"replayed"})
             below.first = launched.first
         node = below

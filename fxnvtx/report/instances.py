@@ -13,7 +13,7 @@ from .load import kind_of, rank_of
 from .nsys import PUSH_POP, START_END, Reader
 from .recording import damaged_recording, spans_of
 from .schema import damaged, detect, open_capture
-from .sweep import Span
+from .span import Span
 from .trace import converted
 
 __all__ = ["Process", "Work", "nested", "processes"]

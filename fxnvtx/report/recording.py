@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,10 +11,9 @@ from ..categories import PIECE as PIECE_CATEGORY
 from ..errors import CaptureError, FxnvtxError
 from ..recording import Range, Recording
 from .labels import Name, clean, infer_category, numbered
-from .overlap import Compute
 from .part import Part
 from .schema import one_line
-from .sweep import PIECE, Span, Sweep
+from .span import PIECE, Span
 from .window import WHOLE, Window, omitted
 
 __all__ = ["damaged_recording", "load_recording", "read_recording", "spans_of"]
@@ -31,17 +29,13 @@ def read_recording(
     if isinstance(classes, dict):
         part.classes = {str(label): str(name) for label, name in classes.items()}
     ranges = recording.ranges
-    connection = sqlite3.connect("")
-    try:
-        compute = Compute(connection)
-        with damaged_recording(source):
-            left_out = omitted(lambda: spans_of(ranges, exact), window)
-            part.notes.extend(left_out.notes)
-            spans = left_out.without(spans_of(ranges, exact))
-            Sweep(part.tree, lambda node, both, what: None, compute.watch).run(spans, ())
-            compute.settle(None)
-    finally:
-        connection.close()
+    with damaged_recording(source):
+        # here, because numpy is needed for nothing else
+        from .attribution.recorded import fill
+
+        left_out = omitted(lambda: spans_of(ranges, exact), window)
+        part.notes.extend(left_out.notes)
+        fill(part.tree, left_out.without(spans_of(ranges, exact)))
     part.tree.total()
     leaked = sum(1 for item in ranges if item.leaked)
     if leaked:
@@ -54,7 +48,7 @@ def damaged_recording(source: str) -> Iterator[None]:
     """Turn what rows of the wrong types cause into one CaptureError."""
     try:
         yield
-    except (TypeError, AttributeError, ValueError, OverflowError, sqlite3.Error) as error:
+    except (TypeError, AttributeError, ValueError, OverflowError) as error:
         if isinstance(error, FxnvtxError):
             raise
         raise CaptureError(f"{source} is a damaged fxnvtx recording: {one_line(error)}") from error

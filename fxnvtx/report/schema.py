@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import CaptureError, FxnvtxError
 
-__all__ = ["HOW_TO_RECORD", "Schema", "Table", "damaged", "detect", "one_line", "open_capture"]
+__all__ = ["HOW_TO_RECORD", "Schema", "Table", "capture_uri", "damaged", "detect", "one_line", "open_capture"]
 
 _MAGIC = b"SQLite format 3\0"
 _SMALL = 64 << 20  # bytes; files up to this size are checked page by page before they are trusted
@@ -142,15 +142,18 @@ def damaged(path: Path) -> Iterator[None]:
         ) from error
 
 
+def capture_uri(path: Path) -> str:
+    """What SQLite is given to open the file for reading and to leave nothing beside it."""
+    # a reader of a WAL database would write -shm and -wal files beside it
+    immutable = _is_wal(path) and not Path(f"{path}-wal").exists()
+    return f"{path.absolute().as_uri()}?{'immutable=1' if immutable else 'mode=ro'}"
+
+
 def open_capture(path: Path) -> sqlite3.Connection:
     """Open for reading only; temporary tables go to files of their own, never into the capture."""
     _check_header(path)
-    wal = _is_wal(path)
-    has_log = Path(f"{path}-wal").exists()
-    # a reader of a WAL database would write -shm and -wal files beside it
-    mode = "immutable=1" if wal and not has_log else "mode=ro"
     with damaged(path):
-        connection = sqlite3.connect(f"{path.absolute().as_uri()}?{mode}", uri=True, timeout=2.0, isolation_level=None)
+        connection = sqlite3.connect(capture_uri(path), uri=True, timeout=2.0, isolation_level=None)
         try:
             connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
             connection.execute("PRAGMA temp_store = FILE")

@@ -19,7 +19,7 @@ from typing import Any
 
 from ..categories import PIECE as PIECE_CATEGORY
 from ..errors import CaptureError
-from .sweep import PIECE
+from .span import PIECE
 
 __all__ = ["converted", "is_gzip"]
 

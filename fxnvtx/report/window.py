@@ -11,7 +11,7 @@ from typing import TypeVar
 from ..categories import COMPILE, REQUEST, STEP
 from ..errors import ConfigError
 from .labels import category_of, fold
-from .sweep import Point, Span
+from .span import Point, Span
 
 __all__ = ["WHOLE", "Numbers", "Omitted", "Window", "omitted"]
 

@@ -383,7 +383,7 @@ def test_a_worker_process_reports_the_same_error(tmp_path: Path) -> None:
 
 
 def test_reading_needs_no_memory_per_range(tmp_path: Path) -> None:
-    """Ten times the ranges and kernels on the same paths: the same memory (but for one byte a kernel)."""
+    """Ten times the ranges and kernels on the same paths: the same memory, with few rows in it at a time."""
     peaks = []
     for count in (4_000, 40_000):
         capture = Capture(tmp_path / f"{count}.sqlite")
@@ -411,7 +411,9 @@ def test_reading_needs_no_memory_per_range(tmp_path: Path) -> None:
         path = capture.close()
         code = (
             "import sys, tracemalloc; from pathlib import Path; from fxnvtx.report.nsys import read_sqlite\n"
-            "tracemalloc.start(); (part,) = read_sqlite(Path(sys.argv[1]))\n"
+            "from fxnvtx.report.attribution import captures; from fxnvtx.report.attribution.spool import Limits\n"
+            "limits = Limits(batch=500, run=2000, window=1000)\n"
+            "tracemalloc.start(); (part,) = read_sqlite(Path(sys.argv[1]), limits=limits)\n"
             "print(tracemalloc.get_traced_memory()[1], part.operations, part.tree.root.gpu)"
         )
         done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)

@@ -8,13 +8,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fxnvtx.recording import Range
 from fxnvtx.report import Report, from_recording, load, render_html, render_text
-from fxnvtx.report.overlap import covered, union
+from fxnvtx.report.attribution.batches import Ints
+from fxnvtx.report.attribution.overlaps import cover_before, own_parts, unions
 from fxnvtx.report.tree import Node
 
 from .captures import VERSIONS, Capture
@@ -135,7 +137,16 @@ def _check_device_time(report: Report, writer: Writer) -> None:
             for start, end, where in writer.intervals
             if (where[: len(path)] == path if not node.is_unknown() else where == ())
         )
-        assert node.gpu == sum(end - start for start, end in union(mine)), path
+        assert node.gpu == _measure(mine), path
+
+
+def _measure(rows: list[tuple[int, int]]) -> int:
+    """The length of the union of sorted intervals."""
+    whole, reach = 0, -1
+    for start, end in rows:
+        whole += max(0, end - max(start, reach))
+        reach = max(reach, end)
+    return whole
 
 
 def _check_conservation(root: Node) -> None:
@@ -174,15 +185,36 @@ def test_a_recording_comes_back_as_its_own_tree(items: list[list[Written | int]]
 intervals = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 12)).map(lambda p: (p[0], p[0] + p[1])), max_size=12)
 
 
-@given(intervals, intervals)
-def test_union_and_cover_agree_with_counting(wanted: list[tuple[int, int]], cover: list[tuple[int, int]]) -> None:
+def arrays(rows: list[tuple[int, int]]) -> tuple[Ints, Ints]:
+    return np.array([start for start, _ in rows], np.int64), np.array([end for _, end in rows], np.int64)
+
+
+@given(intervals, st.integers(1, 4), st.lists(st.integers(-3, 80), max_size=9))
+def test_union_and_cover_agree_with_counting(cover: list[tuple[int, int]], batch: int, moments: list[int]) -> None:
     points = {at for start, end in cover for at in range(start, end)}
-    merged = list(union(sorted(cover)))
-    assert sum(end - start for start, end in merged) == len(points)
-    rows = [(start, end, key) for key, (start, end) in enumerate(sorted(wanted))]
-    for key, hidden in covered(rows, merged):
-        start, end, _ = rows[key]
-        assert hidden == sum(at in points for at in range(start, end))
+    rows = sorted(cover)
+    merged = [*unions(arrays(rows[at : at + batch]) for at in range(0, len(rows), batch))]
+    assert sum(int((end - start).sum()) for start, end in merged) == len(points)
+    before = sum((cover_before(start, end, np.array(moments, np.int64)) for start, end in merged), start=0)
+    assert np.broadcast_to(before, len(moments)).tolist() == [sum(at < moment for at in points) for moment in moments]
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 40), st.integers(0, 9)), max_size=12), st.integers(0, 12))
+def test_parts_of_a_union_agree_with_counting(rows: list[tuple[int, int, int]], cut: int) -> None:
+    rows.sort()
+    reach = np.full(3, -(2**62))
+    own: list[int] = []
+    early = [row for row in rows if row[1] < cut]
+    late = [row for row in rows if row[1] >= cut]
+    for some in (early, late):
+        start, end = arrays([(start, start + length) for _, start, length in some])
+        found, reach = own_parts(np.array([group for group, _, _ in some], np.int64), start, end, reach)
+        own += found.tolist()
+    seen: set[tuple[int, int]] = set()
+    for (group, start, length), mine in zip(early + late, own, strict=True):
+        points = {(group, at) for at in range(start, start + length)}
+        assert mine == len(points - seen)
+        seen |= points
 
 
 @pytest.mark.parametrize("view", ["component", "module"])

@@ -8,25 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from .calls import added
-from .labels import UNKNOWN, Name
-from .tree import Node, Tree
+from fxnvtx.report.calls import added
+from fxnvtx.report.labels import UNKNOWN, Name
+from fxnvtx.report.span import PIECE, Span
+from fxnvtx.report.tree import Node, Tree
 
 __all__ = ["OUTSIDE", "PIECE", "Point", "Span", "Sweep"]
 
 OUTSIDE = Name(UNKNOWN + "launched outside every range", "unknown")
-
-
-class _Piece(str):
-    """A payload that no other range has."""
-
-    __slots__ = ()
-
-
-PIECE = _Piece("one more piece of a call")  # the payload of a range that goes on with a call seen before
-
-# thread, start, end, name, payload, is still open. Sorted by thread, start, and end downwards.
-Span = tuple[int, int, int, Name, Any, bool]
 
 
 # thread, start, end of a call that launched device work (or made a CUDA graph node), and what it launched. Sorted by

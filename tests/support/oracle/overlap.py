@@ -6,8 +6,9 @@ import sqlite3
 from collections.abc import Iterable, Iterator
 from itertools import count
 
+from fxnvtx.report.tree import Node
+
 from .spill import Spill
-from .tree import Node
 
 __all__ = ["Compute", "Shared", "covered", "union"]
 

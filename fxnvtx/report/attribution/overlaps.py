@@ -1,0 +1,190 @@
+"""Intervals that overlap: unions of device work per range, and residency work hidden behind compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+
+from .batches import Ints
+from .forest import EARLIEST, Forest
+from .spool import Limits, Spool, windows
+
+__all__ = ["Moves", "Shared", "cover_before", "own_parts", "unions"]
+
+
+def own_parts(group: Ints, start: Ints, end: Ints, reach: Ints) -> tuple[Ints, Ints]:
+    """What each interval adds to the union of its group's earlier ones, and how far each group (0, 1, ...) reaches
+    after all of them. Sorted by group, and by start within each; `reach`: how far the groups reach before (pure)."""
+    # the furthest end so far within a group: ranks instead of ends, so that a group's number can stand before them
+    order = np.argsort(end, kind="stable")
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(end))
+    furthest = np.maximum.accumulate(group * len(end) + rank) - group * len(end)
+    upto = np.maximum(end[order][furthest], reach[group])
+    before = reach[group]
+    same = group[1:] == group[:-1]
+    before[1:][same] = upto[:-1][same]
+    after = reach.copy()
+    last = np.append(~same, True) if len(group) else np.zeros(0, np.bool_)
+    after[group[last]] = upto[last]
+    return np.maximum(0, end - np.maximum(start, before)), after
+
+
+class Shared:
+    """Operations that overlap others on their device: every range's own union, where it is more than its credit."""
+
+    def __init__(self, forest: Forest, limits: Limits) -> None:
+        self._forest = forest
+        self._limits = limits
+        columns = {"start": np.int64, "end": np.int64, "credit": np.int64, "node": np.int64}
+        self._rows = Spool(columns, ("end",), limits)
+
+    def add(self, device: Ints, start: Ints, end: Ints, credit: Ints, node: Ints) -> None:
+        self._rows.append(device, (start, end, credit, node))
+
+    def settle(self) -> None:
+        """Set gpu_shared of every node concerned."""
+        self._rows.seal()
+        parents = np.array(self._forest.parents)
+        depths = np.array(self._forest.depths)
+        sums = self._forest.sums["gpu_shared"]
+        for device in self._rows.groups():
+            reach = np.full(len(parents), EARLIEST)
+            for low, high in windows([self._rows], device, self._limits.window):
+                rows = self._rows.read(device, low, high)
+                node = rows["node"]
+                for depth in range(int(depths[node].max()) if len(node) else -1, -1, -1):
+                    here = np.flatnonzero(depths[node] == depth)
+                    line = node[here]
+                    order = here[np.argsort(line, kind="stable")]
+                    line = node[order]
+                    groups, group = np.unique(line, return_inverse=True)
+                    own, reach[groups] = own_parts(group, rows["start"][order], rows["end"][order], reach[groups])
+                    sums.add(line, own - rows["credit"][order])
+                    node[here] = np.maximum(parents[node[here]], 0)
+        self._rows.close()
+
+
+class Moves:
+    """How much of the residency work passed while something computed."""
+
+    def __init__(self, forest: Forest, limits: Limits) -> None:
+        self._forest = forest
+        self._limits = limits
+        self._moves = Spool({"start": np.int64, "end": np.int64, "node": np.int64}, (), limits)
+        self._modules = Spool({"start": np.int64, "end": np.int64}, (), limits)
+
+    def residency(self, thread: int, start: Ints, end: Ints, node: Ints) -> None:
+        """Residency ranges."""
+        self._moves.append(thread, (start, end, node))
+
+    def modules(self, thread: int, start: Ints, end: Ints, node: Ints) -> None:
+        """Outermost modules' ranges: what computes, where there are no kernels to tell."""
+        self._modules.append(thread, (start, end))
+
+    def copies(self, start: Ints, end: Ints, node: Ints) -> None:
+        """Copies on the device: residency work where a residency range launched them."""
+        forest = self._forest
+        if not forest.has_residency:
+            return
+        inside = np.array(forest.residency)[node]
+        rows = np.flatnonzero(inside >= 0)
+        if len(rows):
+            self._moves.append(-1, (start[rows], end[rows], inside[rows]))
+
+    def settle(self, kernels: Callable[[], Spool] | None) -> None:
+        """Set resident and overlap. kernels: gives times of what computes; None: modules on other threads do."""
+        self._moves.seal()
+        self._modules.seal()
+        threads = self._moves.groups()
+        spool = kernels() if kernels is not None and threads else self._modules
+        for thread in threads:
+            others = [group for group in spool.groups() if group != thread or kernels is not None]
+            self._settle(thread, [(spool, group) for group in others])
+        spool.close()
+        self._modules.close()
+        self._moves.close()
+
+    def _settle(self, thread: int, compute: list[tuple[Spool, int]]) -> None:
+        """What is covered before the end less what is covered before the start: two questions that need not meet."""
+        sums = self._forest.sums
+        asked = Spool({"at": np.int64, "node": np.int64, "sign": np.int8}, (), self._limits)
+        for low, high in windows([self._moves], thread, self._limits.window):
+            rows = self._moves.read(thread, low, high)
+            sums["resident"].add(rows["node"], rows["end"] - rows["start"])
+            asked.append(0, (rows["start"], rows["node"], -1))
+            asked.append(0, (rows["end"], rows["node"], 1))
+        asked.seal()
+        merged = _merged(compute, self._limits)
+        pieces = unions(merged)
+        piece = next(pieces, None)
+        done = 0  # how much the pieces before this one cover
+        for low, high in windows([asked], 0, self._limits.window):
+            rows = asked.read(0, low, high)
+            at = rows["at"]
+            if not len(at):
+                continue
+            total = np.zeros(len(at), np.int64)
+            total += done
+            while piece is not None:
+                start, end = piece
+                # all of it counts for later questions once it lies before all of them
+                total += cover_before(start, end, at)
+                if int(end[-1]) > int(at[-1]):
+                    break
+                done += int((end - start).sum())
+                piece = next(pieces, None)
+            for sign in (-1, 1):
+                some = rows["sign"] == sign
+                if some.any():
+                    sums["overlap"].add(rows["node"][some], total[some], sign)
+        asked.close()
+
+
+def cover_before(start: Ints, end: Ints, at: Ints) -> Ints:
+    """How much of disjoint, sorted intervals lies before each moment (pure)."""
+    length = end - start
+    whole = np.concatenate([[0], np.cumsum(length)])
+    index = np.searchsorted(start, at, "right")
+    last = np.maximum(index - 1, 0)
+    into = np.where(index > 0, np.minimum(at - start[last], length[last]), 0)
+    return np.where(index > 0, whole[last], 0) + into
+
+
+def unions(batches: Iterable[tuple[Ints, Ints]]) -> Iterator[tuple[Ints, Ints]]:
+    """Merge intervals that come in batches, sorted by start within and between them (pure)."""
+    held: tuple[int, int] | None = None
+    for start, end in batches:
+        if not len(start):
+            continue
+        if held is not None:
+            start, end = np.append(held[0], start), np.append(held[1], end)
+        reach = np.maximum.accumulate(end)
+        begins = np.append(True, start[1:] > reach[:-1])
+        first = np.flatnonzero(begins)
+        last = np.append(first[1:], len(start)) - 1
+        starts, ends = start[first], reach[last]
+        held = (int(starts[-1]), int(ends[-1]))  # the next batch may reach into it
+        if len(starts) > 1:
+            yield starts[:-1], ends[:-1]
+    if held is not None:
+        yield np.array([held[0]]), np.array([held[1]])
+
+
+def _merged(compute: list[tuple[Spool, int]], limits: Limits) -> Iterator[tuple[Ints, Ints]]:
+    """Intervals of several groups, all by start."""
+    if len(compute) == 1:
+        spool, group = compute[0]
+        for low, high in windows([spool], group, limits.window):
+            rows = spool.read(group, low, high)
+            yield rows["start"], rows["end"]
+        return
+    whole = Spool({"start": np.int64, "end": np.int64}, (), limits)
+    for spool, group in compute:
+        for low, high in windows([spool], group, limits.window):
+            rows = spool.read(group, low, high)
+            whole.append(0, (rows["start"], rows["end"]))
+    whole.seal()
+    yield from _merged([(whole, 0)], limits)
+    whole.close()
