@@ -407,3 +407,56 @@ def test_an_async_forward():
     with fxnvtx.record() as recording:
         assert all(equal(r, wanted) for r in asyncio.run(main()))
     assert recording.balanced
+
+
+@pytest.mark.parametrize("path", ["hooks", "auto"])
+def test_a_generator_forward(path):
+    """Its range lasts from the first step to the last, wherever the steps are made."""
+
+    class Streams(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+
+        def forward(self, x):
+            for _ in range(2):
+                sent = yield self.a(x)
+                x = x if sent is None else sent
+            return "done"
+
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.streams = Streams()
+
+        def forward(self, x):
+            return sum(self.streams(x))
+
+    class Passes(Reads):
+        def forward(self, x):
+            return self.streams(x)
+
+    passes = fxnvtx.instrument(Passes(), "p", path=path)
+    with fxnvtx.record() as recording:
+        list(passes(x()))
+    assert shape(recording.tree()) == (("p", ()), ("p.streams", (("p.streams.a", ()),) * 2))
+
+    inner = (("m.streams", (("m.streams.a", ()),) * 2),)
+    model = fxnvtx.instrument(Reads(), "m", path=path)
+    wanted = 2 * model.streams.a(x())
+    result, recording = run_recorded(model, x())
+    assert equal(result[1], wanted)
+    assert recording.balanced
+    assert shape(recording.tree()) == (("m", inner),)
+    with fxnvtx.record() as recording:
+        steps = model.streams(x())
+        next(steps)
+        assert equal(steps.send(x() * 2), model.streams.a(x() * 2))
+        with pytest.raises(StopIteration, match="done"):
+            next(steps)
+        model.streams(x())  # never begun
+        steps = model.streams(x())
+        next(steps)
+        steps.close()
+    assert recording.balanced
+    assert [r.label for r in recording.ranges].count("m.streams") == 2
