@@ -10,6 +10,7 @@ from . import ranges as _ranges
 from .compile.invisible import hide_module
 from .everything import Everything
 from .spool import Spool
+from .tracebacks import show_only_the_programs_frames
 from .window import Window, read_steps
 
 __all__ = ["arm"]
@@ -34,6 +35,7 @@ def arm(options: dict[str, str]) -> None:
     with contextlib.suppress(OSError):  # the launcher has gone, and what we do is of no interest to it
         (folder / "armed").touch()
     kept = Spool(folder, "first" in options, shown)
+    show_only_the_programs_frames()
     met.start()
     _ranges.add_sink(kept)
     os.register_at_fork(after_in_child=kept.forked)

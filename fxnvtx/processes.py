@@ -32,12 +32,22 @@ def command_line(program: str, arguments: Sequence[str], as_module: bool) -> lis
     """The words that start the program: a module, a script, or a command found on the PATH."""
     if as_module:
         return [sys.executable, *_interpreter_options(), "-m", program, *arguments]
-    if os.path.exists(program):
+    path = Path(program)
+    # a folder is a program where Python can run it; otherwise it may have its name in common with a command
+    if (path.is_file() and not _runs_itself(path)) or (path / "__main__.py").is_file():
         return [sys.executable, *_interpreter_options(), program, *arguments]
-    found = shutil.which(program)
+    found = shutil.which(program if os.sep in program or not path.is_file() else f"./{program}")
     if found is None:
         raise ConfigError(f"{program} is no file and no command: name a Python script, a command, or a module with -m")
     return [found, *arguments]
+
+
+def _runs_itself(path: Path) -> bool:
+    """Whether the system can start this file: a shell script, a binary, a console script."""
+    if path.suffix == ".py" or not os.access(path, os.X_OK):
+        return False
+    with open(path, "rb") as file:
+        return file.read(4).startswith((b"#!", b"\x7fELF"))
 
 
 def _interpreter_options() -> list[str]:

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
+import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
+
+from fxnvtx import range_pop, range_push, ranges
+from fxnvtx.__main__ import words
+from fxnvtx.errors import ConfigError
 from fxnvtx.recording import Recording
+from fxnvtx.spool import Spool, read_spool
+from fxnvtx.window import Window, read_steps
 
 from .test_cli import fxnvtx, one_line_error
 
@@ -85,3 +96,207 @@ def test_errors_and_exit_codes_of_the_script_are_its_own(tmp_path: Path) -> None
 
 def test_a_missing_script_is_one_line(tmp_path: Path) -> None:
     assert "no file" in one_line_error(fxnvtx("run", "missing.py", cwd=tmp_path))
+
+
+def test_an_option_may_stand_where_the_command_would() -> None:
+    assert words(["--depth", "1", "x.py"]) == ["run", "--depth", "1", "x.py"]
+    assert words(["-m", "pytest", "-q"]) == ["run", "-m", "pytest", "-q"]
+    assert words(["a/b", "--help"]) == ["run", "a/b", "--help"]
+    for own in (["report", "x.py"], ["--help"], ["--debug", "run", "x.py"], ["--version"], ["nonsense"]):
+        assert words(own) == own
+    assert words([]) == []
+
+
+TRACED = """
+import threading, torch
+from torch import nn
+
+class Inner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+    def forward(self, x):
+        return self.layer(x)
+    def decode(self, x):
+        return self.layer(x)
+
+class Outer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = Inner()
+    def forward(self, x):
+        try:
+            return self.inner(x)
+        except RuntimeError as error:
+            raise ValueError("wrapped") from error
+
+x = torch.ones(1, 3)
+model = Outer()
+thread = threading.Thread(target=model.inner.decode, args=(x,), name="other")
+thread.start()
+thread.join()
+model(x)
+"""
+
+
+def test_the_programs_traceback_is_its_own(tmp_path: Path) -> None:
+    (tmp_path / "traced.py").write_text(TRACED)
+    alone = subprocess.run([sys.executable, "traced.py"], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    ours = fxnvtx("--rows", "0", "traced.py", cwd=tmp_path)
+    assert ours.returncode == alone.returncode == 1
+    assert "ValueError: wrapped" in alone.stderr
+    assert "Exception in thread other" in alone.stderr
+    # torch's own line there says whether the module has something in the slot's place
+    torchs = re.compile(r"line \d+, in _wrapped_call_impl\n.*\n(\s*[~^]+\n)?")
+    assert torchs.sub("", ours.stderr) == torchs.sub("", alone.stderr)
+
+
+MODEL = """
+import os, sys
+import torch
+def test_it():
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    for _ in range(int(os.environ.get("CALLS", 1))):
+        net(torch.ones(1, 4))
+if __name__ == "__main__":
+    print("argv", sys.argv[1:])
+    test_it()
+"""
+
+
+def recorded(folder: Path) -> list[str]:
+    """The labels of all recordings in a folder."""
+    return [r.label for path in folder.glob("recording*.json") for r in Recording.load(path).ranges]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("program", "options"),
+    [
+        ("pytest", ["-q", "-p", "no:cacheprovider"]),
+        ("torch.distributed.run", ["--standalone", "--nproc-per-node=1"]),
+        ("accelerate.commands.launch", ["--cpu", "--num_processes=1", "--num_machines=1", "--mixed_precision=no"]),
+    ],
+)
+def test_modules_that_start_programs(tmp_path: Path, program: str, options: list[str]) -> None:
+    if program.startswith("accelerate"):
+        pytest.importorskip("accelerate", reason="needs accelerate: pip install fxnvtx[diffusers]")
+    (tmp_path / "model.py").write_text(MODEL)
+    given = ["model.py"] if program == "pytest" else ["model.py", "--depth", "3"]
+    done = fxnvtx("-o", "out", "-m", program, *options, *given, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert ("1 passed" if program == "pytest" else "argv ['--depth', '3']") in done.stdout
+    assert recorded(tmp_path / "out") == ["Sequential", "0"]
+
+
+def test_under_torchrun_each_launcher_writes_its_own(tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text(MODEL)
+    for rank in ("0", "1"):
+        assert fxnvtx("-o", "out", "--warmup", "1", "model.py", cwd=tmp_path, RANK=rank, CALLS="3").returncode == 0
+    found = sorted(path.name.split(".pid")[0] for path in (tmp_path / "out").iterdir())
+    assert found == ["recording.rank0", "recording.rank1", "trace.rank0.json", "trace.rank1.json"]
+    assert recorded(tmp_path / "out") == ["Sequential", "0"] * 4
+
+
+@pytest.mark.slow
+@pytest.mark.nsys
+@pytest.mark.skipif(shutil.which("nsys") is None, reason="nsys is not on the PATH")
+def test_nsys_hears_only_the_steps_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text(MODEL)
+    done = fxnvtx("--nsys", "-o", "out", "--warmup", "1", "--steps", "2-3", "model.py", cwd=tmp_path, CALLS="6")
+    assert done.returncode == 0, done.stderr
+    assert recorded(tmp_path / "out") == ["Sequential", "0"] * 2
+    with sqlite3.connect(tmp_path / "out" / "capture.sqlite") as file:
+        seen = file.execute("SELECT count(*) FROM NVTX_EVENTS WHERE eventType = 59").fetchone()
+    assert seen == (4,)
+
+
+PIPELINE = """
+import sys
+from fxnvtx.integrations.tiny import TINY
+pipe, arguments = TINY["DiTPipeline"]()
+for _ in range(2):
+    pipe(**dict(arguments, num_inference_steps=3, output_type="np"))
+"""
+
+
+@pytest.mark.slow
+def test_stages_without_layers_and_some_steps_of_each_request(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers", reason="needs diffusers: pip install fxnvtx[diffusers]")
+    (tmp_path / "pipeline.py").write_text(PIPELINE)
+    done = fxnvtx("-o", "out", "--stages-only", "--steps", "2-3", "pipeline.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    ranges_ = Recording.load(tmp_path / "out" / "recording.json").ranges
+    assert not [r for r in ranges_ if r.category == "module"]
+    steps = [r.label.split("_t")[0] for r in ranges_ if r.category == "step"]
+    assert steps == ["denoising_step_1", "denoising_step_2"] * 2
+    assert not [r for r in ranges_ if r.category in ("request", "loop")]
+
+
+def test_nothing_shown_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text(MODEL)
+    for option, why in ((["--warmup", "9"], "leave out every call"), (["--stages-only"], "--stages-only shows")):
+        done = fxnvtx(*option, "model.py", cwd=tmp_path)
+        assert done.returncode == 0
+        assert why in one_line_error(done)
+    assert "FXNVTX=off" in one_line_error(fxnvtx("model.py", cwd=tmp_path, FXNVTX="off"))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--steps", "3-1"], "--steps takes A-B"),
+        (["--steps", "0"], "--steps takes A-B"),
+        (["--nsys"], "--nsys needs -o"),
+        (["-o", "out", "--capture-range", "x"], "--capture-range is for --nsys"),
+    ],
+)
+def test_options_that_mean_nothing_are_one_line(tmp_path: Path, options: list[str], says: str) -> None:
+    (tmp_path / "empty.py").write_text("")
+    done = fxnvtx(*options, "empty.py", cwd=tmp_path)
+    assert done.returncode == 1
+    assert says in one_line_error(done)
+
+
+def test_steps_are_one_number_or_two() -> None:
+    assert read_steps("3") == (3, 3)
+    assert read_steps(" 2-5 ") == (2, 5)
+    for wrong in ("", "a", "-3", "5-2", "1-2-3", "0-4"):
+        with pytest.raises(ConfigError, match="--steps takes A-B"):
+            read_steps(wrong)
+
+
+@pytest.mark.parametrize(
+    ("warmup", "steps", "shown"),
+    [
+        (0, None, ["a", "a1", "b", "b1", "b2", "b3", "after"]),
+        (1, None, ["b", "b1", "b2", "b3", "after"]),
+        (0, (2, 2), ["b2"]),
+        (0, (1, 2), ["a", "a1", "b1", "b2"]),
+        (2, (1, 9), ["after"]),
+    ],
+)
+def test_a_window_shows_whole_ranges(
+    tmp_path: Path, warmup: int, steps: tuple[int, int] | None, shown: list[str]
+) -> None:
+    spool = Spool(tmp_path, True, Window(warmup, steps))
+    ranges.add_sink(spool)
+    try:
+        range_push("a", category="module")
+        range_push("a1", category="module")
+        range_pop()
+        range_pop()
+        range_push("b", category="request")
+        for number in (1, 2, 3):
+            range_push(f"b{number}", category="step")
+            range_pop()
+        range_pop()
+        range_push("after", category="module")
+        range_pop()
+    finally:
+        ranges.remove_sink(spool)
+        spool.write()
+    (path,) = tmp_path.iterdir()
+    recording = read_spool(path)
+    assert [r.label for r in recording.ranges] == shown
+    assert recording.balanced

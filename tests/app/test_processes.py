@@ -251,6 +251,13 @@ def test_a_module_and_a_command_run_like_a_script(tmp_path: Path) -> None:
     done = fxnvtx("run", "look", "5", cwd=tmp_path, PATH=f"{command.parent}:{os.environ['PATH']}")
     assert done.returncode == 5
     assert f"argv ['{command}', '5'] __main__" in done.stdout
+    (tmp_path / "look").mkdir()  # the command is meant all the same
+    assert fxnvtx("run", "look", "4", cwd=tmp_path, PATH=f"{command.parent}:{os.environ['PATH']}").returncode == 4
+    shell = tmp_path / "start"
+    shell.write_text(f'#!/bin/sh\nexec {sys.executable} look.py "$@"\n')
+    shell.chmod(0o755)
+    for program in ("start", "./start", str(shell)):
+        assert fxnvtx("run", program, "6", cwd=tmp_path).returncode == 6
 
 
 def test_the_users_own_sitecustomize_runs_in_its_place(tmp_path: Path) -> None:
