@@ -31,7 +31,7 @@ def show_only_the_programs_frames() -> None:
 
 
 def without_ours(trace: TracebackType | None) -> TracebackType | None:
-    """The same traceback without the frames of this package."""
+    """The same traceback without the frames of this package; a generated forward shows as the module's own."""
     frames: list[TracebackType] = []
     while trace is not None:
         frames.append(trace)
@@ -39,9 +39,27 @@ def without_ours(trace: TracebackType | None) -> TracebackType | None:
     below: TracebackType | None = None
     for item in reversed(frames):
         name = item.tb_frame.f_code.co_filename
-        if not name.startswith((_OURS, _GENERATED)):
+        if name.startswith(_GENERATED):
+            stand_in = _stood_in_for(item)
+            if stand_in is not None:  # -1: no column, which would be one of the stand-in's own text
+                below = TracebackType(below, stand_in.tb_frame, -1, stand_in.tb_lineno)
+        elif not name.startswith(_OURS):
             below = TracebackType(below, item.tb_frame, item.tb_lasti, item.tb_lineno)
     return below
+
+
+def _stood_in_for(item: TracebackType) -> TracebackType | None:
+    """For a generated forward: a frame with the name and file of the module's own, at the line where that begins."""
+    module = item.tb_frame.f_locals.get("self")
+    code = getattr(getattr(type(module), "forward", None), "__code__", None)
+    if code is None:
+        return None
+    lines = "\n" * (code.co_firstlineno - 1) + "raise LookupError"
+    try:
+        exec(compile(lines, code.co_filename, "exec").replace(co_name=code.co_name), {})
+    except LookupError as error:
+        return error.__traceback__.tb_next if error.__traceback__ is not None else None
+    return None
 
 
 def _clean(value: BaseException | None) -> None:
