@@ -2,7 +2,8 @@
 
     python benchmarks/diffusers_sweep.py [NAME ...]
 
-One process per model. "warm" times: the C++ compiler's results are there already, the rest of the compilation is not.
+One process per model. "one %": launches whose innermost range is one module's, below the root. "warm" times: the C++
+compiler's results are there already, the rest of the compilation is not.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAD = f"{'model':12s} {'launches':>8s} {'ranges':>6s} {'fused':>5s} {'root':>4s} {'?':>3s} {'kernels':>7s}"
+HEAD = (
+    f"{'model':12s} {'launches':>8s} {'ranges':>6s} {'fused':>5s} {'root':>4s} {'?':>3s} {'one %':>5s} {'kernels':>7s}"
+)
 
 
 def one(name: str) -> None:
@@ -42,6 +45,7 @@ def main(names: list[str]) -> int:
         r = json.loads(done.stdout.strip().splitlines()[-1])
         failed += bool(r["problems"])
         figures = f"{r['launches']:8d} {r['ranges']:6d} {r['fused']:5d} {r['root_only']:4d} {r['unknown']:3d}"
+        figures += f" {100 * r['concrete'] / max(1, r['launches']):5.1f}"
         times = f"{r['kernels']:7d} {r['graphs']:6d} {r['plain_s']:8.1f} {r['ours_s']:7.1f}"
         print(f"{name:12s} {figures} {times} {'; '.join(r['problems'][:4]) or 'none'}", flush=True)
     return int(failed > 0)

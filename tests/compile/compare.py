@@ -35,6 +35,7 @@ class Comparison:
     fused: int = 0
     root_only: int = 0
     unknown: int = 0
+    concrete: int = 0  # launches whose innermost range is one module's, below the root
     kernels: int = 0
     graphs: int = 0
     plain_s: float = 0.0
@@ -97,6 +98,8 @@ def _check_ranges(found: Comparison, model: torch.nn.Module, launches: list[Any]
             found.root_only += 1
         elif "unknown" in around[-1].label or "?" in around[-1].label:
             found.unknown += 1
+        elif around[-1].label in paths:
+            found.concrete += 1
     for item in recording.ranges:
         if not item.label.startswith(("fused(", "owner unknown")) and item.label not in paths:
             found.problems.append(f"{item.label} is no module")

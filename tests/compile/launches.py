@@ -28,6 +28,7 @@ class Launch:
     thread_id: int
     start_ns: int
     end_ns: int
+    storages: frozenset[int] = frozenset()  # addresses of the memory that was handed over
 
 
 class KernelError(Exception):
@@ -74,12 +75,14 @@ def witness(fail_at: int | None = None) -> Iterator[list[Launch]]:
             if fail_at is not None and len(seen) == fail_at:
                 seen.append(Launch(name, [], threading.get_native_id(), 0, 0))
                 raise KernelError(name)
-            shapes = [tuple(a.shape) for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
+            tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
+            shapes = [tuple(a.shape) for a in tensors]
+            storages = frozenset(a.untyped_storage().data_ptr() for a in tensors)
             start = perf_counter_ns()
             try:
                 return kernel(*args, **kwargs)
             finally:
-                seen.append(Launch(name, shapes, threading.get_native_id(), start, perf_counter_ns()))
+                seen.append(Launch(name, shapes, threading.get_native_id(), start, perf_counter_ns(), storages))
 
         return run
 
