@@ -192,6 +192,20 @@ def test_an_owner_that_is_never_called_names_all_it_owns() -> None:
 
 
 @pytest.mark.usefixtures("everything")
+def test_children_that_others_call_are_named_below_their_owner() -> None:
+    x, t = torch.ones(1, 8), torch.tensor(1.0)
+    with fxnvtx.record() as recording:
+        DiT().forward(x, t)
+        copy.deepcopy(DiT()).forward(x, t)
+        Solver()(x, DiT().forward, 1)
+        net = DiT()
+        for block in net.blocks:
+            block(x, t)
+    blocks = [label for label in DIT if label.startswith("blocks.")]
+    assert labels(recording) == [*DIT, *DIT, "Solver", *DIT, *blocks]
+
+
+@pytest.mark.usefixtures("everything")
 def test_a_parent_that_comes_later_renames_nothing() -> None:
     net, x, t = DiT(1), torch.ones(1, 8), torch.tensor(1.0)
 
