@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import sys
 from collections.abc import Iterable
 from typing import TypeVar, cast
 
@@ -155,6 +156,10 @@ def _silence() -> str | None:
         return "every instrumented model is switched off (fxnvtx.set_enabled)"
     if _ranges.mode == "off":
         return "FXNVTX=off"
+    others = sys.modules.get(f"{__package__}.compile.others")
+    silent = others.silent_models() if others is not None else None
+    if silent is not None:
+        return f"compiled by other backends, no layer inside is shown: {silent}"
     return "no instrumented model was called while it ran"
 
 

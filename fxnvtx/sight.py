@@ -39,3 +39,6 @@ def keep_out_of_sight() -> None:
             hide_module(vars(module))
     hide_from_torchscript(SLOT)
     hide_slots()
+    from .compile.others import watch_others  # late: it looks at what is registered
+
+    watch_others()

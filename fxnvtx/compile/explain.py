@@ -14,9 +14,9 @@ SHOWN = 6
 @dataclass
 class CompiledRegion:
     """`path`: "kernels" (ranges around kernel launches), "pieces" (one compiled piece per module), "nodes" (range nodes
-    in the graph that runs) or "region" (one range around the whole). `reason`: why not "kernels", empty otherwise.
-    `owners`: paths of the modules in the region, relative to `name`; `launches`: launch sites in the generated code, 0
-    where it came from a cache; `unknown`: those whose owner is not known."""
+    in the graph that runs), "region" (one range around the whole) or "none" (another backend compiled it). `reason`:
+    why not "kernels", empty otherwise. `owners`: paths of the modules in the region, relative to `name`; `launches`:
+    launch sites in the generated code, 0 where it came from a cache; `unknown`: those whose owner is not known."""
 
     name: str
     backend: str

@@ -1,0 +1,120 @@
+"""Instrumented models that were compiled by a backend which is not ours: said once, explained, or taken over.
+
+Everything Dynamo compiles passes one method, whatever the backend and however it was asked for. There we see whose
+code it is. What is compiled stays as it is, unless FXNVTX_COMPILE=1 says that "inductor" means ours for the models
+that `instrument()` knows.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import types
+from collections.abc import Callable
+from typing import Any
+
+from .. import control as _control
+from .. import ranges as _ranges
+from .explain import CompiledRegion, note
+from .imports import when_imported
+from .naming import family
+from .notices import warn_once
+
+__all__ = ["TAKE_PART", "silent_models", "watch_others"]
+
+TAKE_PART = "FXNVTX_COMPILE"
+# torch 2.11 to 2.15; the method is older than that
+_WHERE, _KIND, _METHOD = "torch._dynamo.output_graph", "OutputGraph", "call_user_compiler"
+_untold: dict[tuple[str, str], str] = {}  # (model, backend) -> what to say once somebody listens
+_told: set[tuple[str, str]] = set()
+
+
+@functools.cache
+def watch_others() -> None:
+    """Now, or when Dynamo gets imported."""
+    when_imported(_WHERE, _watch)
+    _ranges.on_listeners_changed(_tell)
+
+
+def silent_models() -> str | None:
+    """Which instrumented models were compiled by other backends, in words; None where there are none."""
+    if not _told and not _untold:
+        return None
+    return ", ".join(f'{model} by "{name}"' for model, name in (*_told, *_untold))
+
+
+def _watch(namespace: types.ModuleType) -> None:
+    kind = getattr(namespace, _KIND, None)
+    original = getattr(kind, _METHOD, None)
+    if not isinstance(kind, type) or original is None:
+        warn_once(
+            "others", "this torch does not show which backend compiles a model: fxnvtx cannot say what is missing"
+        )
+        return
+    setattr(kind, _METHOD, _watching(original))
+
+
+def _watching(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def call_user_compiler(self: Any, gm: Any, example_inputs: Any) -> Any:
+        compiler = getattr(self, "compiler_fn", None)
+        ours = None
+        try:
+            ours = _look(compiler, gm, example_inputs)
+        except Exception as error:  # a model compiles, whatever we make of it
+            warn_once("others", f"what another backend compiled is not known, reading its graph failed: {error!r}")
+        if ours is None:
+            return original(self, gm, example_inputs)
+        self.compiler_fn = ours
+        try:
+            return original(self, gm, example_inputs)
+        finally:
+            self.compiler_fn = compiler
+
+    return call_user_compiler
+
+
+def _look(compiler: Any, graph_module: Any, inputs: Any) -> Any:
+    """The backend to compile with instead; None where it stays as it is."""
+    from .backend import Backend, fxnvtx_backend
+    from .dynamo import current_frame
+    from .roots import read_graph
+
+    if not _control.controls():
+        return None
+    inner = compiler
+    while hasattr(inner, "_torchdynamo_orig_backend"):
+        inner = inner._torchdynamo_orig_backend
+    wrapper = inner
+    inner = getattr(inner, "compiler_fn", inner)
+    if isinstance(inner, Backend):
+        return None
+    region, _ = read_graph(graph_module, current_frame(), list(inputs))
+    modules = [m for a in region.anchors if a.module is not None and (m := a.module()) is not None]
+    found = next((c for m in modules if (c := family(m)) is not None), None)
+    if found is None:
+        return None
+    name = getattr(wrapper, "compiler_name", None) or getattr(inner, "__name__", None) or type(inner).__name__
+    options = getattr(wrapper, "config", None)
+    if name == "inductor" and isinstance(options, dict) and os.environ.get(TAKE_PART) == "1":
+        return functools.partial(fxnvtx_backend, options=dict(options))
+    reason = 'its layers show where the model is compiled with backend="fxnvtx"'
+    if name == "inductor":
+        reason += f", or with {TAKE_PART}=1 in the environment"
+    note(CompiledRegion(region.title, name, "none", reason, region.paths))
+    _say(found.text(""), name, reason)
+    return None
+
+
+def _say(model: str, name: str, reason: str) -> None:
+    if (model, name) not in _told:
+        _untold[model, name] = f'{model} was compiled by "{name}", no layer inside is shown: {reason}'
+    _tell()
+
+
+def _tell() -> None:
+    """Said while somebody listens: to nobody else it matters."""
+    while _ranges.active and _untold:
+        key, text = _untold.popitem()
+        _told.add(key)
+        _ranges.log.warning("%s", text)

@@ -1,0 +1,118 @@
+"""An instrumented model that another backend compiles: a line says so, explain() tells, FXNVTX_COMPILE=1 takes over."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+import fxnvtx
+from fxnvtx.compile import others
+from fxnvtx.compile.explain import regions
+
+from .generated import counted, kernel_hashes, without_graph_caches
+from .models import Same, Unique
+
+
+@pytest.fixture
+def said(caplog, monkeypatch):
+    monkeypatch.setattr(others, "_told", set())
+    monkeypatch.setattr(others, "_untold", {})
+    caplog.set_level(logging.WARNING, logger="fxnvtx")
+    return lambda: [r.getMessage() for r in caplog.records if "compiled by" in r.getMessage()]
+
+
+def whole(model, backend):
+    return torch.compile(model, backend=backend)
+
+
+def in_place(model, backend):
+    model.compile(backend=backend)
+    return model
+
+
+def regional(model, backend):
+    for block in model.blocks:
+        block.compile(backend=backend)
+    return model
+
+
+@pytest.mark.parametrize("way", [whole, in_place, regional])
+def test_it_is_said_once_to_who_listens(way, said):
+    model = fxnvtx.instrument(Same(2), "net")
+    call = way(model, "eager")
+    x = model.inputs()
+    call(x)
+    assert said() == []  # nobody listens
+    with fxnvtx.record():
+        call(x)
+    assert len(said()) == 1
+    assert 'net was compiled by "eager"' in said()[0]
+    assert 'backend="fxnvtx"' in said()[0]
+    torch._dynamo.reset()
+    with fxnvtx.record():
+        call(x)
+    assert len(said()) == 1
+
+
+def test_explain_tells_what_happened():
+    model = fxnvtx.instrument(Unique(1), "net")
+    torch.compile(model, backend="aot_eager")(model.inputs())
+    last = regions()[-1]
+    assert (last.name, last.backend, last.path) == ("Unique", "aot_eager", "none")
+    assert "compiled with backend" in str(fxnvtx.explain(model))
+
+
+def test_a_sequential_root_that_records_nothing_says_why(said, caplog):
+    model = fxnvtx.instrument(nn.Sequential(nn.Linear(3, 3), nn.ReLU()), "row")
+    call = torch.compile(model, backend="eager")
+    with fxnvtx.record():
+        call(torch.ones(2, 3))
+    assert len(said()) >= 1
+    assert "no instrumented model was called" not in caplog.text
+
+
+def test_compiling_in_place_after_instrument_keeps_the_models_own_range():
+    """Module.compile() puts its callable where the slot was; no listener comes later that would put things right."""
+    model = fxnvtx.instrument(Same(2), "net")
+    x = model.inputs()
+    with fxnvtx.record() as recording:
+        model.compile(backend="eager")
+        model(x)
+        first = len([r for r in recording.ranges if r.label == "net"])
+        model(x)
+        assert len([r for r in recording.ranges if r.label == "net"]) == first + 1
+    fxnvtx.uninstrument(model)
+    assert model._compiled_call_impl is not None  # the user's own is what stays
+
+
+def test_what_is_not_instrumented_or_ours_is_not_spoken_of(said):
+    fxnvtx.instrument(keep := Unique(1), "net")
+    with fxnvtx.record():
+        torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2))
+        torch.compile(nn.Linear(3, 3), backend="eager")(torch.ones(2, 3))
+        torch.compile(keep, backend=fxnvtx.backend("eager"))(keep.inputs())
+    assert said() == []
+
+
+@pytest.mark.slow
+def test_inductor_means_ours_where_the_environment_says_so(monkeypatch, said):
+    model = Unique(1)
+    x = model.inputs()
+    with counted() as plain, without_graph_caches():
+        expected = torch.compile(model, options={"max_fusion_size": 8})(x)
+        kernels = kernel_hashes()
+    fxnvtx.instrument(model, "net")
+    monkeypatch.setenv(others.TAKE_PART, "1")
+    with counted() as ours, without_graph_caches():
+        call = torch.compile(model, options={"max_fusion_size": 8})
+        with fxnvtx.record() as recording:
+            result = call(x)
+            result.sum().backward()
+    assert torch.equal(result, expected)
+    assert plain == ours
+    assert set(kernels) <= set(kernel_hashes())
+    assert {"net", "net.blocks.0.up", "net.head", "backward"} <= {r.label for r in recording.ranges}
+    assert said() == []
