@@ -16,6 +16,7 @@ from ..control import Control, Entry, controls, entry_of
 from ..names import Selection, is_callable_module, unwrapped, walk_paths
 from ..ranges import Label, label
 from .invisible import hide_module
+from .user_ranges import OWN
 
 __all__ = ["Binding", "Names", "at", "family", "named_tensors"]
 
@@ -158,6 +159,9 @@ class Names:
         above = [self.base] if self.base is not None else []
         for step in chain:
             anchor, path, hint, _ = step
+            if anchor == OWN:
+                yield (step, label(path, hint or None))
+                continue
             text = self.bindings[anchor].below(path, hint, above)
             if text is not None and not (anchor == 0 and not path and text == self.base):
                 above.append(text)

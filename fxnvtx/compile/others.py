@@ -19,6 +19,7 @@ from .explain import CompiledRegion, note
 from .imports import when_imported
 from .naming import family
 from .notices import warn_once
+from .user_ranges import absorb
 
 __all__ = ["TAKE_PART", "silent_models", "watch_others"]
 
@@ -60,6 +61,7 @@ def _watching(original: Callable[..., Any]) -> Callable[..., Any]:
         compiler = getattr(self, "compiler_fn", None)
         ours = None
         try:
+            absorb(gm, keep=_is_ours(compiler))
             ours = _look(compiler, gm, example_inputs)
         except Exception as error:  # a model compiles, whatever we make of it
             warn_once("others", f"what another backend compiled is not known, reading its graph failed: {error!r}")
@@ -74,20 +76,29 @@ def _watching(original: Callable[..., Any]) -> Callable[..., Any]:
     return call_user_compiler
 
 
+def _unwrapped(compiler: Any) -> tuple[Any, Any]:
+    """What torch.compile has put around a backend, and the backend."""
+    while hasattr(compiler, "_torchdynamo_orig_backend"):
+        compiler = compiler._torchdynamo_orig_backend
+    return compiler, getattr(compiler, "compiler_fn", compiler)
+
+
+def _is_ours(compiler: Any) -> bool:
+    from .backend import Backend
+
+    wrapper, inner = _unwrapped(compiler)
+    taken = os.environ.get(TAKE_PART) == "1" and isinstance(getattr(wrapper, "config", None), dict)
+    return isinstance(inner, Backend) or taken
+
+
 def _look(compiler: Any, graph_module: Any, inputs: Any) -> Any:
     """The backend to compile with instead; None where it stays as it is."""
     from .backend import Backend, fxnvtx_backend
     from .dynamo import current_frame
     from .roots import read_graph
 
-    if not _control.controls():
-        return None
-    inner = compiler
-    while hasattr(inner, "_torchdynamo_orig_backend"):
-        inner = inner._torchdynamo_orig_backend
-    wrapper = inner
-    inner = getattr(inner, "compiler_fn", inner)
-    if isinstance(inner, Backend):
+    wrapper, inner = _unwrapped(compiler)
+    if not _control.controls() or isinstance(inner, Backend):
         return None
     region, _ = read_graph(graph_module, current_frame(), list(inputs))
     modules = [m for a in region.anchors if a.module is not None and (m := a.module()) is not None]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import types
 
 from .imports import when_imported
+from .user_ranges import see_ranges
 
 __all__ = ["NAME", "register"]
 
@@ -16,6 +17,7 @@ _REGISTRY = "torch._dynamo.backends.registry"  # torch 2.0 to 2.15
 def register() -> None:
     """Now, or once torch's registry of backends is imported."""
     when_imported(_REGISTRY, _add)
+    see_ranges()
 
 
 def _add(registry: types.ModuleType) -> None:

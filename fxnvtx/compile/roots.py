@@ -25,6 +25,7 @@ from ..names import walk_paths
 from .naming import named_tensors
 from .owners import Owners, Step, stack_of
 from .region import Anchor, Region
+from .user_ranges import OWN, UserRange
 
 __all__ = ["Book", "digest", "read_graph"]
 
@@ -117,16 +118,19 @@ class Book:
             step = self._steps.get((key, source))
             if step is None:
                 step = self._steps[key, source] = self._make(key, source, kind, above)
-            above = step
+            above = step if step is None or step.anchor != OWN else above
 
     def steps(self) -> list[Step]:
         """All steps met so far."""
-        return [s for s in self._steps.values() if s is not None]
+        return [s for s in self._steps.values() if s is not None and s.anchor != OWN]
 
     def step(self, key: str, source: str) -> Step | None:
         return self._steps.get((key, source))
 
     def _make(self, key: str, source: str, kind: type, above: Step | None) -> Step:
+        if kind is UserRange:
+            category, _, text = source.partition("\0")
+            return Step(OWN, text, category, key)
         number, _, call = key.partition("@")
         hint = _last_name(source)
         if number.isdigit():
