@@ -5,12 +5,15 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import fxnvtx
 from fxnvtx.cli import cli
@@ -288,6 +291,65 @@ def test_damaged_traces_are_one_line(tmp_path: Path, text: str, zipped: bool) ->
     path.write_bytes(gzip.compress(text.encode())[:-6])
     with pytest.raises(CaptureError):
         load(path)
+
+
+ODD = st.sampled_from(
+    [
+        None,
+        True,
+        -1,
+        0,
+        2**70,
+        -(2**70),
+        1e308,
+        -0.5,
+        "",
+        "x",
+        "\x1b",
+        [],
+        {},
+        [[]],
+        {"correlation": "x"},
+        5_000_000_000,
+    ]
+)
+PLACES = st.tuples(st.integers(0, 11), st.sampled_from(["ph", "cat", "name", "pid", "tid", "ts", "dur", "args", ""]))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(PLACES, ODD), min_size=1, max_size=4), st.sampled_from(["trace", "args", "speedscope"]))
+def test_changed_traces_are_read_or_refused(changes: list[tuple[tuple[int, str], Any]], kind: str) -> None:
+    """Whatever stands in a trace: a report, or one line."""
+    document: dict[str, Any] = kineto()
+    events = document["traceEvents"]
+    if kind == "speedscope":
+        events = [{"type": "O", "frame": 0, "at": 1}, {"type": "C", "frame": 0, "at": 5}]
+        profile = {"type": "evented", "unit": "seconds", "name": "process 7, thread 1", "events": events}
+        document = {"$schema": "speedscope", "shared": {"frames": [{"name": "a"}]}, "profiles": [profile]}
+    for (place, key), value in changes:
+        if kind == "speedscope" and place > 5:
+            profile[("type", "unit", "name", "events")[place % 4]] = value
+        elif not key:
+            events[place % len(events)] = value
+        else:
+            event = events[place % len(events)]
+            if isinstance(event, dict) and kind == "args" and isinstance(event.get("args"), dict):
+                event["args"][("correlation", "device", "stream", "bytes", "payload")[place % 5]] = value
+            elif isinstance(event, dict):
+                event[key] = value
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        path.write_text(json.dumps(document))
+        try:
+            report = load(path)
+        except CaptureError as error:
+            assert "\n" not in str(error)  # noqa: PT017 - most are no errors
+            return
+        render_text(report)
+        for row in report.rows():
+            assert row.cpu >= 0
+            assert row.gpu >= 0
+        chrome.write(path, Path(folder) / "again.json")
 
 
 def test_a_pipe_as_input_does_not_hang(tmp_path: Path) -> None:
