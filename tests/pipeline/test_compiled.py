@@ -55,7 +55,7 @@ def layers(recording, prefix):
     todo = [(node, "") for node in recording.tree()]
     while todo:
         node, above = todo.pop()
-        here = node.label if node.category == "module" else above
+        here = node.label if node.category in ("module", "piece") else above
         names = [here]
         if match := FUSED.fullmatch(node.label):
             names = [f"{here}.{name}" for name in match[1].split(", ") if name != "self"]
