@@ -80,6 +80,8 @@ class Control(Gate):
 
     def unregisters(self) -> None:
         self._mend = self._sync = None
+        self.enabled = False  # a shallow copy may still have a slot of ours
+        self.refresh()
         for entry in self.entries:
             entry.slot = None  # it refers to us
 

@@ -122,6 +122,15 @@ def test_a_shallow_copy_outlives_the_original(no_collector):
         assert torch.equal(other(x()), wanted)
 
 
+def test_a_shallow_copy_shows_nothing_once_the_original_is_given_back():
+    model = fxnvtx.instrument(CopiesEverything(), "m")
+    with fxnvtx.record() as recording:
+        other = copy.copy(model)
+        fxnvtx.uninstrument(model)
+        other(x())
+    assert labels(recording) == []
+
+
 def test_compile_takes_the_place_of_a_slot():
     """Module.compile() after instrument(): the range is around it from the very next call on, for a root too."""
     for part in (lambda m: m, lambda m: m.a):
