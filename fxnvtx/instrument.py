@@ -51,9 +51,11 @@ def instrument(
     depth: levels of ranges below the root.
     shapes: add a marker with the input shapes to every call.
 
-    Nothing is in the way of a call until somebody listens. Calling it again brings it up to date with the model
-    (replaced children, another name or options) and is otherwise a no-op. A torch.fx.GraphModule is not changed: a copy
-    with range nodes comes back.
+    Nothing is in the way of a call until somebody listens. A model whose children change later (an adapter, fused
+    projections, another processor, a list that grows) is read again at its next outermost call, so its ranges stay
+    true; what `include` and `exclude` name then may be gone, which is no error, and under path="fx" a level that cannot
+    be traced any more goes to the hooks path. Calling it again takes another name or options, and is otherwise a no-op.
+    A torch.fx.GraphModule is not changed: a copy with range nodes comes back.
 
     Errors: InstrumentError (not a module, unknown path), SelectionError (a glob matches nothing), TraceError.
     """

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from . import ranges as _ranges
 from .deferred import begins_only
 from .errors import TraceError
 from .gate import Gate, lock
@@ -107,6 +106,14 @@ class Control(Gate):
         self.structure = other.structure
         self._set_entries(other.entries)
 
+    def takes_name(self, name: str | None) -> None:
+        """Call the same modules otherwise. The list of entries is another one: that is what labels are kept by."""
+        self.name = name
+        self.age = next(_ages)
+        for entry in self.entries:
+            entry.naming, entry.settled = None, False
+        self.entries = list(self.entries)
+
     def _set_entries(self, entries: list[Entry]) -> None:
         self.entries = entries
         self._by_fqn = {entry.fqn: entry for entry in entries}
@@ -147,9 +154,7 @@ class Control(Gate):
         return entry.naming
 
     def _label(self, fqn: str, kind: type) -> Label:
-        text = self.text(fqn)
-        _ranges.kinds[text] = kind.__name__
-        return label(text, "module")
+        return label(self.text(fqn), "module", kind=kind.__name__)
 
     def slot(self, entry: Entry, module: nn.Module, level: Level | None, inner: object, occupied: bool) -> Slot:
         """The slot that says all this of `module`. `inner`: what else claims the place; `level`: what runs inside."""

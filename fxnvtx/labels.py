@@ -1,8 +1,13 @@
-"""Labels: one NVTX domain, its categories and colours, and texts that are registered once and kept."""
+"""Labels: one NVTX domain, its categories and colours, and texts that are registered once and kept.
+
+NVTX keeps every text for ever. A `Label` around it lives as long as somebody has it: those of a model as long as the
+model is instrumented, those made for a block of code until many others were made after them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from nvtx._lib.lib import Domain as _NvtxDomain
@@ -11,7 +16,7 @@ from nvtx._lib.lib import DomainHandle, pop_range, push_range
 from .categories import CATEGORIES
 from .errors import LabelError
 
-__all__ = ["CATEGORIES", "DOMAIN", "HANDLE", "Label", "domain", "kinds", "label", "nvtx_pop", "nvtx_push"]
+__all__ = ["CATEGORIES", "DOMAIN", "HANDLE", "Label", "classes_of", "domain", "label", "nvtx_pop", "nvtx_push"]
 
 DOMAIN = "fxnvtx"
 
@@ -38,12 +43,16 @@ HANDLE = domain.handle
 
 
 class Label:
-    """The text of a range with its NVTX attributes, built once. Make one with `label()`."""
+    """The text of a range with its NVTX attributes, built once. Make one with `label()`.
 
-    __slots__ = ("attributes", "category", "color", "text")
+    `kind`: the class of the module that it names, "" where it names none or that is not known.
+    """
 
-    def __init__(self, text: str, category: str, color: int) -> None:
+    __slots__ = ("__weakref__", "attributes", "category", "color", "kind", "text")
+
+    def __init__(self, text: str, category: str, color: int, kind: str = "") -> None:
         self.text = text
+        self.kind = kind
         self.category = category
         self.color = color
         self.attributes = domain.get_event_attributes(text, color, category)
@@ -58,27 +67,55 @@ class Label:
         return f"Label({self.text!r}, {self.category!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return label, (self.text, self.category, self.color)
+        return label, (self.text, self.category, self.color, self.kind)
 
 
-_labels: dict[tuple[str, str, int], Label] = {}
-kinds: dict[str, str] = {}  # label text -> class of the module it names, for those who show ranges by class
+Key = tuple[str, str, int, str]
+
+KEPT = 4096
+_living: weakref.WeakValueDictionary[Key, Label] = weakref.WeakValueDictionary()
+_kept: dict[Key, Label] = {}  # the last ones that no module's class came with
 
 
-def label(text: str, category: str | None = None, color: int | None = None) -> Label:
-    """The one `Label` of this text. Registered with NVTX once and kept: strings that die while a CUDA graph
-    is captured have crashed Nsight Systems, and `--capture-range=nvtx` matches registered strings only."""
+def label(text: str, category: str | None = None, color: int | None = None, kind: str = "") -> Label:
+    """The one `Label` of this text (category, colour, class). The text is registered with NVTX once and kept: strings
+    that die while a CUDA graph is captured have crashed Nsight Systems, and `--capture-range=nvtx` matches registered
+    strings only."""
     if type(text) is not str:
         raise LabelError(f"a range label must be a str, not {type(text).__name__}; pass str(...) of it")
     if category is not None and type(category) is not str:
         raise LabelError(f"a range category must be a str, not {type(category).__name__}")
     if color is not None and type(color) is not int:
         raise LabelError(f"a range color must be an int 0xAARRGGBB, not {type(color).__name__}")
-    kind = category or "module"
-    key = (text, kind, CATEGORIES.get(kind, 0xFFBBBBBB) if color is None else color & 0xFFFFFFFF)
-    found = _labels.get(key)
+    shown = category or "module"
+    key = (text, shown, CATEGORIES.get(shown, 0xFFBBBBBB) if color is None else color & 0xFFFFFFFF, kind)
+    found = _kept.get(key) or _living.get(key)
     if found is None:
         # NVTX takes C strings: a NUL would cut the label, a lone surrogate cannot be encoded.
         safe = text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode("utf-8")
-        found = _labels.setdefault(key, Label(safe, *key[1:]))
+        found = _living.setdefault(key, Label(safe, *key[1:]))
+        if not kind:
+            _kept[key] = found
+            if len(_kept) > KEPT:
+                _kept.pop(next(iter(_kept)), None)
     return found
+
+
+def classes_of(labels: Iterable[Label]) -> dict[str, str]:
+    """By text, the class of the module that a label names; of several, all: `Conv1d | Linear`.
+
+    A label that does not tell its class (compiled code has such) is given that of instrumented modules of its name.
+    """
+    found: dict[str, set[str]] = {}
+    untold: set[str] = set()
+    for known in labels:
+        if known.kind:
+            found.setdefault(known.text, set()).add(known.kind)
+        elif known.category == "module":
+            untold.add(known.text)
+    untold -= found.keys()
+    if untold:
+        for known in list(_living.values()):
+            if known.kind and known.text in untold:
+                found.setdefault(known.text, set()).add(known.kind)
+    return {text: " | ".join(sorted(found[text])) for text in sorted(found)}

@@ -54,7 +54,7 @@ class Level:
     def labels_below(self, prefix: str, kinds: dict[str, str]) -> tuple[Any, ...]:
         """What the generated code pushes, for children called `prefix` and more: (entry, NVTX attributes) by turns.
         `kinds`: their classes."""
-        made = [label(f"{prefix}{child}", "module") for child in self.children]
+        made = [label(f"{prefix}{child}", "module", kind=kinds.get(child, "")) for child in self.children]
         return tuple(item for text in made for item in ((text,), text.attributes))
 
 

@@ -23,7 +23,7 @@ from typing import Any, Protocol, TypeVar, cast
 import nvtx
 from nvtx._lib.lib import mark
 
-from .labels import CATEGORIES, DOMAIN, HANDLE, Label, domain, kinds, label, nvtx_pop, nvtx_push
+from .labels import CATEGORIES, DOMAIN, HANDLE, Label, classes_of, domain, label, nvtx_pop, nvtx_push
 
 __all__ = [
     "CATEGORIES",
@@ -32,8 +32,8 @@ __all__ = [
     "Label",
     "Mark",
     "Open",
+    "classes_of",
     "domain",
-    "kinds",
     "label",
     "listening",
     "mark_now",

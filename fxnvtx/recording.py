@@ -94,9 +94,8 @@ class Recording:
         """Freeze: later pops of ranges still open do not change what was recorded."""
         if self._frozen is None:
             self._frozen, self._frozen_marks = self._snapshot(), self._snapshot_marks()
+            self.meta["classes"] = _ranges.classes_of({entry.label for entry in self._opened})
             self._opened, self._marked = [], []
-            labels = {r.label for r in self._frozen}
-            self.meta["classes"] = {label: _ranges.kinds[label] for label in sorted(labels & _ranges.kinds.keys())}
 
     @property
     def ranges(self) -> list[Range]:

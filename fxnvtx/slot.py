@@ -209,7 +209,9 @@ class Slot:
             nvtx_push(self.attributes, HANDLE)
             if kwargs:
                 return self.body(module, *args, **kwargs)
-            return self.body(module, *args)  # saves copying an empty dict
+            if len(args) == 1:
+                return self.body(module, args[0])  # the usual case; saves making another tuple
+            return self.body(module, *args)
         finally:
             if stack and stack[-1] is entry:
                 del stack[-1]

@@ -119,7 +119,7 @@ class Spool:
                 still.append((number, entry))
             else:
                 ended.append([number, entry.end_ns, entry.leaked])
-        classes = {}
+        named = []
         while self._new:
             entry = self._new.popleft()
             self._count += 1
@@ -129,8 +129,7 @@ class Spool:
             text = entry.label.text
             if text not in self._labels:
                 self._labels.add(text)
-                if text in _ranges.kinds:
-                    classes[text] = _ranges.kinds[text]
+                named.append(entry.label)
             rows.append(
                 [
                     self._count,
@@ -150,6 +149,7 @@ class Spool:
             m = self._marks.popleft()
             marks.append([m.label.text, m.label.category, m.payload, m.thread_id, m.time_ns])
         if rows or ended or marks:
+            classes = _ranges.classes_of(named)
             line = {"ranges": rows, "ended": ended, "marks": marks, "classes": classes, "strays": self._strays}
             self._append([*self._meta(), line])
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import fxnvtx
 from fxnvtx.compile.region import Anchor, Region
-from fxnvtx.control import controls_of, entry_of
+from fxnvtx.control import Control, controls_of, entry_of
 from fxnvtx.pipeline.residency.attach import Attachments
 
 
@@ -109,8 +109,8 @@ WHAT = [
 
 @pytest.fixture(autouse=True)
 def listening():
-    with fxnvtx.record():
-        yield
+    with fxnvtx.record() as recording:
+        yield recording
 
 
 @pytest.mark.parametrize("what", WHAT, ids=lambda f: f.__name__)
@@ -152,6 +152,28 @@ def test_a_component_in_use_for_the_second_time_places_nothing():
     assert calls(use)["placed"] == 0
 
 
+def test_a_component_that_two_stages_use_is_read_once():
+    attachments, model = Attachments(), net(8)
+
+    def request():
+        for stage in ("draft", "refine"):
+            attachments.enable(model, stage, None)
+            model(torch.zeros(1, 2))
+            attachments.disable(model)
+
+    with fxnvtx.record() as recording:
+        request()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Control, "scan", None)  # not to be called
+            request()
+        model[2] = nn.Sequential(nn.Sigmoid())
+        request()
+    names = [[r.label for r in recording.ranges if r.label.startswith(s)] for s in ("draft", "refine")]
+    assert names[0] == [n.replace("refine", "draft") for n in names[1]]
+    assert len(names[0]) == 3 * (1 + 8 * 3) - 1
+    assert recording.meta["classes"]["refine.2.0"] == "Linear | Sigmoid"
+
+
 def test_a_settled_root_call_makes_no_call_per_module():
     """Two per module that has children (is it alive, its children's identities), none per leaf."""
     sizes = []
@@ -163,7 +185,7 @@ def test_a_settled_root_call_makes_no_call_per_module():
 
 
 @pytest.mark.parametrize("outer_first", [True, False])
-def test_a_module_that_two_calls_name_is_kept_in_line(outer_first):
+def test_a_module_that_two_calls_name_is_kept_in_line(listening, outer_first):
     """The newest that is switched on names it, and only what both name is touched."""
     model = net(10)
     part = model[4]
@@ -171,9 +193,9 @@ def test_a_module_that_two_calls_name_is_kept_in_line(outer_first):
         fxnvtx.instrument(which, "part" if which is part else "m")
 
     def names():
-        with fxnvtx.record() as recording:
-            model(torch.zeros(1, 2))
-        return [r.label for r in recording.ranges if r.label.startswith(("part", "m.4"))]
+        before = len(listening.ranges)  # no recorder of its own: that would bring everything in line
+        model(torch.zeros(1, 2))
+        return [r.label for r in listening.ranges[before:] if r.label.startswith(("part", "m.4"))]
 
     ours, theirs = ["part", "part.0", "part.1"], ["m.4", "m.4.0", "m.4.1"]
     assert names() == (ours if outer_first else theirs)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 import fxnvtx
+from fxnvtx import labels as _labels
 from fxnvtx.errors import FxnvtxError, LabelError
 from fxnvtx.ranges import CATEGORIES, label
 
@@ -91,3 +95,55 @@ def test_categories_and_payloads_reach_the_recording():
     with fxnvtx.record() as recording, fxnvtx.range("r", category="mine", payload=2.5, color=0xFF00FF00):
         pass
     assert (recording.ranges[0].category, recording.ranges[0].payload) == ("mine", 2.5)
+
+
+def test_a_class_goes_with_the_module_that_was_called():
+    """Two models without a name may call modules of different classes the same."""
+    linear, conv = nn.ModuleDict({"proj": nn.Linear(2, 2)}), nn.ModuleDict({"proj": nn.Conv1d(2, 2, 1)})
+    for model in (linear, conv):
+        fxnvtx.instrument(model, path="hooks")
+    recordings = []
+    for called in ([linear], [conv], [linear, conv]):
+        with fxnvtx.record() as recording:
+            for model in called:
+                model["proj"](torch.zeros(2, 2))
+        recordings.append(recording.meta["classes"])
+    assert [r["proj"] for r in recordings] == ["Linear", "Conv1d", "Conv1d | Linear"]
+
+
+@pytest.mark.parametrize("path", ["hooks", "auto"])
+def test_a_class_is_known_on_every_path(path):
+    model = fxnvtx.instrument(nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.GELU())), "m", path=path)
+    with fxnvtx.record() as recording:
+        model(torch.zeros(2, 2))
+        model[0] = nn.Sequential(nn.Linear(2, 2))
+        model(torch.zeros(2, 2))
+    assert recording.meta["classes"] == {
+        "m": "Sequential", "m.0": "Linear | Sequential", "m.0.0": "Linear", "m.1": "Sequential", "m.1.0": "GELU",
+    }  # fmt: skip
+
+
+def test_labels_of_modules_go_with_their_model():
+    living = _labels._living
+    gc.collect()
+    before = len(living)
+    with fxnvtx.record():
+        for number in range(3):
+            model = fxnvtx.instrument(nn.Sequential(*(nn.Linear(2, 2) for _ in range(50))), f"unheard-of {number}")
+            model(torch.zeros(1, 2))
+            assert len(living) > before + 50
+            del model
+    assert len(living) <= before + 50  # what a recorder saw last may still be on its way out
+    gc.collect()
+    assert len(living) == before
+
+
+def test_labels_of_blocks_are_kept_up_to_a_number():
+    for number in range(_labels.KEPT + 10):
+        with fxnvtx.range(f"once {number}"):
+            pass
+    assert len(_labels._kept) == _labels.KEPT
+    kept = _labels.label("held")
+    for number in range(_labels.KEPT):
+        _labels.label(f"twice {number}")
+    assert _labels.label("held") is kept

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ...control import controls_of, rename
 from ...instrument import instrument, label_of, set_enabled, uninstrument
 from ...names import unwrapped
 from ...slot import SLOT, slot_of
@@ -21,9 +22,9 @@ class _Attached:
     depth: int | None
     shapes: bool
 
-    def fits(self, prefix: str, depth: int | None, shapes: bool, module: nn.Module) -> bool:
-        """Whether it is called so by now. What became of its children every outermost call sees for itself."""
-        return (self.prefix, self.depth, self.shapes) == (prefix, depth, shapes) and label_of(module) == prefix
+    def fits(self, depth: int | None, shapes: bool, module: nn.Module) -> bool:
+        """Whether it is as we left it, but for the name. What became of its children every outermost call sees."""
+        return (self.depth, self.shapes) == (depth, shapes) and label_of(module) == self.prefix
 
 
 class Attachments:
@@ -39,9 +40,13 @@ class Attachments:
         whole = not _is_compiled(module, parts=False)
         module = unwrapped(module)
         known = self._attached.get(module)
-        if known is None or not known.fits(prefix, depth, shapes, module):
+        control = controls_of(module)
+        if known is None or control is None or not known.fits(depth, shapes, module):
             instrument(module, name=prefix, depth=depth, shapes=shapes)
             self._attached[module] = _Attached(prefix, depth, shapes)
+        elif known.prefix != prefix:
+            rename(control, prefix)
+            known.prefix = prefix
         set_enabled(module, enabled)
         wrap_methods(module, forward=whole)
 
