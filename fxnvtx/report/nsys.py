@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +56,18 @@ def read_sqlite(
         connection.close()
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """A growing tree is no garbage, but Python's collector would search it again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 class Reader:
     def __init__(
         self,
@@ -91,12 +105,13 @@ class Reader:
         source = Source(self.connection, path, limits.batch, adbc)
         capture = None
         try:
-            capture = Capture(self, source, limits)
-            self.last = capture.last
-            self.notes.extend(capture.notes)
-            if capture.device.count and self.schema.runtime is None:
-                self.notes.append("the export has no CUDA API calls: device work cannot be put under ranges")
-            parts = [capture.part(pid) for pid in sorted(capture.pids)]
+            with _uncollected():
+                capture = Capture(self, source, limits)
+                self.last = capture.last
+                self.notes.extend(capture.notes)
+                if capture.device.count and self.schema.runtime is None:
+                    self.notes.append("the export has no CUDA API calls: device work cannot be put under ranges")
+                parts = [capture.part(pid) for pid in sorted(capture.pids)]
         except OSError as error:
             raise CaptureError(
                 f"{self.path}: {error.strerror or error}; point SQLITE_TMPDIR to a disk with room for a copy of it"

@@ -180,6 +180,18 @@ def test_random_captures(
                 same_parts(read_sqlite(path, exact, window=window, limits=limits, adbc=limits.window != 10), theirs)
 
 
+def test_operations_of_one_call_that_start_together(tmp_path: Path) -> None:
+    """On two devices, the second of which comes first in the table."""
+    capture = Capture(tmp_path / "together.sqlite")
+    for start, ends in ((1, (2, 1)), (3, (3, 3))):
+        correlation = capture.call(0, 0)
+        for device, end in zip((1, 0), ends, strict=True):
+            capture.kernel(start, end, correlation, device=device)
+    path = capture.close()
+    for limits in CUTS:
+        same_parts(read_sqlite(path, limits=limits), read_by_rows(path))
+
+
 recorded = st.lists(
     st.tuples(st.integers(1, 2), moments, st.one_of(st.none(), lengths), names, categories, st.integers(0, 3)),
     max_size=14,

@@ -141,7 +141,8 @@ class Device:
     def credited(self) -> Iterator[tuple[int, Rows]]:
         """The operations of one device after the other, by start, with what each has of the device's time."""
         devices = np.argsort(np.argsort(np.array(self._devices.keys(), np.int64)))
-        for group in self._read.groups():
+        # in this order, because it decides between operations of one call that start together
+        for group in sorted(self._read.groups(), key=lambda item: (self._pid_of[item], devices[item & 0xFFFFFFFF])):
             pid = self._pid_of[group]
             before: int | None = None  # when everything that started earlier had ended
             for low, high in windows([self._read], group, self._limits.window):

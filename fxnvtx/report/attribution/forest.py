@@ -78,7 +78,8 @@ class Forest:
         found = self._numbers.get(id(node))
         if found is None:
             assert node.parent is not None
-            above = self.number(node.parent)
+            known = self._numbers.get(id(node.parent))
+            above = self.number(node.parent) if known is None else known
             found = self._numbers[id(node)] = len(self.nodes)
             category = node.name.category
             self.nodes.append(node)

@@ -27,7 +27,7 @@ class Limits:
     """How many rows are in memory at a time: of a batch from SQLite, of a run of a spool, of a window of one thread."""
 
     batch: int = 65_536
-    run: int = 262_144
+    run: int = 524_288
     window: int = 131_072
 
 
