@@ -69,10 +69,10 @@ def around(command: Sequence[str], target: Path, capture_range: str | None = Non
     nsys = find_nsys()
     if nsys is None:
         raise ToolError("nsys is not on the PATH: install NVIDIA Nsight Systems, or leave --nsys out")
-    # not --trace-fork-before-exec: NVIDIA warns that it may crash or block the program, and it was seen to. What forked
-    # workers do is in their recordings.
-    options = ["--trace=nvtx,cuda", "--cuda-graph-trace=node", "--sample=none", "--cpuctxsw=none"]
-    options += ["--force-overwrite=true", "--wait=all", "--export=sqlite"]
+    # fork: pools made by os.fork or a forkserver run no exec, after which nsys would look by itself. Without this the
+    # first worker of a forkserver was seen to die under nsys 2023.4.
+    options = ["--trace=nvtx,cuda", "--cuda-graph-trace=node", "--trace-fork-before-exec=true", "--sample=none"]
+    options += ["--cpuctxsw=none", "--force-overwrite=true", "--wait=all", "--export=sqlite"]
     if capture_range is not None:
         options += ["--capture-range=nvtx", f"--nvtx-capture={capture_range}@fxnvtx", "--capture-range-end=stop"]
     return [nsys, "profile", *options, "-o", str(target), *command]
