@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from .. import ranges as _ranges
+from ..categories import MODULE, PIECE
 from ..ranges import HANDLE, Label, close_tuple, label, local, nvtx_pop, nvtx_push, pop, push
 from .invisible import hide_module
 from .notices import warn_once
@@ -46,22 +47,25 @@ Levels = tuple[tuple[Any, Label], ...]
 
 
 class Resolved:
-    """A table's rows as labels, for one block. `moves[a, b]`: what to close and open from a to b."""
+    """A table's rows as labels, for one block. `moves[a, b]`: what to close and open from a to b, and which calls of
+    modules that opens (None: no module's)."""
 
     __slots__ = ("levels", "moves")
 
     def __init__(self, levels: list[Levels]) -> None:
         self.levels = [(), *levels]  # 0 is the region itself
-        self.moves: dict[tuple[int, int], tuple[int, tuple[Label, ...]]] = {}
+        self.moves: dict[tuple[int, int], tuple[int, tuple[Label, ...], tuple[Any, ...]]] = {}
 
-    def move(self, here: int, there: int) -> tuple[int, tuple[Label, ...]]:
+    def move(self, here: int, there: int) -> tuple[int, tuple[Label, ...], tuple[Any, ...]]:
         found = self.moves.get((here, there))
         if found is None:
             old, new = self.levels[here], self.levels[there]
             same = 0
             while same < min(len(old), len(new)) and old[same] == new[same]:
                 same += 1
-            found = self.moves[here, there] = (len(old) - same, tuple(label for _, label in new[same:]))
+            # only a module's call goes on: the range of a fused kernel, and a user's own of another kind, are each one
+            steps = tuple(step if text.category == MODULE else None for step, text in new[same:])
+            found = self.moves[here, there] = (len(old) - same, tuple(label for _, label in new[same:]), steps)
         return found
 
 
@@ -120,13 +124,14 @@ class Table:
 class Cursor:
     """Where one call of a generated function is. Calling it with a row's number moves there."""
 
-    __slots__ = ("_base", "_fast", "_here", "_open", "_owner", "_resolved", "_shapes")
+    __slots__ = ("_base", "_fast", "_here", "_open", "_owner", "_resolved", "_seen", "_shapes")
 
     def __init__(self, table: Table, resolved: Resolved, call: Call, base: list[Any]) -> None:
         self._shapes = table.shapes
         self._resolved = resolved
         self._base = base
         self._here = 0
+        self._seen: set[Any] = set()
         self._open: list[Any] = []
         self._owner = call.control
         self._fast = _ranges.nvtx_on and not _ranges.sinks
@@ -134,7 +139,8 @@ class Cursor:
     def __call__(self, there: int, shapes: int = -1) -> None:
         if current.opening is not None:
             current.opening()
-        closing, opening = self._resolved.move(self._here, there)
+        closing, opening, steps = self._resolved.move(self._here, there)
+        opening = self._pieces(opening, steps)
         self._here = there
         mine = self._open
         while closing:
@@ -151,6 +157,15 @@ class Cursor:
         if shapes >= 0 and opening and not self._fast and mine[-1] is not None:
             mine[-1].payload = self._shapes[shapes] or None
 
+    def _pieces(self, opening: tuple[Label, ...], steps: tuple[Any, ...]) -> tuple[Label, ...]:
+        """Who counts ranges wants to count calls: a module that had a range in this call already goes on."""
+        seen = self._seen
+        if not seen.isdisjoint(steps):
+            opening = tuple(piece(text) if step in seen else text for text, step in zip(opening, steps, strict=True))
+        seen.update(steps)
+        seen.discard(None)
+        return opening
+
     def close(self) -> None:
         """End of the generated function, by return or exception."""
         mine = self._open
@@ -160,6 +175,11 @@ class Cursor:
             close(entry)
         if current.unfinished is not None and sys.exc_info()[0] is not None:
             current.unfinished()
+
+
+def piece(text: Label) -> Label:
+    """The label of a range that goes on with the call of the module that `text` names."""
+    return label(text.text, PIECE)
 
 
 def open_range(text: Label, owner: Any) -> Any:
