@@ -143,13 +143,14 @@ def test_reading_that_fails_leaves_the_compilation_alone(said, monkeypatch, wher
     def fail(*args, **kwargs):
         raise RuntimeError("reading is broken")
 
+    model = Unique(1)
+    x = model.inputs()
+    expected = torch.compile(model, backend="inductor")(x)
     if where == "graph":
         monkeypatch.setattr(roots.Book, "read", fail)
     else:
         monkeypatch.setattr(launch_sites, "_launch_of", fail)
-    model = fxnvtx.instrument(Unique(1), "net")
-    x = model.inputs()
-    expected = torch.compile(model, backend="inductor")(x)
+    fxnvtx.instrument(model, "net")
     compiled = torch.compile(model, backend="fxnvtx")
     with torch._inductor.config.patch(fx_graph_cache=False), torch._functorch.config.patch(enable_autograd_cache=False):
         assert torch.equal(compiled(x), expected)
