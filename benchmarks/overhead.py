@@ -8,6 +8,7 @@ rounds of all rows are interleaved, so a slow minute hurts all alike.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -118,6 +119,21 @@ def once(model: nn.Module, x: object) -> float:
     return (time.perf_counter() - started) / CALLS
 
 
+def blocks(recorded: bool) -> float:
+    """Microseconds of one `with range(...)` of a prebuilt object, over an empty `with`."""
+    shown, empty = fxnvtx.range("block"), contextlib.nullcontext()
+    best = [float("inf")] * 2
+    with fxnvtx.record() if recorded else empty:
+        for _ in range(ROUNDS):
+            for which, manager in enumerate((shown, empty)):
+                started = time.perf_counter()
+                for _ in range(1000):
+                    with manager:
+                        pass
+                best[which] = min(best[which], time.perf_counter() - started)
+    return (best[0] - best[1]) / 1000 * 1e6
+
+
 def main() -> None:
     silent = nobody_listens()
     x = torch.zeros(2, 3)
@@ -139,16 +155,22 @@ def main() -> None:
     models = [(name, make()) for name, make in groups]
     best = {name: float("inf") for name, _ in models}
     floor = float("inf")
+    recorded = {f"{name}, recorder on": model for name, model in models[:2]}
+    best |= dict.fromkeys(recorded, float("inf"))
     for _ in range(ROUNDS):
         floor = min(floor, once(bare, x))
         for name, model in models:
             best[name] = min(best[name], once(model, x))
+        with fxnvtx.record():
+            for name, model in recorded.items():
+                best[name] = min(best[name], once(model, x))
     print(f"bare call of a module: {floor / (CHILDREN + 1) * 1e6:.2f} us; tool attached: {ranges.tool_attached()}")
     print(f"{'one range, over the bare call':34s}      us   times the fxnvtx hooks path")
     unit = (best["fxnvtx, hooks path"] - floor) / (CHILDREN + 1)
-    for name, _ in models:
-        cost = (best[name] - floor) / (CHILDREN + 1)
+    for name, seconds in best.items():
+        cost = (seconds - floor) / (CHILDREN + 1)
         print(f"{name:34s}  {cost * 1e6:6.3f}   {cost / unit:6.1f}")
+    print(f"{'with range(...), nothing inside':34s}  {blocks(False):6.3f}; recorder on {blocks(True):6.3f}")
     print(f"instrumented, nobody listens: {ratio:.3f} times the bare model (1.000 is no difference)")
 
 

@@ -30,10 +30,7 @@ def held_open(made: Any, label: Label, owner: Any) -> Any:
 
 
 def _open(label: Label, owner: Any) -> Any:
-    entry = push(label)
-    if entry is not None:
-        entry.owner = owner
-    return entry
+    return push(label, None, owner)
 
 
 async def _coroutine(made: CoroutineType[Any, Any, Any], label: Label, owner: Any) -> Any:

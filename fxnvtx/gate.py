@@ -32,20 +32,12 @@ class Gate:
         return gate
 
     def refresh(self) -> None:
-        """The cheap path is for the settled case: switched on everywhere, NVTX the only listener."""
-        self.fast = (
-            self.enabled and not self._silent_calls and not self.shapes and _ranges.nvtx_on and not _ranges.sinks
-        )
+        """The cheap path is for the settled case: switched on everywhere, nobody to be told at once."""
+        self.fast = self.enabled and not self._silent_calls and not self.shapes and _ranges.active and not _ranges.live
 
     def runs_on(self, stack: list[Any]) -> bool:
         """Whether a call of this model that emits is under way on the thread that owns `stack`."""
-        for entry in reversed(stack):
-            if type(entry) is tuple:
-                if entry[-1] is self:
-                    return True
-            elif entry.owner is self:
-                return True
-        return False
+        return any(len(entry) > 1 and entry[1] is self for entry in reversed(stack))
 
     @contextmanager
     def silence(self) -> Iterator[None]:

@@ -142,7 +142,7 @@ def _enter(module: Any, name: str, original: FunctionType) -> Any:
 
 
 def _open_labels() -> list[str]:
-    return [entry[0].text if type(entry) is tuple else entry.label.text for entry in local.stack]
+    return [entry[0].text for entry in local.stack]
 
 
 _known: weakref.WeakKeyDictionary[type, dict[FunctionType, bool]] = weakref.WeakKeyDictionary()

@@ -1,11 +1,8 @@
 """The primitive: push/pop that can never lose balance, and who listens.
 
-Balance is kept by a stack per thread. Every push puts one entry on it and returns that entry; a pop
+Balance is kept by a stack per thread (stack.py). Every push puts one entry on it and returns that entry; a pop
 names the entry it closes. So a pop closes its own range and whatever was leaked inside it, and does
 nothing at all when an outer pop has closed it already. NVTX itself only knows "close the innermost".
-
-Two kinds of entry lie on a stack: an `Open` (made here), and a bare tuple (made by the paths that cannot
-afford an object per range; it went to NVTX only, never to a recorder).
 """
 
 from __future__ import annotations
@@ -18,20 +15,23 @@ import threading
 from collections.abc import Callable
 from time import perf_counter_ns
 from types import TracebackType
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import nvtx
 from nvtx._lib.lib import mark
 
 from .labels import CATEGORIES, DOMAIN, HANDLE, Label, classes_of, domain, label, nvtx_pop, nvtx_push
+from .stack import Entry, Live, Mark, Open, RangeStack, Sink, Stacks
 
 __all__ = [
     "CATEGORIES",
     "DOMAIN",
     "HANDLE",
+    "Entry",
     "Label",
     "Mark",
     "Open",
+    "RangeStack",
     "classes_of",
     "domain",
     "label",
@@ -56,16 +56,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 # ------------------------------------------------------------------------------------------------ listeners
 
 
-class Sink(Protocol):
-    """What a recorder offers. `opened` and `marked` are called on the thread that emits."""
-
-    def opened(self, entry: Open) -> None: ...
-
-    def marked(self, mark: Mark) -> None: ...
-
-    def stray_pop(self) -> None: ...
-
-
 def _read_mode() -> str:
     value = os.environ.get("FXNVTX", "auto").strip().lower() or "auto"
     if value in {"auto", "on", "off"}:
@@ -82,12 +72,14 @@ def tool_attached() -> bool:
 mode = _read_mode()
 # NVTX_DISABLE is the nvtx package's own switch; who sets it wants silence from us too.
 nvtx_on = mode != "off" and not os.environ.get("NVTX_DISABLE") and (mode == "on" or tool_attached())
-sinks: tuple[Sink, ...] = ()
+sinks: tuple[Sink | Live, ...] = ()
+live: tuple[Live, ...] = ()  # those of them that are told of every range at once
 active = nvtx_on
 emitted = False
 silence_told = False  # whether the log has said why nothing is emitted; once is enough
 _listener_lock = threading.RLock()
 _on_change: list[Callable[[], None]] = []
+_stacks = Stacks()
 
 
 def listening() -> bool:
@@ -100,7 +92,7 @@ def on_listeners_changed(callback: Callable[[], None]) -> None:
     _on_change.append(callback)
 
 
-def add_sink(sink: Sink) -> None:
+def add_sink(sink: Sink | Live) -> None:
     global sinks, silence_told
     if mode == "off":
         if not silence_told:
@@ -112,7 +104,7 @@ def add_sink(sink: Sink) -> None:
         _changed()
 
 
-def remove_sink(sink: Sink) -> None:
+def remove_sink(sink: Sink | Live) -> None:
     global sinks
     with _listener_lock:
         sinks = tuple(s for s in sinks if s is not sink)
@@ -120,10 +112,16 @@ def remove_sink(sink: Sink) -> None:
 
 
 def _changed() -> None:
-    global active
+    global active, live
+    _stacks.changed(_recorders())
+    live = cast("tuple[Live, ...]", tuple(s for s in sinks if not hasattr(s, "listen")))
     active = nvtx_on or bool(sinks)
     for callback in _on_change:
         callback()
+
+
+def _recorders() -> list[Sink]:
+    return cast("list[Sink]", [s for s in sinks if hasattr(s, "listen")])
 
 
 def why_silent() -> str:
@@ -142,129 +140,134 @@ class _Thread(threading.local):
     """What each thread has of its own; __init__ runs once in every thread that touches it."""
 
     def __init__(self) -> None:
-        self.stack: list[Any] = []
         self.id: int = threading.get_native_id()
+        self.stack = RangeStack(self.id)
         # instrumented models whose outermost call on this thread began while they were switched off
         self.silent: set[Any] = set()
+        with _listener_lock:
+            _stacks.add(self.stack, _recorders())
 
 
 local = _Thread()
 
 
-class Open:
-    """A range that has been pushed. Returned by `push`, taken by `pop`."""
+def push(text: Label, payload: object = None, owner: object = None) -> Entry | None:
+    """Open a range on this thread. Returns what `pop` needs; None when nobody listens.
 
-    __slots__ = (
-        "end_ns",
-        "label",
-        "leaked",
-        "level",
-        "on_nvtx",
-        "owner",
-        "payload",
-        "stack",
-        "start_ns",
-        "stopped",
-        "thread_id",
-    )
-
-    def __init__(self, text: Label, payload: object, stack: list[Any], thread_id: int) -> None:
-        self.label = text
-        self.payload = payload
-        self.stack = stack
-        self.level = len(stack)
-        self.thread_id = thread_id
-        self.on_nvtx = False
-        self.owner: Any = None  # the instrumented model whose module this is
-        self.end_ns: int | None = None
-        self.leaked = False  # closed by an outer range's pop
-        self.stopped = False  # popped from a thread that may not pop it
-        self.start_ns = perf_counter_ns()
-
-    def close(self) -> None:
-        self.end_ns = perf_counter_ns()
-        if self.on_nvtx:
-            nvtx_pop(HANDLE)
-
-
-class Mark:
-    """An instant: a label at a time."""
-
-    __slots__ = ("label", "payload", "thread_id", "time_ns")
-
-    def __init__(self, text: Label, payload: object, thread_id: int) -> None:
-        self.label = text
-        self.payload = payload
-        self.thread_id = thread_id
-        self.time_ns = perf_counter_ns()
-
-
-def push(text: Label, payload: object = None) -> Open | None:
-    """Open a range on this thread. Returns what `pop` needs; None when nobody listens."""
+    `owner` is the instrumented model whose module the range names.
+    """
     global emitted
     if not active:
         return None
     emitted = True
     stack = local.stack
-    if stack:
-        _sweep(stack)
-    entry = Open(text, payload, stack, local.id)
-    stack.append(entry)
-    for sink in sinks:
-        sink.opened(entry)
+    if stack.special:
+        attend(stack)
+    if live:
+        return _push_live(stack, text, payload, owner)
+    log = stack.log  # another thread may start or stop a recorder meanwhile
+    entry: Entry
+    if log is None:
+        entry = (text, owner)
+        stack.append(entry)
+    else:
+        entry = (text, owner, payload, perf_counter_ns())
+        stack.append(entry)
+        log.append(entry)
     if nvtx_on:
-        attributes = text.attributes if payload is None else text.with_payload(payload)
-        entry.on_nvtx = True
-        nvtx_push(attributes, HANDLE)
+        nvtx_push(text.attributes if payload is None else text.with_payload(payload), HANDLE)
     return entry
 
 
-def pop(entry: Open | None) -> None:
+def pop(entry: Entry | None) -> None:
     """Close the range that `push` returned, and whatever was leaked inside it."""
     if entry is None:
         return
-    stack = entry.stack
-    if stack is not local.stack:
-        # A generator collected on another thread: only the owner may pop, it does so at its next turn.
-        entry.stopped = True
-        return
+    stack = local.stack
     if stack and stack[-1] is entry:
         del stack[-1]
-        entry.close()
+        if live:
+            _closed(stack, entry)
+        else:
+            log = stack.log
+            if log is not None:
+                log += (entry, perf_counter_ns())
+            if nvtx_on:
+                nvtx_pop(HANDLE)
     else:
-        for index in _backwards(len(stack)):
-            if stack[index] is entry:
-                unwind(stack, index + 1)
-                del stack[-1]
-                entry.close()
-                break
-    if stack:
-        _sweep(stack)
+        close_deep(stack, entry)
+    if stack.special:
+        attend(stack)
 
 
-def unwind(stack: list[Any], depth: int) -> None:
+def _push_live(stack: RangeStack, text: Label, payload: object, owner: object) -> Entry:
+    opened = Open(text, payload, len(stack), stack.thread_id)
+    entry = (text, owner, payload, opened.start_ns, opened)
+    stack.append(entry)
+    log = stack.log
+    if log is not None:
+        log.append(entry)
+    for told in live:
+        told.opened(opened)
+    if nvtx_on:
+        opened.on_nvtx = True
+        nvtx_push(text.attributes if payload is None else text.with_payload(payload), HANDLE)
+    return entry
+
+
+def _closed(stack: RangeStack, entry: Entry, leaked: bool = False) -> None:
+    """Tell those who listen that `entry`, already off the stack, is over."""
+    log = stack.log
+    now = perf_counter_ns()
+    if log is not None and len(entry) > 2:
+        log += (entry, -now if leaked else now)
+    if len(entry) < 5:
+        if nvtx_on:
+            nvtx_pop(HANDLE)
+        return
+    opened: Open = entry[4]
+    opened.end_ns, opened.leaked = now, leaked
+    if opened.on_nvtx:
+        nvtx_pop(HANDLE)
+    for told in live:
+        told.closed(opened)
+
+
+def unwind(stack: RangeStack, depth: int) -> None:
     """Close everything above `depth` entries: ranges that were leaked inside one being closed."""
     while len(stack) > depth:
         entry = stack[-1]
         del stack[-1]
-        if type(entry) is tuple:
-            nvtx_pop(HANDLE)
-        else:
-            entry.leaked = not entry.stopped
-            entry.close()
+        _closed(stack, entry, leaked=not stack.was_stopped(entry))
 
 
-def close_tuple(stack: list[Any], entry: tuple[Any, ...]) -> None:
-    """The rare end of the cheap path: `entry` is not on top, so something leaked or an outer pop was faster."""
+def close_deep(stack: RangeStack, entry: Entry) -> None:
+    """The rare pop, of what is not on top: something leaked inside it, an outer pop was faster, or it is another
+    thread's (a generator collected here): only the owner may pop, it does so at its next turn."""
     for index in _backwards(len(stack)):
         if stack[index] is entry:
-            unwind(stack, index)
+            unwind(stack, index + 1)
+            del stack[-1]
+            _closed(stack, entry)
+            return
+    for other in _stacks.all():
+        if other is not stack and other.holds(entry):
+            other.stop(entry)
             return
 
 
-def _sweep(stack: list[Any]) -> None:
-    while stack and type(stack[-1]) is Open and stack[-1].stopped:
-        unwind(stack, len(stack) - 1)
+def attend(stack: RangeStack) -> None:
+    """What other threads left to do: close what they popped, once it is on top."""
+    while stack and stack.was_stopped(stack[-1]):
+        entry = stack[-1]
+        del stack[-1]
+        _closed(stack, entry)
+    for entry in tuple(stack.stopped):
+        if not stack.holds(entry):  # an outer pop was faster
+            stack.was_stopped(entry)
+    stack.special = False
+    if stack.stopped:  # asked after the flag is down: who stops an entry meanwhile raises it again
+        stack.special = True
 
 
 def _backwards(size: int) -> Any:
@@ -275,21 +278,36 @@ def mark_now(text: Label, payload: object = None) -> None:
     """Emit an instant."""
     if not active:
         return
-    if sinks:
-        instant = Mark(text, payload, local.id)
-        for sink in sinks:
-            sink.marked(instant)
+    log = local.stack.log
+    now = perf_counter_ns()
+    if log is not None:
+        log.append((text, payload, now))
+    for told in live:
+        told.marked(Mark(text, payload, local.id, now))
     if nvtx_on:
         mark(text.with_payload(payload), HANDLE)
 
 
+def _before_fork() -> None:
+    _listener_lock.acquire()
+
+
 def _after_fork() -> None:
-    # The child has the parent's open ranges on its stack, but its tool never saw them begin.
+    _listener_lock.release()
+
+
+def _after_fork_in_child() -> None:
+    _listener_lock.release()
+    # The child has the parent's open ranges on its stack, but its tool never saw them begin. Of other threads it has
+    # the stacks, not the threads.
+    global _stacks
+    _stacks = Stacks()
     local.__dict__.clear()
     local.__init__()  # type: ignore[misc]
 
 
-os.register_at_fork(after_in_child=_after_fork)
+# A child must not inherit a lock whose owner it does not have.
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
 
 # ------------------------------------------------------------------------------------------------ public forms
 
@@ -307,11 +325,12 @@ def range_push(
 def range_pop() -> None:
     """Close the range that this thread's last `range_push` opened. Never closes a range of anybody else."""
     mine = _unnamed()
+    stack = local.stack
     while mine:
         entry = mine.pop()
         if entry is None:  # pushed while nobody listened
             return
-        if entry.end_ns is None:
+        if stack.holds(entry):
             pop(entry)
             return
         # closed already by an enclosing range: it was leaked, and this pop belongs to an earlier push
@@ -319,13 +338,13 @@ def range_pop() -> None:
         sink.stray_pop()
 
 
-def _unnamed() -> list[Open | None]:
+def _unnamed() -> list[Entry | None]:
     """This thread's ranges from `range_push`, which has no handle to give back."""
     try:
-        return cast("list[Open | None]", local.unnamed)
+        return cast("list[Entry | None]", local.unnamed)
     except AttributeError:
         local.unnamed = []
-        return cast("list[Open | None]", local.unnamed)
+        return cast("list[Entry | None]", local.unnamed)
 
 
 class range:  # noqa: N801 - a context manager and decorator, spelled like a function
@@ -350,7 +369,7 @@ class range:  # noqa: N801 - a context manager and decorator, spelled like a fun
         self.label = text if type(text) is Label else label(cast(str, text), category, color)
         self.payload = payload
         self.enabled = enabled
-        self._opened: dict[int, list[Open | None]] = {}  # by thread: each touches its own list only
+        self._opened: dict[int, list[Entry | None]] = {}  # by thread: each touches its own list only
 
     def __enter__(self) -> range:
         self._opened.setdefault(local.id, []).append(push(self.label, self.payload) if self.enabled else None)

@@ -8,45 +8,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import perf_counter_ns
 from typing import Any
 
 from . import ranges as _ranges
 from .errors import CaptureError
+from .events import Range, RangeMark, read_events
+from .labels import Label
 from .output import writing
+from .stack import Log
 
 __all__ = ["Node", "Range", "RangeMark", "Recording", "build_tree", "record"]
 
 FORMAT = "fxnvtx-recording"
 VERSION = 1
-
-
-@dataclass(frozen=True)
-class Range:
-    """One closed push/pop pair, or one still open when the recording stopped (end_ns None).
-
-    `depth` counts the enclosing ranges of the same thread in the same recording. Times are nanoseconds of
-    `time.perf_counter_ns()`. `leaked`: it was closed by an enclosing range's pop, not by its own.
-    """
-
-    label: str
-    category: str
-    payload: Any
-    thread_id: int
-    depth: int
-    start_ns: int
-    end_ns: int | None
-    leaked: bool = False
-
-
-@dataclass(frozen=True)
-class RangeMark:
-    """One instant."""
-
-    label: str
-    category: str
-    payload: Any
-    thread_id: int
-    time_ns: int
 
 
 @dataclass
@@ -73,38 +48,66 @@ class Recording:
     """What `record()` collected. Reading it while it still records gives the ranges so far."""
 
     def __init__(self) -> None:
-        self.meta: dict[str, Any] = {}
+        self.meta: dict[str, Any] = {}  # of the process, and `classes`: of labels that name modules, its class
         self.strays = 0
-        self._opened: list[_ranges.Open] = []
-        self._marked: list[_ranges.Mark] = []
-        self._frozen: list[Range] | None = None
-        self._frozen_marks: list[RangeMark] | None = None
+        self._since = perf_counter_ns()
+        # by the number of a stack: the thread's id, and its events in as many pieces as recorders came and went
+        self._logs: dict[int, tuple[int, list[Log]]] = {}
+        self._stopped = False
+        self._read: tuple[list[Range], list[RangeMark]] | None = None
 
-    # the side that ranges.py calls; list.append is atomic, so threads need no lock
-    def opened(self, entry: _ranges.Open) -> None:
-        self._opened.append(entry)
-
-    def marked(self, mark: _ranges.Mark) -> None:
-        self._marked.append(mark)
+    # the side that ranges.py calls, under its lock
+    def listen(self, number: int, thread_id: int, log: Log) -> None:
+        self._logs.setdefault(number, (thread_id, []))[1].append(log)
 
     def stray_pop(self) -> None:
         self.strays += 1
 
     def stop(self) -> None:
         """Freeze: later pops of ranges still open do not change what was recorded."""
-        if self._frozen is None:
-            self._frozen, self._frozen_marks = self._snapshot(), self._snapshot_marks()
-            self.meta["classes"] = _ranges.classes_of({entry.label for entry in self._opened})
-            self._opened, self._marked = [], []
+        if not self._stopped:
+            self._stopped = True
+            self._logs = {n: (thread, [[e for log in logs for e in log]]) for n, (thread, logs) in self._logs.items()}
+            self.meta["classes"] = _ranges.classes_of(self._labels())  # now: a model may be gone when somebody reads
+
+    def fill(self, ranges: list[Range], marks: list[RangeMark], meta: dict[str, Any]) -> None:
+        """Make this the recording of what was collected elsewhere; `ranges` by start."""
+        self._stopped = True
+        self.meta = meta
+        self._read, self._logs = (ranges, sorted(marks, key=lambda m: m.time_ns)), {}
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing at all has happened. Asked cheaply: no range is made for the answer."""
+        return self._read is None and not any(log for _, logs in list(self._logs.values()) for log in logs)
+
+    def _labels(self) -> set[Label]:
+        events = (event for _, logs in self._logs.values() for log in logs for event in log)
+        return {event[0] for event in events if type(event) is tuple and len(event) > 3 and event[3] >= self._since}
 
     @property
     def ranges(self) -> list[Range]:
         """All ranges by start time."""
-        return self._frozen if self._frozen is not None else self._snapshot()
+        return self._both()[0]
 
     @property
     def marks(self) -> list[RangeMark]:
-        return self._frozen_marks if self._frozen_marks is not None else self._snapshot_marks()
+        return self._both()[1]
+
+    def _both(self) -> tuple[list[Range], list[RangeMark]]:
+        if self._read is not None:
+            return self._read
+        ranges: list[Range] = []
+        marks: list[RangeMark] = []
+        for thread_id, logs in list(self._logs.values()):
+            found = read_events(thread_id, [event for log in list(logs) for event in log], self._since)
+            ranges += found[0]
+            marks += found[1]
+        ranges.sort(key=lambda r: r.start_ns)  # stable: a thread's own order survives ties
+        marks.sort(key=lambda m: m.time_ns)
+        if self._stopped:
+            self._read, self._logs = (ranges, marks), {}
+        return ranges, marks
 
     @property
     def balanced(self) -> bool:
@@ -161,43 +164,12 @@ class Recording:
         try:
             recording.meta = dict(_checked(document["meta"], dict))
             recording.strays = _checked(document["strays"], int)
-            recording._frozen = [_read_range(*row) for row in _checked(document["ranges"], list)]
-            recording._frozen_marks = [_read_mark(*row) for row in _checked(document["marks"], list)]
+            rows, marks = _checked(document["ranges"], list), _checked(document["marks"], list)
+            recording._read = [_read_range(*row) for row in rows], [_read_mark(*row) for row in marks]
+            recording._stopped = True
         except (KeyError, TypeError, ValueError) as error:
             raise CaptureError(f"{path} is a damaged fxnvtx recording: {error!r}; record it again") from error
         return recording
-
-    def _snapshot(self) -> list[Range]:
-        entries = sorted(self._opened, key=lambda e: e.start_ns)  # stable: a thread's own order survives ties
-        enclosing: dict[int, list[_ranges.Open]] = {}
-        found = []
-        for entry in entries:
-            levels = enclosing.setdefault(entry.thread_id, [])
-            while levels and (levels[-1].level >= entry.level or _over(levels[-1], entry.start_ns)):
-                levels.pop()
-            text = entry.label
-            found.append(
-                Range(
-                    text.text,
-                    text.category,
-                    entry.payload,
-                    entry.thread_id,
-                    len(levels),
-                    entry.start_ns,
-                    entry.end_ns,
-                    entry.leaked,
-                )
-            )
-            levels.append(entry)
-        return found
-
-    def _snapshot_marks(self) -> list[RangeMark]:
-        marks = sorted(self._marked, key=lambda m: m.time_ns)
-        return [RangeMark(m.label.text, m.label.category, m.payload, m.thread_id, m.time_ns) for m in marks]
-
-
-def _over(entry: _ranges.Open, now: int) -> bool:
-    return entry.end_ns is not None and entry.end_ns < now
 
 
 def _jsonable(value: Any) -> Any:
@@ -277,7 +249,7 @@ def record() -> Iterator[Recording]:
     finally:
         _ranges.remove_sink(recording)
         recording.stop()
-        if not recording.ranges and not _ranges.silence_told:
+        if recording.empty and not _ranges.silence_told:
             reason = explain_silence()
             if reason:
                 _ranges.silence_told = True

@@ -13,6 +13,7 @@ __all__ = ["keep_out_of_sight"]
 # Where a compiled model's root has a slot, functions of these run with Dynamo watching.
 _OURS = [
     "control",
+    "events",
     "gate",
     "graph",
     "hooks",
@@ -25,6 +26,7 @@ _OURS = [
     "recording",
     "slot",
     "soundness",
+    "stack",
     "structure",
 ]
 _hidden: set[str] = set()

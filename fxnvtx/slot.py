@@ -14,6 +14,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable
+from time import perf_counter_ns
 from types import MethodType
 from typing import Any, Protocol
 
@@ -24,7 +25,7 @@ from .compile.invisible import dynamo_active, jit_traces
 from .deferred import held_open
 from .gate import Gate
 from .names import input_shapes, unwrapped
-from .ranges import HANDLE, Label, close_tuple, local, mark_now, nvtx_pop, nvtx_push, pop, push
+from .ranges import HANDLE, Entry, Label, attend, close_deep, local, mark_now, nvtx_pop, nvtx_push, pop, push
 
 __all__ = ["SLOT", "Around", "Inside", "Naming", "OuterSlot", "Slot", "calls_plainly", "in_range", "slot_of", "tracing"]
 
@@ -46,8 +47,7 @@ class Naming:
         """A tied module is called by the path through which it is being reached now."""
         if self.by_parent is not None:
             for entry in reversed(stack):
-                above = entry[0] if type(entry) is tuple else entry.label
-                found = self.by_parent.get(above.text)
+                found = self.by_parent.get(entry[0].text)
                 if found is not None:
                     return found
         return self.label
@@ -98,13 +98,12 @@ class Inside:
         stack = local.stack
         label = self.naming.label
         if self.naming.by_parent is not None:
-            above = stack[-1]
-            label = above[0] if type(above) is tuple else above.label
+            label = stack[-1][0]
         labels = self.below.get(label.text)
         if labels is None:
             prefix = self.prefix if self.naming.by_parent is None else f"{label.text}."
             labels = self.below[label.text] = level.labels_below(prefix, self.kinds)
-        if self.gate.fast:
+        if self.gate.fast and _ranges.nvtx_on and stack.log is None:
             return level.fast(module, stack, labels, *args, **kwargs)
         return level.general(module, stack, labels, *args, **kwargs)
 
@@ -193,7 +192,7 @@ class Slot:
         return self.naming.by_parent is None and not self.gate.shapes and self.around is None and not self.holds_open
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
-        """The cheapest form: one label, NVTX only. Everything else goes through `call_resolving`."""
+        """The cheapest form: one label. Everything else goes through `call_resolving`."""
         gate = self.gate
         if not gate.fast:
             return self.call_resolving(*args, **kwargs)
@@ -203,10 +202,20 @@ class Slot:
         module = self.module()
         if module is None:
             module = _calling_module()
-        entry = (self.label, gate)
+        log = stack.log
+        entry: Entry
+        if log is None:
+            entry = (self.label, gate)
+        else:
+            if stack.special:
+                attend(stack)
+            entry = (self.label, gate, None, perf_counter_ns())
         try:
             stack.append(entry)
-            nvtx_push(self.attributes, HANDLE)
+            if log is not None:
+                log.append(entry)
+            if _ranges.nvtx_on:
+                nvtx_push(self.attributes, HANDLE)
             if kwargs:
                 return self.body(module, *args, **kwargs)
             if len(args) == 1:
@@ -215,9 +224,13 @@ class Slot:
         finally:
             if stack and stack[-1] is entry:
                 del stack[-1]
-                nvtx_pop(HANDLE)
+                log = stack.log  # recorders may have come and gone
+                if log is not None:
+                    log += (entry, perf_counter_ns())
+                if _ranges.nvtx_on:
+                    nvtx_pop(HANDLE)
             else:
-                close_tuple(stack, entry)
+                close_deep(stack, entry)
 
     def call_root(self, *args: Any, **kwargs: Any) -> Any:
         _ranges.emitted = True
@@ -245,9 +258,7 @@ class Slot:
         if self.holds_open:
             return held_open(self.plain(module, *args, **kwargs), self.naming.now(stack), gate)
         outermost = None if outer is None else push(*outer)
-        entry = push(self.naming.now(stack))
-        if entry is not None:
-            entry.owner = gate
+        entry = push(self.naming.now(stack), None, gate)
         try:
             return self.body(module, *args, **kwargs)
         finally:
@@ -325,10 +336,16 @@ def in_range(module: Any, label: Label, /, *args: Any, **kwargs: Any) -> Any:
     """Call a child from a generated forward in the general form: its range is opened here, not by its own slot."""
     found = getattr(module, SLOT, None)
     slot = found.__self__ if type(found) is MethodType else None
+    if type(slot) is Slot:
+        entry = push(label)
+        try:
+            return slot.body(module, *args, **kwargs) if kwargs else slot.body(module, *args)
+        finally:
+            pop(entry)
     if isinstance(slot, OuterSlot) or (slot is None and _brings_its_range(module)):
         return module(*args, **kwargs)
     entry = push(label)
     try:
-        return slot.body(module, *args, **kwargs) if type(slot) is Slot else module(*args, **kwargs)
+        return module(*args, **kwargs)
     finally:
         pop(entry)

@@ -15,13 +15,13 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from . import ranges as _ranges
 from .errors import CaptureError
-from .recording import Recording
+from .recording import Range, RangeMark, Recording
 from .window import Window
 
 __all__ = ["SUFFIX", "Spool", "read_spool"]
@@ -30,21 +30,6 @@ SUFFIX = ".spool"
 FORMAT = "fxnvtx-spool"
 _MANY = 64  # ranges that may wait for an outermost range to end
 _OUTER = frozenset({"request", "stage", "loop", "step"})
-
-
-class _Outer(_ranges.Open):
-    """An outermost range of a thread: its end is told to the spool."""
-
-    __slots__ = ()
-
-    def close(self) -> None:
-        super().close()
-        spool = _spools.pop(id(self), None)
-        if spool is not None:
-            spool.closed(self)
-
-
-_spools: dict[int, Spool] = {}
 
 
 class Spool:
@@ -63,6 +48,7 @@ class Spool:
         self._marks: deque[_ranges.Mark] = deque()
         self._unfinished: list[tuple[int, _ranges.Open]] = []
         self._count = 0
+        self._outer: set[int] = set()  # shown and still open: what is known is written when they end
         self._labels: set[str] = set()
         self._strays = 0
         self._rank: int | None = None
@@ -71,7 +57,6 @@ class Spool:
     def forked(self) -> None:
         """In a child made by os.fork: what the parent has collected is the parent's."""
         self.first = False
-        _spools.clear()
         self._begin()
 
     # the side that ranges.py calls
@@ -80,13 +65,15 @@ class Spool:
         if self.window is not None and not self.window.opened(entry):
             return
         if entry.level == 0 or entry.label.category in _OUTER:
-            entry.__class__ = _Outer
-            _spools[id(entry)] = self
+            self._outer.add(id(entry))
         self._new.append(entry)
         if entry.level == 0 or len(self._new) >= _MANY:
             self.write()
 
     def closed(self, entry: _ranges.Open) -> None:
+        if id(entry) not in self._outer:
+            return
+        self._outer.discard(id(entry))
         self.write()
         if self.window is not None:
             self.window.closed(entry)
@@ -201,6 +188,7 @@ def read_spool(path: str | os.PathLike[str]) -> Recording:
     """
     recording = Recording()
     entries: dict[int, _ranges.Open] = {}
+    marks: list[RangeMark] = []
     classes: dict[str, str] = {}
     meta: dict[str, Any] = {}
     try:
@@ -218,26 +206,49 @@ def read_spool(path: str | os.PathLike[str]) -> Recording:
             for number, end, leaked in item["ended"]:
                 entries[number].end_ns, entries[number].leaked = end, leaked
             for label, category, payload, thread, time in item["marks"]:
-                mark = _ranges.Mark(_ranges.label(label, category), payload, thread)
-                mark.time_ns = time
-                recording.marked(mark)
+                marks.append(RangeMark(label, category, payload, thread, time))
             classes.update(item["classes"])
             recording.strays = item["strays"]
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise CaptureError(f"{path} is a damaged fxnvtx recording: {error!r}; record it again") from error
     if not meta and lines[:-1]:
         raise CaptureError(f"{path} is not an fxnvtx recording: run the program with `fxnvtx run` again")
-    for entry in entries.values():
-        recording.opened(entry)
-    recording.stop()
-    recording.meta.update(meta)
-    recording.meta["classes"] = classes
+    recording.fill(nested(entries.values()), marks, {**meta, "classes": classes})
     return recording
+
+
+def nested(entries: Iterable[_ranges.Open]) -> list[Range]:
+    """Ranges by start. What lies between two of them may not have been shown: so depth counts those that were."""
+    enclosing: dict[int, list[_ranges.Open]] = {}
+    found = []
+    for entry in sorted(entries, key=lambda e: e.start_ns):  # stable: a thread's own order survives ties
+        above = enclosing.setdefault(entry.thread_id, [])
+        while above and (above[-1].level >= entry.level or _over(above[-1], entry.start_ns)):
+            above.pop()
+        text = entry.label
+        found.append(
+            Range(
+                text.text,
+                text.category,
+                entry.payload,
+                entry.thread_id,
+                len(above),
+                entry.start_ns,
+                entry.end_ns,
+                entry.leaked,
+            )
+        )
+        above.append(entry)
+    return found
+
+
+def _over(entry: _ranges.Open, now: int) -> bool:
+    return entry.end_ns is not None and entry.end_ns < now
 
 
 def _entry(
     label: str, category: str, payload: Any, thread: int, level: int, start: int, end: int | None, leaked: bool
 ) -> _ranges.Open:
-    entry = _ranges.Open(_ranges.label(label, category), payload, [], thread)
-    entry.level, entry.start_ns, entry.end_ns, entry.leaked = level, start, end, leaked
+    entry = _ranges.Open(_ranges.label(label, category), payload, level, thread)
+    entry.start_ns, entry.end_ns, entry.leaked = start, end, leaked
     return entry

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from .. import ranges as _ranges
-from ..ranges import push
+from ..ranges import pop, push
 from .invisible import hide_module
 from .notices import warn_once
 from .region import Call, Region
-from .runtime import BACKWARD, Table, close, current
+from .runtime import BACKWARD, Table, current
 
 __all__ = ["ranged", "watched"]
 
@@ -72,7 +72,7 @@ def _listened(
             current.cursor.close()
         current.call, current.silent, current.cursor = before
         for entry in reversed(opened):
-            close(entry)
+            pop(entry)
 
 
 def _watch(call: Call, result: Any) -> None:
@@ -123,10 +123,7 @@ class Backward:
 
     def open(self) -> None:
         current.opening = None
-        entry = push(BACKWARD)
-        if entry is not None:
-            entry.owner = self.call.control
-        self.opened = [entry, *self.call.open()]
+        self.opened = [push(BACKWARD, None, self.call.control), *self.call.open()]
 
     def end(self, gradients: Any, incoming: Any) -> None:
         self.finish()
@@ -136,7 +133,7 @@ class Backward:
         current.unfinished = current.opening = None
         opened, self.opened = self.opened, []
         for entry in reversed(opened):
-            close(entry)
+            pop(entry)
         if self.before:
             current.call, current.silent = self.before.pop()
 

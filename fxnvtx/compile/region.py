@@ -118,7 +118,7 @@ def remember(region: Region) -> None:
 
 def open_labels() -> tuple[str, ...]:
     """The ranges open on this thread, outermost first."""
-    return tuple([e[0].text if type(e) is tuple else e.label.text for e in local.stack])
+    return tuple([entry[0].text for entry in local.stack])
 
 
 def bind(anchor: Anchor, tensors: list[tuple[Any, tuple[str, ...]]]) -> tuple[Binding, bool]:
@@ -294,10 +294,7 @@ class Call:
         if self.base is None or self.is_open():
             return []
         made = label(self.base, "module" if self.region.framed else "op")
-        entry = push(made)
-        if entry is not None:
-            entry.owner = self.control
-        return [entry]
+        return [push(made, None, self.control)]
 
 
 hide_module(globals())  # autograd and compiled code call this with Dynamo watching

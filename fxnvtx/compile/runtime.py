@@ -10,13 +10,27 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
+from time import perf_counter_ns
 from typing import Any
 
 import torch
 
 from .. import ranges as _ranges
 from ..categories import MODULE, PIECE
-from ..ranges import HANDLE, Label, close_tuple, label, local, nvtx_pop, nvtx_push, pop, push
+from ..ranges import (
+    HANDLE,
+    Entry,
+    Label,
+    RangeStack,
+    attend,
+    close_deep,
+    label,
+    local,
+    nvtx_pop,
+    nvtx_push,
+    pop,
+    push,
+)
 from .invisible import hide_module
 from .notices import warn_once
 from .region import Call, families
@@ -98,7 +112,7 @@ class Table:
         except Exception as error:  # a model runs, whatever its ranges may be called
             warn_once("names", f"layers of a compiled region are not shown, naming them failed: {error!r}")
             return None
-        base = [open_range(BACKWARD, call.control)] if self.backward else []
+        base = [push(BACKWARD, None, call.control)] if self.backward else []
         return Cursor(self, resolved, call, base + call.open())
 
     def _find(self, tensors: tuple[Any, ...]) -> Call | None:
@@ -124,7 +138,7 @@ class Table:
 class Cursor:
     """Where one call of a generated function is. Calling it with a row's number moves there."""
 
-    __slots__ = ("_base", "_fast", "_here", "_open", "_owner", "_resolved", "_seen", "_shapes")
+    __slots__ = ("_base", "_here", "_open", "_owner", "_resolved", "_seen", "_shapes", "_stack")
 
     def __init__(self, table: Table, resolved: Resolved, call: Call, base: list[Any]) -> None:
         self._shapes = table.shapes
@@ -132,9 +146,9 @@ class Cursor:
         self._base = base
         self._here = 0
         self._seen: set[Any] = set()
-        self._open: list[Any] = []
+        self._open: list[Entry | None] = []
         self._owner = call.control
-        self._fast = _ranges.nvtx_on and not _ranges.sinks
+        self._stack = local.stack
 
     def __call__(self, there: int, shapes: int = -1) -> None:
         if current.opening is not None:
@@ -142,20 +156,35 @@ class Cursor:
         closing, opening, steps = self._resolved.move(self._here, there)
         opening = self._pieces(opening, steps)
         self._here = there
-        mine = self._open
+        mine, stack = self._open, self._stack
         while closing:
             closing -= 1
-            close(mine.pop())
-        for text in opening:
-            if self._fast:
-                entry: Any = (text, self._owner)
+            close(mine.pop(), stack)
+        if not opening:
+            return
+        if stack.special:
+            attend(stack)
+        log = stack.log
+        if _ranges.live:
+            for before_last, text in enumerate(opening, 1 - len(opening)):
+                mine.append(push(text, None if before_last else self._payload(shapes), self._owner))
+        elif log is not None:
+            payload = self._payload(shapes)
+            for before_last, text in enumerate(opening, 1 - len(opening)):
+                entry: Entry = (text, self._owner, None if before_last else payload, perf_counter_ns())
                 mine.append(entry)
-                local.stack.append(entry)
+                stack.append(entry)
+                log.append(entry)
+                if _ranges.nvtx_on:
+                    nvtx_push(text.attributes, HANDLE)
+        elif _ranges.nvtx_on:
+            for text in opening:
+                entry = (text, self._owner)
+                mine.append(entry)
+                stack.append(entry)
                 nvtx_push(text.attributes, HANDLE)
-            else:
-                mine.append(open_range(text, self._owner))
-        if shapes >= 0 and opening and not self._fast and mine[-1] is not None:
-            mine[-1].payload = self._shapes[shapes] or None
+        else:  # the last listener has gone
+            mine += [None] * len(opening)
 
     def _pieces(self, opening: tuple[Label, ...], steps: tuple[Any, ...]) -> tuple[Label, ...]:
         """Who counts ranges wants to count calls: a module that had a range in this call already goes on."""
@@ -166,13 +195,16 @@ class Cursor:
         seen.discard(None)
         return opening
 
+    def _payload(self, shapes: int) -> object:
+        return self._shapes[shapes] or None if shapes >= 0 else None
+
     def close(self) -> None:
         """End of the generated function, by return or exception."""
         mine = self._open
         while mine:
-            close(mine.pop())
+            close(mine.pop(), self._stack)
         for entry in reversed(self._base):
-            close(entry)
+            pop(entry)
         if current.unfinished is not None and sys.exc_info()[0] is not None:
             current.unfinished()
 
@@ -182,23 +214,21 @@ def piece(text: Label) -> Label:
     return label(text.text, PIECE)
 
 
-def open_range(text: Label, owner: Any) -> Any:
-    entry = push(text)
-    if entry is not None and owner is not None:
-        entry.owner = owner
-    return entry
-
-
-def close(entry: Any) -> None:
-    if type(entry) is tuple:
-        stack = local.stack
-        if stack and stack[-1] is entry:
-            del stack[-1]
-            nvtx_pop(HANDLE)
-        else:
-            close_tuple(stack, entry)
-    else:
+def close(entry: Entry | None, stack: RangeStack) -> None:
+    """Close a range that a cursor opened on this thread; None is one that nobody wanted."""
+    if entry is None:
+        return
+    if _ranges.live:
         pop(entry)
+    elif stack and stack[-1] is entry:
+        del stack[-1]
+        log = stack.log
+        if log is not None:
+            log += (entry, perf_counter_ns())
+        if _ranges.nvtx_on:
+            nvtx_pop(HANDLE)
+    else:
+        close_deep(stack, entry)
 
 
 hide_module(globals())  # autograd and compiled code call this with Dynamo watching

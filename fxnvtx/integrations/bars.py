@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from threading import get_ident
 from typing import Any
 
-from ..ranges import Label, Open, label, pop, push
+from ..ranges import Entry, Label, label, pop, push
 from . import timesteps
 from .scene import Request, here
 
@@ -42,8 +42,8 @@ class Loop:
         self.timesteps: Sequence[float] | None = None
         self.request: Request | None = None
         self.passes: dict[str, int] | None = None
-        self.opened: Open | None = None
-        self.entry: Open | None = None
+        self.opened: Entry | None = None
+        self.entry: Entry | None = None
         self.running = False
         self.thread = get_ident()
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from .. import ranges as _ranges
 from ..categories import OP, STAGE
-from ..ranges import Label, Open, label, pop, push
+from ..ranges import Entry, Label, label, pop, push
 from . import timesteps
 from .bars import follow
 from .bound import Bound, find
@@ -185,7 +185,7 @@ class _Pass(AbstractContextManager[Any]):
     def __init__(self, inner: Any, text: Label) -> None:
         self.inner = inner
         self.text = text
-        self.entry: Open | None = None
+        self.entry: Entry | None = None
 
     def __enter__(self) -> Any:
         self.entry = push(self.text)

@@ -186,7 +186,7 @@ def test_the_order_of_ranges_and_other_hooks():
     """A layer's range holds what other libraries do around its forward (loading its weights, say)."""
     model = fxnvtx.instrument(zoo.Straight())
     seen = []
-    model.a.register_forward_pre_hook(lambda *_: seen.append([e.label.text for e in fxnvtx.ranges.local.stack]))
+    model.a.register_forward_pre_hook(lambda *_: seen.append([e.text for e in fxnvtx.ranges.local.stack.labels]))
     run_recorded(model, x())
     assert seen == [["Straight", "a"]]
 

@@ -209,7 +209,7 @@ def test_a_range_leaked_in_the_graph_does_not_close_the_callers():
         gm.a.register_forward_hook(close_outer)
         with pytest.raises(ValueError):
             gm(x())
-        assert [e.label.text for e in local.stack] == ["callers"]
+        assert [e.text for e in local.stack.labels] == ["callers"]
         fxnvtx.range_pop()
     assert local.stack == []
 

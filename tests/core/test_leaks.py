@@ -32,7 +32,7 @@ def test_a_late_pop_of_a_leaked_range_is_nothing():
             leaked = push(label("leaked"))
         with fxnvtx.range("next"):
             pop(leaked)
-            assert [e.label.text for e in local.stack] == ["next"]
+            assert [e.text for e in local.stack.labels] == ["next"]
             pop(leaked)
     assert labels(recording) == ["outer", "leaked", "next"]
     assert local.stack == []
@@ -42,7 +42,7 @@ def test_a_stray_pop_closes_nobody_elses_range():
     with fxnvtx.record() as recording, fxnvtx.range("mine"):
         fxnvtx.range_pop()
         fxnvtx.range_pop()
-        assert [e.label.text for e in local.stack] == ["mine"]
+        assert [e.text for e in local.stack.labels] == ["mine"]
     assert recording.strays == 2
     assert not recording.balanced
     assert not any(r.leaked for r in recording.ranges)
@@ -96,7 +96,7 @@ def test_a_generator_abandoned_inside_a_range():
         with fxnvtx.range("later"):
             kept.clear()
             gc.collect()
-            assert [e.label.text for e in local.stack] == ["later"]
+            assert [e.text for e in local.stack.labels] == ["later"]
     assert shape(recording.tree()) == (("outer", (("g", ()),)), ("later", ()))
 
 
@@ -113,7 +113,7 @@ def test_a_generator_finalized_by_another_thread_pops_nothing_there():
         def finish():
             with fxnvtx.range("there"):
                 made.close()
-                seen.append([e.label.text for e in local.stack])
+                seen.append([e.text for e in local.stack.labels])
             seen.append(list(local.stack))
 
         thread = threading.Thread(target=finish)
@@ -179,7 +179,7 @@ def test_any_order_of_pushes_and_pops(steps):
                     fxnvtx.range_pop()
                 elif step < len(opened):
                     pop(opened[step])
-                assert local.stack[0].label is outer.label
+                assert local.stack.labels[0] is outer.label
         assert local.stack == []
     local.unnamed = []
     assert all(r.end_ns is not None for r in recording.ranges)

@@ -50,12 +50,12 @@ def test_a_forked_child_starts_with_an_empty_stack_and_the_parent_keeps_its_own(
                 if child == 0:
                     assert local.stack == []
                     with fxnvtx.range("child"):
-                        assert [e.label.text for e in local.stack] == ["child"]
+                        assert [e.text for e in local.stack.labels] == ["child"]
                     assert local.stack == []
                     code = 0
                 else:
                     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-                    assert [e.label.text for e in local.stack] == ["parent"]
+                    assert [e.text for e in local.stack.labels] == ["parent"]
             assert local.stack == []  # the child leaves the parent's range without popping anything
         if child == 0:
             os._exit(0)

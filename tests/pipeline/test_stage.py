@@ -33,7 +33,7 @@ def test_the_order_of_events():
             return []
 
         def forward(self, batch, args):
-            events.append(("forward", self.current_use_nvtx, [e.label.text for e in fxnvtx.ranges.local.stack]))
+            events.append(("forward", self.current_use_nvtx, [e.text for e in fxnvtx.ranges.local.stack.labels]))
             return batch
 
         def verify_output(self, batch, args):

@@ -83,22 +83,16 @@ def _wrapper(name: str, method: FunctionType) -> FunctionType:
     return ranged
 
 
-def _open(module: nn.Module) -> ranges.Open | None:
+def _open(module: nn.Module) -> ranges.Entry | None:
     known = control.controls_of(module)
     if known is not None and ranges.active and not dynamo_active():
         known.look(id(module))  # its layers may be others by now, and its root's slot is not asked
     text = label_of(module)
     if text is None or not ranges.active or dynamo_active() or not is_enabled(module) or _innermost(text):
         return None
-    entry = ranges.push(ranges.label(text, "module"))
-    if entry is not None:
-        entry.owner = control.controls_of(module)
-    return entry
+    return ranges.push(ranges.label(text, "module"), None, control.controls_of(module))
 
 
 def _innermost(text: str) -> bool:
     stack = ranges.local.stack
-    if not stack:
-        return False
-    label = stack[-1][0] if type(stack[-1]) is tuple else stack[-1].label
-    return bool(label.text == text)
+    return bool(stack) and bool(stack[-1][0].text == text)
