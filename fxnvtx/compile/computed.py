@@ -80,6 +80,11 @@ class Lowered:
         # Results of an operation with several. A convolution's own buffer, say, has no such node: its bias comes later.
         return (own,) if own is not None and type(ir).__name__ in ("MultiOutput", "MutationOutput") else ()
 
+    def input_name(self, node: Node) -> str:
+        """The buffer of an input. A subgraph's names begin with its own."""
+        qualify = getattr(self.graph, "qualify_name", None)  # torch 2.11 to 2.15
+        return node.name if qualify is None else str(qualify(node.name))
+
     def is_written_in_place(self, name: str) -> bool:
         buffer = self.graph.scheduler.name_to_buf.get(name)
         return buffer is not None and bool(buffer.get_mutations())
@@ -173,7 +178,7 @@ class _Slice:
         if node in self.complete:
             return True
         if node.op == "placeholder":
-            return node.name in self.names or not isinstance(node.meta.get("val"), Tensor)
+            return self.lowered.input_name(node) in self.names or not isinstance(node.meta.get("val"), Tensor)
         if node in self.origins:
             return self._can_be_here(node)
         if is_folded(node):

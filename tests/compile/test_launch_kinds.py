@@ -157,9 +157,9 @@ def test_control_flow(sign):
 class Nested(nn.Module):
     """One subgraph serves all blocks (nested_compile_region): the same function is called once for each."""
 
-    def __init__(self):
+    def __init__(self, block=lambda: Mlp(8, 11, 13)):
         super().__init__()
-        self.blocks = nn.ModuleList([Mlp(8, 11, 13) for _ in range(3)])
+        self.blocks = nn.ModuleList([block() for _ in range(3)])
 
     def forward(self, x):
         for block in self.blocks:
@@ -184,6 +184,29 @@ def test_a_subgraph_that_serves_several_blocks():
     matmuls = [n for n in launches if n.name in ("mm", "addmm")]
     seen = [innermost(recording, n) for n in matmuls]
     assert seen == [f"net.blocks.{b}.{m}" for b in range(3) for m in ("up", "mid", "down")]
+
+
+def test_the_modules_fused_in_a_subgraph_that_serves_several_blocks():
+    """What a fused kernel computes is found from what it reads, and a subgraph's inputs have names of their own."""
+    model = fxnvtx.instrument(Nested(lambda: nn.Sequential(Scale(8), nn.SiLU(), nn.LayerNorm(8))), "net")
+    x = torch.randn(5, 8)
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="fxnvtx", fullgraph=True)
+        expected = compiled(x)
+        with witness() as launches, fxnvtx.record() as recording:
+            assert torch.equal(compiled(x), expected)
+    check_nesting(recording)
+    seen = [[r.label for r in enclosing(recording, n)] for n in launches]
+    assert seen == [["net", f"net.blocks.{b}", "fused(0, 1, 2)"] for b in range(3)]
+
+
+class Scale(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(width))
+
+    def forward(self, x):
+        return x * self.weight
 
 
 def test_partitions(monkeypatch):
