@@ -14,12 +14,13 @@ import os
 import threading
 from collections.abc import Callable
 from time import perf_counter_ns
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any, TypeVar, cast
 
 import nvtx
 from nvtx._lib.lib import mark
 
+from .compile.imports import when_imported
 from .labels import CATEGORIES, DOMAIN, HANDLE, Label, classes_of, domain, label, nvtx_pop, nvtx_push
 from .stack import Entry, Live, Mark, Open, RangeStack, Sink, Stacks
 
@@ -448,3 +449,12 @@ def maybe_nvtx_range(text: str, enabled: bool = True) -> range:
 
 def nvtx_version() -> str:
     return str(getattr(nvtx, "__version__", "unknown"))
+
+
+def _listen_with_profiler(profiler: ModuleType) -> None:
+    from .integrations.torch_profiler import follow_sessions
+
+    follow_sessions(profiler)
+
+
+when_imported("torch.autograd.profiler", _listen_with_profiler)

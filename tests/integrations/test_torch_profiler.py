@@ -1,0 +1,178 @@
+"""While a torch.profiler session is on, its trace holds the ranges that a recorder keeps: names, nesting, number."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile, schedule
+
+import fxnvtx
+from fxnvtx import ranges
+from fxnvtx.integrations.torch_profiler import ProfilerListener
+
+from ..core.tools import in_process, shape
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.lin = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x + torch.relu(self.lin(self.norm(x)))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def annotations(prof, folder):
+    """The user annotations of an exported trace as nested (label, children), and the threads they are on."""
+    path = folder / "trace.json"
+    prof.export_chrome_trace(str(path))
+    events = json.loads(path.read_text())["traceEvents"]
+    shown = [e for e in events if e.get("cat") == "user_annotation" and not e["name"].startswith("ProfilerStep")]
+    # of two that start together the outer one was recorded first, and ends last
+    shown.sort(key=lambda e: (e["tid"], e["args"]["Ev Idx"]))
+    roots: list = []
+    stack: list = []
+    for event in shown:
+        start, end = event["ts"], event["ts"] + event["dur"]
+        while stack and stack[-1][0] <= start:
+            stack.pop()
+        assert not stack or end <= stack[-1][0]
+        node = (event["name"], [])
+        (stack[-1][1] if stack else roots).append(node)
+        stack.append((end, node[1]))
+
+    def frozen(nodes):
+        return tuple((name, frozen(children)) for name, children in nodes)
+
+    return frozen(roots), {e["tid"] for e in shown}
+
+
+def session():
+    return profile(activities=[ProfilerActivity.CPU])
+
+
+def made(how):
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model = fxnvtx.instrument(Net().eval(), "net", path="hooks" if how == "hooks" else "auto")
+    if how == "whole":
+        return torch.compile(model, backend="fxnvtx")
+    if how == "regional":
+        for block in model.blocks:
+            block.compile(backend="fxnvtx")
+    return model
+
+
+@pytest.mark.parametrize("how", ["hooks", "fx", "whole", "regional"])
+def test_the_trace_holds_the_recorders_ranges(tmp_path, how):
+    model = made(how)
+    x = torch.randn(4, 8)
+    with torch.no_grad():
+        wanted = model(x)
+        frames = dict(torch._dynamo.utils.counters["frames"])
+        with fxnvtx.record() as recording, session() as prof, fxnvtx.range("request", category="request"):
+            assert torch.equal(model(x), wanted)
+        with session() as again:
+            model(x)
+        assert not ranges.active
+        assert torch.equal(model(x), wanted)
+    assert dict(torch._dynamo.utils.counters["frames"]) == frames
+    found, threads = annotations(prof, tmp_path)
+    assert found == shape(recording.tree())
+    assert "net.blocks.2" in str(found)
+    assert len(threads) == 1
+    assert threads == {r.thread_id for r in recording.ranges}
+    assert annotations(again, tmp_path)[0] == found[0][1]
+
+
+def test_a_range_that_a_session_cuts(tmp_path):
+    with fxnvtx.range("before"):  # nobody listens yet
+        prof = session()
+        prof.__enter__()
+        with fxnvtx.range("inside"):
+            pass
+        across = fxnvtx.range("across")
+        across.__enter__()
+        prof.__exit__(None, None, None)
+        across.__exit__(None, None, None)
+    assert ranges.local.stack == []
+    assert not ranges.active
+    assert ("inside", ()) in annotations(prof, tmp_path)[0]
+
+
+def test_a_range_that_ends_while_the_session_does_is_left_once():
+    left = []
+
+    def leave(handle):
+        left.append(handle)
+        handles.pop(id(outer), None)  # another thread, which had come so far when the session ended
+
+    listener = ProfilerListener(lambda text: text, leave)
+    outer, middle, inner = (ranges.Open(ranges.label(text), None, 0, 1) for text in ("outer", "middle", "inner"))
+    for entry in (outer, middle, inner):
+        listener.opened(entry)
+    handles = listener._handles
+    listener.session_over()
+    assert left == ["inner", "middle"]
+
+
+def test_leaks_and_exceptions_stay_nested(tmp_path):
+    with session() as prof, fxnvtx.range("a"):
+        with fxnvtx.range("b"):
+            fxnvtx.range_push("leaked")
+        with fxnvtx.range("c"):
+            pass
+    ranges.local.unnamed = []
+    assert annotations(prof, tmp_path)[0] == (("a", (("b", (("leaked", ()),)), ("c", ()))),)
+
+
+def test_the_windows_of_a_schedule(tmp_path):
+    kept = []
+    active = []
+    with profile(
+        activities=[ProfilerActivity.CPU],
+        schedule=schedule(wait=1, warmup=1, active=1, repeat=2),
+        on_trace_ready=lambda p: kept.append(annotations(p, tmp_path)[0]),
+    ) as prof:
+        for step in range(6):
+            active.append(ranges.active)
+            with fxnvtx.range(f"step {step}"):
+                pass
+            prof.step()
+    assert kept == [(("step 2", ()),), (("step 5", ()),)]
+    assert active == [False, False, True] * 2
+
+
+def test_off_means_off_and_torch_may_come_later():
+    for mode, seen in (("off", False), ("auto", True)):
+        done = in_process(
+            f"""
+            import os
+            os.environ["FXNVTX"] = {mode!r}
+            import fxnvtx, fxnvtx.ranges, sys
+            assert "torch" not in sys.modules
+            import torch
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as prof:
+                with fxnvtx.range("mine"):
+                    pass
+            assert any(e.name == "mine" for e in prof.events()) is {seen}
+            print("fine")
+            """
+        )
+        assert "fine" in done.stdout, done.stderr
+        assert "WARN" not in done.stderr
