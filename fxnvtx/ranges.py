@@ -452,7 +452,7 @@ def nvtx_version() -> str:
 
 
 def _listen_with_profiler(profiler: ModuleType) -> None:
-    from .integrations.torch_profiler import follow_sessions
+    from .compile.kineto import follow_sessions
 
     follow_sessions(profiler)
 

@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 import fxnvtx
 from fxnvtx import ranges
-from fxnvtx.integrations.torch_profiler import ProfilerListener
+from fxnvtx.compile.kineto import ProfilerListener
 
 from ..core.tools import in_process, shape
 

@@ -20,8 +20,8 @@ from types import ModuleType
 from typing import Any
 
 from .. import ranges as _ranges
-from ..compile.invisible import hide_module
 from ..ranges import Mark, Open
+from .invisible import hide_module
 
 __all__ = ["ProfilerListener", "follow_sessions"]
 
