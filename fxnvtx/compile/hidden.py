@@ -10,6 +10,7 @@ module without a slot does, and leaves no guard.
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +27,8 @@ __all__ = ["hide_slots"]
 # specialised on (`torch.export`, torch._dynamo.config.inline_inbuilt_nn_modules = False).
 _WHERE = "torch._dynamo.variables.nn_module"
 _KINDS = ("UnspecializedNNModuleVariable", "NNModuleVariable")
-_READ = "var_getattr"
+# How a variable reads an attribute: (self, tx, name) in all of them; the second name from torch 2.14 on
+_READ = ("var_getattr", "tp_getattro_impl")
 
 
 def reads_none(module: Any) -> bool:
@@ -46,7 +48,9 @@ def reads_none(module: Any) -> bool:
 
         if entry_of(module) is None:
             return False
-    compiled = getattr(found, "_torchdynamo_orig_callable", None)
+    # the bound method that was compiled; from torch 2.14 on inside a wrapper of torch's own
+    compiled: Any = getattr(found, "_torchdynamo_orig_callable", None)
+    compiled = inspect.unwrap(compiled)
     return found is None or getattr(compiled, "__self__", None) is module
 
 
@@ -58,25 +62,26 @@ def hide_slots() -> None:
 
 def _tell(namespace: types.ModuleType) -> None:
     kinds = [getattr(namespace, name, None) for name in _KINDS]
-    if not all(isinstance(kind, type) and _READ in vars(kind) for kind in kinds):
+    name = next((read for read in _READ if all(read in getattr(kind, "__dict__", ()) for kind in kinds)), None)
+    if name is None:
         warn_once("slots", "this torch lets Dynamo see fxnvtx: a model with hooks may get graph breaks while listening")
         return
     for kind in kinds:
-        setattr(kind, _READ, _answering(getattr(kind, _READ)))
+        setattr(kind, name, _answering(getattr(kind, name)))
 
 
 def _answering(original: Callable[..., Any]) -> Callable[..., Any]:
     """The variable's way of reading an attribute, except for that one."""
 
     @functools.wraps(original)
-    def var_getattr(self: Any, tx: Any, name: str) -> Any:
+    def read(self: Any, tx: Any, name: str) -> Any:
         if name == SLOT:
             hidden = _none(self, tx)
             if hidden is not None:
                 return hidden
         return original(self, tx, name)
 
-    return var_getattr
+    return read
 
 
 def _none(variable: Any, tx: Any) -> Any:

@@ -154,7 +154,7 @@ def _install_triton() -> None:
     for module in list(sys.modules.values()):
         name = getattr(module, "__name__", "")
         if name.startswith("torch.") and vars(module).get("has_triton") is has_triton:
-            module.has_triton = lambda *a: True  # type: ignore[attr-defined]
+            module.has_triton = lambda *a, **k: True  # type: ignore[attr-defined]
 
 
 def _onto_device(value: Any) -> Any:
