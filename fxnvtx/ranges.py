@@ -17,7 +17,6 @@ from time import perf_counter_ns
 from types import ModuleType, TracebackType
 from typing import Any, TypeVar, cast
 
-import nvtx
 from nvtx._lib.lib import mark
 
 from .compile.imports import when_imported
@@ -445,10 +444,6 @@ class range:  # noqa: N801 - a context manager and decorator, spelled like a fun
 def maybe_nvtx_range(text: str, enabled: bool = True) -> range:
     """`range(text)` where `enabled`, else nothing: one line instead of an if around a with."""
     return range(text, enabled=enabled)
-
-
-def nvtx_version() -> str:
-    return str(getattr(nvtx, "__version__", "unknown"))
 
 
 def _listen_with_profiler(profiler: ModuleType) -> None:
