@@ -16,6 +16,8 @@ import pytest
 
 from fxnvtx.recording import Recording
 
+from ..support.limits import CHILD_S
+
 
 def fxnvtx(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     clean = {k: v for k, v in os.environ.items() if k not in {"FXNVTX", "NVTX_INJECTION64_PATH"}}
@@ -25,7 +27,7 @@ def fxnvtx(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedPr
         env={**clean, "COLUMNS": "120", **environment},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=CHILD_S,
     )
 
 

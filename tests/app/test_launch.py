@@ -18,6 +18,7 @@ from fxnvtx.recording import Recording
 from fxnvtx.spool import Spool, read_spool
 from fxnvtx.window import Window, read_steps
 
+from ..support.limits import CHILD_S
 from .test_cli import fxnvtx, one_line_error
 
 SCRIPT = """
@@ -142,7 +143,7 @@ model(x)
 
 def test_the_programs_traceback_is_its_own(tmp_path: Path) -> None:
     (tmp_path / "traced.py").write_text(TRACED)
-    alone = subprocess.run([sys.executable, "traced.py"], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    alone = subprocess.run([sys.executable, "traced.py"], cwd=tmp_path, capture_output=True, text=True, timeout=CHILD_S)
     ours = fxnvtx("--rows", "0", "traced.py", cwd=tmp_path)
     assert ours.returncode == alone.returncode == 1
     assert "ValueError: wrapped" in alone.stderr

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from ..support.limits import CHILD_S
+
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "quickstart.ipynb"
 
 
@@ -14,7 +16,7 @@ def test_the_quickstart_runs_and_shows_a_tree_and_a_plot(tmp_path: Path, monkeyp
     pytest.importorskip("ipykernel", reason="ipykernel is not installed: pip install 'fxnvtx[notebook]'")
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'fxnvtx[notebook]'")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    nbclient.NotebookClient(notebook, timeout=int(CHILD_S), resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     printed = "".join(output.get("text", "") for output in outputs)
     assert "request#1" in printed

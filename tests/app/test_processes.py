@@ -18,6 +18,7 @@ import pytest
 from fxnvtx.recording import Recording
 from fxnvtx.report import load
 
+from ..support.limits import CHILD_S
 from .test_cli import fxnvtx
 
 NSYS = shutil.which("nsys") is not None
@@ -223,7 +224,7 @@ def both(folder: Path, *words: str, **environment: str) -> list[subprocess.Compl
             input="given",
             capture_output=True,
             text=True,
-            timeout=280,
+            timeout=CHILD_S,
         )
         for ours in ([], options)
     ]
@@ -318,7 +319,7 @@ def test_signals_reach_the_program_and_a_launcher_that_dies_leaves_readable_reco
     assert first.stdout is not None
     first.stdout.readline()
     first.send_signal(signal.SIGTERM)
-    first.communicate(timeout=100)
+    first.communicate(timeout=CHILD_S)
     assert first.returncode == -signal.SIGTERM
     assert [r.label for r in Recording.load(tmp_path / "out" / "recording.json").ranges] == ["Linear"]
     second = subprocess.Popen(words, cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

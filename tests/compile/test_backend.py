@@ -12,6 +12,7 @@ from fxnvtx.compile import inductor, notices
 from fxnvtx.compile.explain import regions
 from fxnvtx.errors import CompileError
 
+from ..support.limits import CHILD_S
 from .generated import counted, without_graph_caches
 from .launches import empty_ranges, enclosing, witness
 from .models import Same, Unique, linear_shapes
@@ -251,4 +252,4 @@ def test_importing_fxnvtx_does_not_import_dynamo():
     import sys
 
     script = "import fxnvtx, sys; sys.exit('torch._dynamo' in sys.modules or 'torch._inductor' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", script], check=False, timeout=120).returncode == 0
+    assert subprocess.run([sys.executable, "-c", script], check=False, timeout=CHILD_S).returncode == 0

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from ..support.limits import CHILD_S
+
 pytestmark = pytest.mark.slow
 
 SCRIPT = """
@@ -55,7 +57,7 @@ def _run(folder: Path, backend: str, sub: str = "proj") -> dict:
     env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"), "FXNVTX": "auto"}
     env.pop("NVTX_INJECTION64_PATH", None)
     done = subprocess.run(
-        [sys.executable, str(script), backend], capture_output=True, text=True, timeout=300, env=env, check=False
+        [sys.executable, str(script), backend], capture_output=True, text=True, timeout=CHILD_S, env=env, check=False
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.strip().splitlines()[-1])

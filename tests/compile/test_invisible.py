@@ -9,6 +9,8 @@ import torch
 
 from fxnvtx.compile.invisible import dynamo_active, hide_from_dynamo
 
+from ..support.limits import CHILD_S
+
 
 def _compiled_frames(function, *args):
     """The code names that Dynamo compiled while `function` ran under it."""
@@ -57,5 +59,5 @@ def test_neither_question_loads_dynamo():
         "assert dynamo_active() is False\n"
         "assert 'torch._dynamo' not in sys.modules and 'torch._inductor' not in sys.modules\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=CHILD_S)
     assert done.returncode == 0, done.stderr

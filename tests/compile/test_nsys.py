@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from ..support.limits import CHILD_S
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.nsys,
@@ -57,7 +59,7 @@ def _capture(folder: Path, way: str) -> tuple[list[tuple[str, ...]], list[tuple[
         [*command, "-o", str(out), sys.executable, str(script), way],
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=CHILD_S,
         check=False,
         env={**os.environ, "FXNVTX": "auto"},
     )

@@ -9,6 +9,8 @@ import pytest
 
 import fxnvtx
 
+from ..support.limits import CHILD_S
+
 
 def _loaded(code: str) -> set[str]:
     """The modules that a new interpreter holds after running `code`."""
@@ -17,7 +19,7 @@ def _loaded(code: str) -> set[str]:
         capture_output=True,
         text=True,
         check=True,
-        timeout=300,
+        timeout=CHILD_S,
     )
     return set(out.stdout.splitlines()[-1].split())
 

@@ -14,6 +14,7 @@ import pytest
 import fxnvtx
 from fxnvtx.recording import build_tree
 
+from ..support.limits import CHILD_S
 from .tools import shape
 
 pytestmark = [
@@ -35,7 +36,7 @@ def capture(folder, path):
         "nsys", "profile", "--trace=nvtx", "--sample=none", "--cpuctxsw=none", "--export=sqlite", "-f", "true",
         "-o", str(out), sys.executable, str(APP), path, "tool", str(folder / "stack.json"),
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment(), check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=CHILD_S, env=environment(), check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return sqlite3.connect(f"file:{out}.sqlite?mode=ro", uri=True)
 
@@ -44,7 +45,7 @@ def capture(folder, path):
 def recorded(tmp_path_factory):
     output = tmp_path_factory.mktemp("recorded") / "r.json"
     command = [sys.executable, str(APP), "hooks", "recorder", str(output)]
-    subprocess.run(command, check=True, timeout=120, env=environment())
+    subprocess.run(command, check=True, timeout=CHILD_S, env=environment())
     recording = fxnvtx.Recording.load(output)
     assert recording.ranges
     return recording

@@ -16,6 +16,7 @@ import pytest
 import fxnvtx
 
 from ..support import nvtx_tap
+from ..support.limits import CHILD_S
 from .tools import in_process, shape
 
 APP = Path(__file__).with_name("nvtx_app.py")
@@ -36,7 +37,7 @@ def run_app(path, listener, output, **environment):
         env={**full, **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=CHILD_S,
     )
     assert done.returncode == 0, done.stderr
     return done

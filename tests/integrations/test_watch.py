@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from ..support.limits import CHILD_S
+
 pytest.importorskip("diffusers", reason="needs diffusers: pip install fxnvtx[diffusers]")
 
 from fxnvtx.integrations import bound
@@ -44,7 +46,7 @@ print(json.dumps({
 def test_before_diffusers_is_imported(tmp_path: Path) -> None:
     script = tmp_path / "program.py"
     script.write_text(PROGRAM)
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=240)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=CHILD_S)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.strip().splitlines()[-1])
     assert not said["before"]

@@ -25,6 +25,8 @@ from fxnvtx.pipeline import (
 )
 from fxnvtx.pipeline.collective import Group
 
+from ..support.limits import CHILD_S
+
 RANGES = ServerArgs(enable_layerwise_nvtx_marker=True)
 
 
@@ -226,11 +228,11 @@ def _caught(work):
 def _rank(rank, world, scenarios, cfg_size, folder):
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world, timeout=timedelta(seconds=CHILD_S)
     )
     found = {}
     try:
-        group = Group(cfg_size, timeout_s=60)
+        group = Group(cfg_size, timeout_s=CHILD_S)
         for name in scenarios:
             found[name] = globals()[name](group, folder)
     except BaseException:
@@ -244,7 +246,7 @@ def spawn(world, scenarios, folder, cfg_size=None):
     processes = mp.start_processes(
         _rank, (world, scenarios, cfg_size, str(folder)), nprocs=world, join=False, start_method="spawn"
     )
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + CHILD_S
     while not processes.join(timeout=5):
         if time.monotonic() > deadline:
             for process in processes.processes:

@@ -16,6 +16,7 @@ from fxnvtx.instrument import is_enabled, label_of
 from fxnvtx.pipeline import ComponentResidencyManager, ComponentUse, ServerArgs
 from fxnvtx.pipeline.residency import Timeline
 
+from ..support.limits import THREAD_S
 from .nets import LAYERS, STAGES, Net, Uses, labels, weight_bytes
 
 OFFLOAD = LAYERS.with_values(residency={"a": "component-offload", "b": "component-offload"})
@@ -400,7 +401,7 @@ def test_requests_of_several_threads_exclude_each_other():
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=20)
+        thread.join(timeout=THREAD_S)
     assert len(order) == 8
     assert all(order[i] == order[i + 1] for i in range(0, 8, 2))
 

@@ -15,6 +15,7 @@ from fxnvtx.errors import PipelineError
 from fxnvtx.instrument import is_enabled, label_of
 from fxnvtx.pipeline import Batch, ComponentResidencyManager
 
+from ..support.limits import THREAD_S
 from .nets import LAYERS, Net, Uses, calls, labels, pipeline_of
 
 OFFLOAD = LAYERS.with_values(residency={"a": "component-offload", "b": "component-offload"})
@@ -44,7 +45,7 @@ def on_a_thread(work):
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    thread.join(timeout=20)
+    thread.join(timeout=THREAD_S)
     assert found, "it waits for ever"
     if found[0][1] is not None:
         raise found[0][1]

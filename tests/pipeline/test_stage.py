@@ -10,6 +10,7 @@ from fxnvtx.errors import PipelineError
 from fxnvtx.pipeline import Batch, PipelineStage, ServerArgs
 from fxnvtx.pipeline.context import running, running_with
 
+from ..support.limits import THREAD_S
 from .nets import LAYERS, STAGES, Net, Uses, calls, labels, pipeline_of
 
 
@@ -118,7 +119,7 @@ def test_a_reentrant_stage_keeps_the_gate():
 
 
 def test_one_stage_object_serves_two_threads_at_once():
-    meet = threading.Barrier(2, timeout=10)
+    meet = threading.Barrier(2, timeout=THREAD_S)
     seen = {}
 
     class Shared(PipelineStage):

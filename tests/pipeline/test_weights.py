@@ -21,6 +21,7 @@ from fxnvtx.pipeline.residency.place import MemoryPlace
 from fxnvtx.pipeline.residency.storage import FileSlot
 from fxnvtx.pipeline.residency.strategies import ComponentOffload, Resident, SnapshotOffload
 
+from ..support.limits import CHILD_S
 from .nets import Net, clone_weights, same_weights, weight_bytes
 
 OFFLOADING = [ComponentOffload, SnapshotOffload, LayerwiseOffload]
@@ -376,7 +377,7 @@ def test_the_memory_is_really_given_back():
         print(full - empty, away - empty, back - empty, resident() - empty)
     """
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=CHILD_S, check=True
     )
     full, away, back, again = map(float, done.stdout.split())
     assert full > 250

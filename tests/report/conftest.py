@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from ..support.limits import CHILD_S
+
 Stats = Callable[[str, Path], list[dict[str, str]]]
 
 
@@ -26,7 +28,7 @@ def nsys_stats() -> Stats:
             [nsys, "stats", "-q", "-r", report, "--format", "csv", "--output", "-", str(path)],
             capture_output=True,
             text=True,
-            timeout=280,
+            timeout=CHILD_S,
         )
         assert done.returncode == 0, done.stderr
         return list(csv.DictReader(io.StringIO(done.stdout)))

@@ -25,6 +25,7 @@ from fxnvtx.report.part import Part
 from fxnvtx.report.recording import spans_of
 from fxnvtx.report.tree import SUMS, Node, Tree
 from fxnvtx.report.window import WHOLE, Numbers, Window
+from tests.support.limits import CHILD_S
 from tests.support.oracle.nsys import read_sqlite as read_by_rows
 from tests.support.oracle.recording import fill as fill_by_rows
 
@@ -326,7 +327,7 @@ def test_arrays_are_loaded_when_a_capture_is_read_and_not_before() -> None:
         "print(len(early), len(wanted & set(sys.modules)), 'torch' in sys.modules)"
     )
     command = [sys.executable, "-c", code, str(DATA / "mfu_2gpu_slice.sqlite")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=CHILD_S)
     assert done.stdout.split() == ["0", "3", "False"]
 
 

@@ -11,6 +11,8 @@ import pytest
 
 from fxnvtx.report import Report, load
 
+from ..support.limits import CHILD_S
+
 pytestmark = [pytest.mark.nsys, pytest.mark.slow]
 SCRIPT = """
 import sys, threading, time
@@ -54,7 +56,7 @@ def capture(nsys: str, command: list[str], target: Path) -> None:
         ],
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=CHILD_S,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -91,7 +93,7 @@ def test_nsys_and_the_recorder_tell_of_the_same_run(nsys: str, tmp_path: Path) -
 def test_a_profile_is_the_same_in_both(nsys: str, tmp_path: Path, compiled: bool) -> None:
     command = [sys.executable, "-m", "fxnvtx", "profile", "--nsys", "--steps", "2", "-o", str(tmp_path / "out")]
     done = subprocess.run(
-        [*command, *(["--compile"] if compiled else [])], capture_output=True, text=True, timeout=280, check=False
+        [*command, *(["--compile"] if compiled else [])], capture_output=True, text=True, timeout=CHILD_S, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     recorded, captured = load(tmp_path / "out" / "recording.json"), load(tmp_path / "out" / "capture.sqlite")

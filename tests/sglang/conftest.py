@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from ..support.limits import CHILD_S
+
 HERE = Path(__file__).parent
 ARGS = ("text_encoder_cpu_offload=false", "vae_cpu_offload=false", "dit_cpu_offload=false")
 
@@ -47,7 +49,7 @@ def run_sglang(tmp_path_factory):
         command = [*(a.replace("FOLDER", str(folder)) for a in around), python, str(HERE / "app.py")]
         command += [model, str(requests), *ARGS, *words]
         done = subprocess.run(
-            command, env=given, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=560
+            command, env=given, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=CHILD_S
         )
         output = done.stdout + done.stderr
         assert done.returncode == 0, output[-4000:]
