@@ -31,7 +31,9 @@ def run_sglang(tmp_path_factory):
     """run(name, *server arguments, requests=, env=, around=) -> Run; skips without an environment."""
     python = os.environ.get("FXNVTX_SGLANG_PYTHON")
     if not python:
-        pytest.skip("FXNVTX_SGLANG_PYTHON names no Python with SGLang-Diffusion")
+        pytest.skip(
+            os.environ.get("FXNVTX_SGLANG_MISSING", "FXNVTX_SGLANG_PYTHON names no Python with SGLang-Diffusion")
+        )
     beside = Path(python).parents[2] / "models" / "Z-Image-Turbo"
     model = os.environ.get("FXNVTX_SGLANG_MODEL", str(beside))
     cache = tmp_path_factory.mktemp("inductor")
