@@ -2,21 +2,117 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .dit import DiT
+from ..errors import ConfigError
+from .dit import ByteTokenizer, DiT, TextEncoder
 from .lora import apply_lora
-from .scheduler import FlowMatchEulerScheduler
-from .sizes import ModelSize, model_size
-from .text import ByteTokenizer, TextEncoder
-from .upsampler import LatentUpsampler
-from .vae import VAE
-from .video_vae import VideoVAE
+from .vae import VAE, LatentUpsampler, VideoVAE
+
+# ------------------------------------------ sizes: S, B, L and XL of arXiv 2212.09748, table 1; tiny is ours, for a CPU
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """One row of the table.
+
+    `image` and `video` are what it generates, in pixels: side; frames and side. `tile` is the piece of a video latent
+    that is decoded at a time: frames, rows, columns.
+    """
+
+    depth: int
+    dim: int
+    heads: int
+    text_depth: int
+    text_dim: int
+    text_heads: int
+    vae_channels: tuple[int, ...]
+    vae_groups: int
+    video_channels: tuple[int, ...]
+    image: int
+    video: tuple[int, int]
+    tile: tuple[int, int, int]
+
+
+_SD_VAE = (128, 256, 512, 512)
+SIZES: dict[str, ModelSize] = {
+    "tiny": ModelSize(2, 64, 4, 1, 32, 2, (8, 16, 16, 16), 4, (8, 8, 16, 16), 64, (8, 64), (2, 4, 4)),
+    "small": ModelSize(12, 384, 6, 4, 256, 4, (32, 64, 128, 128), 32, (16, 32, 64, 64), 256, (16, 128), (4, 8, 8)),
+    "base": ModelSize(12, 768, 12, 6, 512, 8, _SD_VAE, 32, (32, 64, 128, 128), 256, (16, 256), (4, 16, 16)),
+    "large": ModelSize(24, 1024, 16, 12, 768, 12, _SD_VAE, 32, (64, 128, 256, 256), 256, (32, 256), (4, 16, 16)),
+    "xl": ModelSize(28, 1152, 16, 12, 768, 12, _SD_VAE, 32, (128, 256, 512, 512), 256, (32, 512), (4, 32, 32)),
+}
+
+
+def model_size(name: str) -> ModelSize:
+    """The row of that name; ConfigError where there is none."""
+    if name not in SIZES:
+        raise ConfigError(f"there is no model size {name!r}: choose one of {', '.join(SIZES)}")
+    return SIZES[name]
+
+
+# ------------------------------------------------------------------------------------------------------- the scheduler
+
+# Euler steps along the straight paths of flow matching: a sample at noise level s is (1 - s) * data + s * noise.
+
+
+TRAIN_TIMESTEPS = 1000
+
+
+class FlowMatchEulerScheduler:
+    """Noise levels from 1 (noise) to 0 (data), and the step between two of them.
+
+    `shift` > 1 spends more of the steps at high noise, as larger images need (arXiv 2403.03206, equation 23). A step is
+    told its index, so nothing is kept from one step to the next: copies of the scheduler agree with it.
+    """
+
+    def __init__(self, shift: float = 3.0) -> None:
+        if not (math.isfinite(shift) and shift > 0):
+            raise ConfigError(f"shift must be a positive number, not {shift!r}")
+        self.shift = shift
+        self.sigmas: tuple[float, ...] = ()
+        self.timesteps = torch.empty(0)
+
+    def set_timesteps(self, steps: int, *, start: float = 1.0, device: torch.device | str = "cpu") -> Tensor:
+        """Lay `steps` steps from noise level `start` (1 for pure noise; less to refine a sample) down to 0.
+
+        Sets `sigmas` (steps + 1 numbers, the last is 0) and returns `timesteps` (float32 [steps], 1000 * sigma).
+        """
+        if not isinstance(steps, int) or steps < 1:
+            raise ConfigError(f"steps must be a whole number, at least 1, not {steps!r}")
+        if not 0 < start <= 1:
+            raise ConfigError(f"start must be a noise level above 0 and at most 1, not {start!r}")
+        first = start / (self.shift - (self.shift - 1) * start)  # what the shift below turns into `start`
+        even = [first * (1 - index / steps) for index in range(steps + 1)]
+        shifted = [self.shift * s / (1 + (self.shift - 1) * s) for s in even]
+        self.sigmas = (start, *shifted[1:])
+        self.timesteps = torch.tensor(self.sigmas[:-1], dtype=torch.float32, device=device) * TRAIN_TIMESTEPS
+        return self.timesteps
+
+    def _sigma(self, index: int) -> float:
+        if not 0 <= index < len(self.timesteps):
+            raise ConfigError(f"there is no step {index} of {len(self.timesteps)}: call set_timesteps first")
+        return self.sigmas[index]
+
+    def step(self, velocity: Tensor, index: int, sample: Tensor) -> Tensor:
+        """From the sample at noise level `sigmas[index]` and its velocity (noise - data) to `sigmas[index + 1]`."""
+        sigma = self._sigma(index)
+        return sample + velocity * (self.sigmas[index + 1] - sigma)
+
+    def add_noise(self, sample: Tensor, noise: Tensor, index: int = 0) -> Tensor:
+        """`sample` at the noise level of step `index`."""
+        sigma = self._sigma(index)
+        return sample * (1 - sigma) + noise * sigma
+
+
+# --------------------------------------------------------------------------------------------------------------- models
+
 
 IMAGE_LATENT_CHANNELS = 4
 VIDEO_LATENT_CHANNELS = 8

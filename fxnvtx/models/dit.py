@@ -1,19 +1,130 @@
-"""The diffusion transformer of Peebles & Xie (arXiv 2212.09748), for images and videos, conditioned on text.
+"""The diffusion transformer of Peebles & Xie (arXiv 2212.09748), for images and videos, and the text encoder before it.
 
 Blocks, final layer and sizes are the published ones (adaLN). Text comes in two ways: its pooled vector joins the
 timestep in adaLN, its tokens join the patches in the sequence (the paper's "in-context conditioning"), which adds
-nothing to a block. So the XL stack has exactly the published 669,344,256 parameters.
+nothing to a block. So the XL stack has exactly the published 669,344,256 parameters. The text encoder needs no
+download: bytes in, one vector per byte and one for the whole prompt out.
+
+All forwards in this package are straight lines: no branches, no helper calls, only children, parameters, torch
+functions and tensor methods. So torch.fx can trace each of them, alone with its children opaque or through the
+whole model.
 """
 
 # mypy: disable-error-code="no-any-return"
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from .layers import MLP, Attention
+from ..errors import ConfigError
+
+# ------------------------------------------------------------------------------------------------------- layers of both
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: [batch, tokens, dim] to the same shape.
+
+    `mask` is what `scaled_dot_product_attention` takes: True where a key may be seen, broadcast to
+    [batch, heads, tokens, tokens].
+    """
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(dim, dim)
+        self.to_k = nn.Linear(dim, dim)
+        self.to_v = nn.Linear(dim, dim)
+        self.to_out = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        q = self.to_q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k = self.to_k(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        v = self.to_v(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.to_out(x.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Two linear layers with a GELU between: [..., dim] to the same shape."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = nn.GELU(approximate="tanh")
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+# ----------------------------------------------------------------------------------------------------------------- text
+
+
+class ByteTokenizer:
+    """UTF-8 bytes as tokens. Ids: 0 padding, 1 start, 2 end, then 3 + byte."""
+
+    pad, start, end, first_byte = 0, 1, 2, 3
+    vocabulary = 259
+
+    def __init__(self, max_length: int = 64) -> None:
+        if max_length < 2:
+            raise ConfigError(f"max_length must be at least 2 (start and end), not {max_length}")
+        self.max_length = max_length
+
+    def __call__(self, prompts: str | Sequence[str]) -> Tensor:
+        """Ids of one prompt or several, int64 [batch, max_length]; a longer prompt is cut."""
+        batch = [prompts] if isinstance(prompts, str) else list(prompts)
+        rows = []
+        for prompt in batch:
+            if not isinstance(prompt, str):
+                raise ConfigError(f"a prompt must be a str, not {type(prompt).__name__}")
+            text = prompt.encode("utf-8", "replace")[: self.max_length - 2]
+            ids = [self.start, *(self.first_byte + byte for byte in text), self.end]
+            rows.append(ids + [self.pad] * (self.max_length - len(ids)))
+        return torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(len(rows), self.max_length)
+
+
+class TextBlock(nn.Module):
+    """Pre-norm transformer block; padding is not attended to."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = MLP(dim, 4 * dim)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x), mask)
+        return x + self.mlp(self.norm2(x))
+
+
+class TextEncoder(nn.Module):
+    """Ids [batch, length] to (one vector per token [batch, length, dim], zero at padding; their mean [batch, dim])."""
+
+    def __init__(self, dim: int, depth: int, heads: int, max_length: int = 64) -> None:
+        super().__init__()
+        self.pad = ByteTokenizer.pad
+        self.token_embedding = nn.Embedding(ByteTokenizer.vocabulary, dim)
+        self.position_embedding = nn.Parameter(torch.randn(max_length, dim) * dim**-0.5)
+        self.blocks = nn.ModuleList([TextBlock(dim, heads) for _ in range(depth)])
+        self.final_norm = nn.LayerNorm(dim)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        mask = ids != self.pad
+        x = self.token_embedding(ids) + self.position_embedding[: ids.shape[1]]
+        for block in self.blocks:
+            x = block(x, mask[:, None, None, :])
+        x = self.final_norm(x) * mask.unsqueeze(-1)
+        return x, x.sum(1) / mask.sum(1, keepdim=True)
+
+
+# -------------------------------------------------------------------------------------------- the diffusion transformer
+
 
 MAX_GRID = 128  # patches along one side of the latent, and patches in time
 
