@@ -43,6 +43,13 @@ def full(session: nox.Session) -> None:
     session.run("pytest", *session.posargs)
 
 
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The documents as a site, in site/."""
+    session.install("-e", ".[docs]")
+    session.run("mkdocs", "build", "--strict")
+
+
 @nox.session(python=PYTHONS)
 @nox.parametrize("torch", TORCH)
 def versions(session: nox.Session, torch: str) -> None:

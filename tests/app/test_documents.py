@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import re
 import shlex
@@ -16,6 +17,11 @@ from torch import nn
 
 import fxnvtx
 from fxnvtx.cli import cli
+from fxnvtx.doctor import findings
+from fxnvtx.report.calls import Spread
+from fxnvtx.report.render_csv import COLUMNS
+from fxnvtx.report.render_json import row_fields
+from fxnvtx.report.rows import VIEWS, Row
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *ROOT.glob("[A-Z]*.md")])
@@ -79,3 +85,28 @@ def test_commands_have_the_options_that_are_shown(
         command = cli.get_command(click.Context(cli), name)
         assert command is not None, words
         command.make_context(name, rest)
+
+
+def _named(document: str) -> set[str]:
+    return set(re.findall(r"`([\w-]+)`", (ROOT / "docs" / document).read_text(encoding="utf-8")))
+
+
+def test_every_field_and_column_of_a_report_is_explained() -> None:
+    named = _named("report.md")
+    fields = {field.name for field in dataclasses.fields(Row)} & set(row_fields(Row("x", 0, "range", "")))
+    assert not (fields | set(COLUMNS)) - named
+    assert not {field.name for field in dataclasses.fields(Spread)} - named
+    assert not set(VIEWS) - named
+
+
+def test_every_line_of_the_doctor_is_explained() -> None:
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    assert not {found.what for found in findings()} - set(re.findall(r"^\| `([^`]+)`", text, re.MULTILINE))
+
+
+def test_every_public_name_is_in_the_api_page() -> None:
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    packages = {"integrations", "models", "pipeline", "report"}
+    assert not {f"::: fxnvtx.{name}" for name in fxnvtx.__all__ if name not in packages | {"FxnvtxError"}} - set(
+        text.splitlines()
+    )
