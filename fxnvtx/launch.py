@@ -6,11 +6,7 @@ PYTHONPATH (`_site`), so it reaches whatever Python process the program starts i
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -18,7 +14,7 @@ from .errors import ConfigError
 from .processes import Launched, command_line
 from .window import read_steps
 
-__all__ = ["factory_runner", "run_command"]
+__all__ = ["run_command"]
 
 
 @click.command("run", context_settings={"allow_interspersed_args": False}, options_metavar="[OPTIONS]")
@@ -81,34 +77,3 @@ def run_command(
     code = launched.run(command)
     launched.tell(rows)
     launched.leave(code)
-
-
-def factory_runner(path: Path, factory: str, job: Any) -> Callable[[bool, Any], Any]:
-    """For --pipeline file.py:factory. `factory()` returns what is called without arguments to run one request."""
-    if not path.is_file():
-        raise ConfigError(f"{path} is no file: --pipeline takes file.py:factory")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.resolve().parent))
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    made = getattr(module, factory, None)
-    if not callable(made):
-        raise ConfigError(f"{path} has no function {factory!r}: --pipeline takes file.py:factory")
-    request = made()
-    if not callable(request):
-        raise ConfigError(f"{factory}() in {path} must return a callable that runs one request")
-    from .everything import instrument_everything
-    from .ranges import label, pop, push
-
-    def run(is_warmup: bool, on_step: Any) -> Any:
-        with instrument_everything(job.depth):
-            entry = None if is_warmup else push(label("request#1", "request"))
-            try:
-                return request()
-            finally:
-                pop(entry)
-
-    return run

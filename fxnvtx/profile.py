@@ -7,7 +7,6 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +15,14 @@ from click.core import ParameterSource
 
 from .cli import writable_folder
 from .errors import ConfigError
+from .jobs import BUILT_IN, Job, runner
 from .output import say, write_text
 from .report.options import refuse
 
 __all__ = ["profile_command"]
 
-BUILT_IN = ("reference", "two-stage")
 TREE = "tree.txt"
 PAGE = "report.html"
-
-
-@dataclass
-class Job:
-    """What to run and how: the command's options."""
-
-    pipeline: str
-    prompt: str
-    steps: int
-    seed: int
-    size: str
-    compile: bool
-    residency: dict[str, str]
-    depth: int | None
-    stages_only: bool
-    warmup: int
-    model: str | None
 
 
 @click.command("profile")
@@ -152,7 +134,7 @@ def _in_process(job: Job, output: Path, rows: int) -> None:
     from .recording import record
     from .report import chrome, from_recording, render_html, render_text
 
-    run = _runner(job)
+    run = runner(job)
     for _ in range(job.warmup):
         run(True, None)
     with _progress(job.steps) as on_step, record() as recording:
@@ -190,47 +172,3 @@ def _write_picture(result: Any, output: Path) -> list[str]:
         write_png(output / "image.png", result.image)
         return ["image.png"]
     return []
-
-
-# ------------------------------------------------------------------------------------------------ what to run
-
-Run = Callable[[bool, Callable[[int, int], None] | None], Any]
-
-
-def _runner(job: Job) -> Run:
-    """(is_warmup, on_step) -> result, for each kind of --pipeline."""
-    if job.pipeline in BUILT_IN:
-        return _built_in(job)
-    if job.pipeline.startswith("diffusers:"):
-        from .integrations.diffusers import runner
-
-        return runner(job.pipeline.partition(":")[2], job)
-    from .launch import factory_runner
-
-    path, colon, factory = job.pipeline.rpartition(":")
-    if not colon or not path.endswith(".py"):
-        raise ConfigError(
-            f"--pipeline {job.pipeline!r} is unknown: use {', '.join(BUILT_IN)}, diffusers:<Class> or file.py:factory"
-        )
-    return factory_runner(Path(path), factory, job)
-
-
-def _built_in(job: Job) -> Run:
-    from . import pipeline
-
-    args = pipeline.ServerArgs.from_kwargs(
-        enable_layerwise_nvtx_marker=not job.stages_only,
-        enable_stage_nvtx_marker=True,
-        nvtx_depth=job.depth,
-        residency=job.residency,
-    )
-    built = pipeline.PIPELINES[job.pipeline](args, size=job.size, compile=job.compile)
-
-    def run(is_warmup: bool, on_step: Callable[[int, int], None] | None) -> Any:
-        if is_warmup:
-            return built(pipeline.Batch(prompt=job.prompt, steps=1, refine_steps=1, seed=job.seed, is_warmup=True))
-        return pipeline.run(
-            job.pipeline, prompt=job.prompt, steps=job.steps, seed=job.seed, pipeline=built, on_step=on_step
-        )
-
-    return run

@@ -28,9 +28,8 @@ from . import watching as _watching
 from .bound import Options, Pipe
 from .components import is_pipeline, named_modules
 from .hidden import hide_module
-from .runner import Picture, runner
 
-__all__ = ["Picture", "instrument", "runner", "set_enabled", "uninstrument", "unwatch", "watch"]
+__all__ = ["instrument", "set_enabled", "uninstrument", "unwatch", "watch"]
 
 P = TypeVar("P")
 

@@ -218,7 +218,7 @@ def test_nsys_hears_only_the_steps_asked_for(tmp_path: Path) -> None:
 
 PIPELINE = """
 import sys
-from fxnvtx.integrations.tiny import TINY
+from fxnvtx.models.tiny_diffusers import TINY
 pipe, arguments = TINY["DiTPipeline"]()
 for _ in range(2):
     pipe(**dict(arguments, num_inference_steps=3, output_type="np"))

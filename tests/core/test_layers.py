@@ -71,8 +71,6 @@ EXCEPTIONS = {
     ("integrations/sglang/options", "pipeline/steps"): "SGLang's server shares the syntax of step windows",
     ("integrations/sglang/layers", "pipeline/residency/attach"): "SGLang's components attach as the pipeline's do",
     ("integrations/sglang/layers", "pipeline/residency/methods"): "SGLang's components attach as the pipeline's do",
-    ("integrations/runner", "profile"): "the type of a job",
-    ("integrations/runner", "integrations/diffusers"): "a job instruments its pipeline",
     ("integrations/scene", "integrations/bound"): "types of what runs",
     ("integrations/scene", "integrations/tiles"): "types of what runs",
     ("pipeline/args", "pipeline/cli_args"): "ServerArgs.from_cli() parses",

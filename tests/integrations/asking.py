@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fxnvtx import record
-from fxnvtx.integrations.tiny import TINY
+from fxnvtx.models.tiny_diffusers import TINY
 from fxnvtx.recording import Node, Recording
 
 STEPS = 2

@@ -18,7 +18,7 @@ PROGRAM = """
 import json, sys
 import fxnvtx
 from fxnvtx.integrations import diffusers as fx
-from fxnvtx.integrations.tiny import TINY
+from fxnvtx.models.tiny_diffusers import TINY
 import torch
 torch.set_num_threads(1)
 pipe, arguments = TINY["WanPipeline"]()

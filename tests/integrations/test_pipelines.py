@@ -13,7 +13,7 @@ import diffusers
 
 from fxnvtx import record
 from fxnvtx.integrations import diffusers as fx
-from fxnvtx.integrations.tiny import TINY
+from fxnvtx.models.tiny_diffusers import TINY
 
 from .asking import STEPS, build, every, labels, only, parents, recorded, same, traces
 

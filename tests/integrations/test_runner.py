@@ -12,9 +12,8 @@ pytest.importorskip("diffusers", reason="needs diffusers: pip install fxnvtx[dif
 
 from fxnvtx import record
 from fxnvtx.errors import ConfigError
-from fxnvtx.integrations import diffusers as fx
-from fxnvtx.integrations.tiny import TINY
-from fxnvtx.profile import Job
+from fxnvtx.jobs import Job, diffusers_runner
+from fxnvtx.models.tiny_diffusers import TINY
 
 from .asking import every, only
 
@@ -38,7 +37,7 @@ def job(**options: Any) -> Job:
 
 @pytest.mark.parametrize("name", list(TINY))
 def test_a_picture_of_each(name: str) -> None:
-    run = fx.runner(name, job())
+    run = diffusers_runner(name, job())
     told: list[tuple[int, int]] = []
     with record() as recording:
         run(True, None)
@@ -56,7 +55,7 @@ def test_a_picture_of_each(name: str) -> None:
 
 def test_prompt_seed_and_depth_count() -> None:
     def video(**options: Any) -> torch.Tensor:
-        found = fx.runner("LTXPipeline", job(steps=1, **options))(False, None).video
+        found = diffusers_runner("LTXPipeline", job(steps=1, **options))(False, None).video
         assert found is not None
         return found
 
@@ -64,14 +63,14 @@ def test_prompt_seed_and_depth_count() -> None:
     assert not torch.equal(video(), video(seed=1))
     assert not torch.equal(video(), video(prompt="the moon"))
     with record() as recording:
-        fx.runner("LTXPipeline", job(depth=0))(False, None)
+        diffusers_runner("LTXPipeline", job(depth=0))(False, None)
     assert {n.label for n in every(recording) if n.category == "module"} == {"text_encoder", "transformer"}
 
 
 def test_a_folder_is_loaded(tmp_path: Path) -> None:
     pipe, _ = TINY["DiTPipeline"]()
     pipe.save_pretrained(tmp_path)
-    run = fx.runner("DiTPipeline", job(model=str(tmp_path), stages_only=True))
+    run = diffusers_runner("DiTPipeline", job(model=str(tmp_path), stages_only=True))
     with record() as recording:
         made = run(False, None)
     assert made.image is not None
@@ -81,10 +80,10 @@ def test_a_folder_is_loaded(tmp_path: Path) -> None:
 
 def test_errors(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no tiny weights for NoPipeline: use one of DiTPipeline, .*--model"):
-        fx.runner("NoPipeline", job())
+        diffusers_runner("NoPipeline", job())
     with pytest.raises(ConfigError, match="is no folder"):
-        fx.runner("FluxPipeline", job(model=str(tmp_path / "missing")))
+        diffusers_runner("FluxPipeline", job(model=str(tmp_path / "missing")))
     with pytest.raises(ConfigError, match="has no pipeline 'NoPipeline'"):
-        fx.runner("NoPipeline", job(model=str(tmp_path)))
+        diffusers_runner("NoPipeline", job(model=str(tmp_path)))
     with pytest.raises(ConfigError, match="cannot be loaded from"):
-        fx.runner("FluxPipeline", job(model=str(tmp_path)))
+        diffusers_runner("FluxPipeline", job(model=str(tmp_path)))

@@ -25,7 +25,7 @@ from fxnvtx.integrations import diffusers as fx
 fx.watch()
 fx.watch()
 before = "diffusers" in sys.modules
-from fxnvtx.integrations.tiny import TINY
+from fxnvtx.models.tiny_diffusers import TINY
 pipe, arguments = TINY["FluxPipeline"]()
 loader = sys.modules["diffusers.pipelines.pipeline_utils"].__spec__.loader
 with fxnvtx.record() as recording:

@@ -1,23 +1,111 @@
-"""`fxnvtx profile --pipeline diffusers:<Class>`: a pipeline of that class, and one request after the other."""
+"""What `fxnvtx profile` runs: one job, a pipeline and how, as a function that makes one request after the other."""
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from ..errors import ConfigError
+from .errors import ConfigError
 
 if TYPE_CHECKING:
-    from ..profile import Job
+    import torch
 
-__all__ = ["Picture", "runner"]
+__all__ = ["BUILT_IN", "Job", "Picture", "diffusers_runner", "runner"]
 
+BUILT_IN = ("reference", "two-stage")
 OnStep = Callable[[int, int], None]
+Run = Callable[[bool, OnStep | None], Any]
+
+
+@dataclass
+class Job:
+    """What to run and how: the command's options."""
+
+    pipeline: str
+    prompt: str
+    steps: int
+    seed: int
+    size: str
+    compile: bool
+    residency: dict[str, str]
+    depth: int | None
+    stages_only: bool
+    warmup: int
+    model: str | None
+
+
+def runner(job: Job) -> Run:
+    """(is_warmup, on_step) -> result, for each kind of --pipeline."""
+    if job.pipeline in BUILT_IN:
+        return _built_in(job)
+    if job.pipeline.startswith("diffusers:"):
+        return diffusers_runner(job.pipeline.partition(":")[2], job)
+    path, colon, factory = job.pipeline.rpartition(":")
+    if not colon or not path.endswith(".py"):
+        raise ConfigError(
+            f"--pipeline {job.pipeline!r} is unknown: use {', '.join(BUILT_IN)}, diffusers:<Class> or file.py:factory"
+        )
+    return _factory(Path(path), factory, job)
+
+
+def _built_in(job: Job) -> Run:
+    from . import pipeline
+
+    args = pipeline.ServerArgs.from_kwargs(
+        enable_layerwise_nvtx_marker=not job.stages_only,
+        enable_stage_nvtx_marker=True,
+        nvtx_depth=job.depth,
+        residency=job.residency,
+    )
+    built = pipeline.PIPELINES[job.pipeline](args, size=job.size, compile=job.compile)
+
+    def run(is_warmup: bool, on_step: OnStep | None) -> Any:
+        if is_warmup:
+            return built(pipeline.Batch(prompt=job.prompt, steps=1, refine_steps=1, seed=job.seed, is_warmup=True))
+        return pipeline.run(
+            job.pipeline, prompt=job.prompt, steps=job.steps, seed=job.seed, pipeline=built, on_step=on_step
+        )
+
+    return run
+
+
+def _factory(path: Path, factory: str, job: Job) -> Run:
+    """For --pipeline file.py:factory. `factory()` returns what is called without arguments to run one request."""
+    if not path.is_file():
+        raise ConfigError(f"{path} is no file: --pipeline takes file.py:factory")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.resolve().parent))
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    made = getattr(module, factory, None)
+    if not callable(made):
+        raise ConfigError(f"{path} has no function {factory!r}: --pipeline takes file.py:factory")
+    request = made()
+    if not callable(request):
+        raise ConfigError(f"{factory}() in {path} must return a callable that runs one request")
+    from .everything import instrument_everything
+    from .ranges import label, pop, push
+
+    def run(is_warmup: bool, on_step: OnStep | None) -> Any:
+        with instrument_everything(job.depth):
+            entry = None if is_warmup else push(label("request#1", "request"))
+            try:
+                return request()
+            finally:
+                pop(entry)
+
+    return run
+
+
+# ------------------------------------------------------------------------------------------------------------ diffusers
 
 
 @dataclass(frozen=True)
@@ -28,18 +116,20 @@ class Picture:
     video: torch.Tensor | None = None
 
 
-def runner(class_name: str, job: Job) -> Callable[[bool, OnStep | None], Picture]:
+def diffusers_runner(class_name: str, job: Job) -> Run:
     """(is_warmup, on_step) -> Picture. on_step(done, total) is called after each step; a warm-up shows no ranges.
 
     Without job.model the pipeline has tiny random weights; with it, the folder is loaded. Raises ConfigError.
     """
-    from . import diffusers as _api
+    import torch
+
+    from .integrations import diffusers
 
     pipe, arguments = _load(class_name, job) if job.model else _tiny(class_name, job)
     if torch.cuda.is_available():
         pipe.to("cuda")
         arguments = {k: v.to("cuda") if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
-    _api.instrument(pipe, depth=job.depth, layers=not job.stages_only)
+    diffusers.instrument(pipe, depth=job.depth, layers=not job.stages_only)
     if job.compile:
         _denoiser(pipe).compile(backend="fxnvtx")
     accepted = inspect.signature(type(pipe).__call__).parameters
@@ -49,11 +139,11 @@ def runner(class_name: str, job: Job) -> Callable[[bool, OnStep | None], Picture
         given = dict(arguments, generator=torch.Generator().manual_seed(job.seed))
         if on_step is not None and "callback_on_step_end" in accepted:
             given["callback_on_step_end"] = _telling(on_step, job.steps)
-        _api.set_enabled(pipe, not is_warmup)
+        diffusers.set_enabled(pipe, not is_warmup)
         try:
             made = pipe(**given)
         finally:
-            _api.set_enabled(pipe, True)
+            diffusers.set_enabled(pipe, True)
         if on_step is not None:
             on_step(job.steps, job.steps)
         return picture_of(made)
@@ -78,7 +168,7 @@ def _library() -> Any:
 
 
 def _tiny(class_name: str, job: Job) -> tuple[Any, dict[str, Any]]:
-    from .tiny import TINY
+    from .models.tiny_diffusers import TINY
 
     if class_name not in TINY:
         raise ConfigError(
@@ -108,6 +198,8 @@ def _load(class_name: str, job: Job) -> tuple[Any, dict[str, Any]]:
 
 
 def _denoiser(pipe: Any) -> Any:
+    import torch
+
     for name in ("transformer", "unet"):
         found = getattr(pipe, name, None)
         if isinstance(found, torch.nn.Module):
@@ -117,6 +209,8 @@ def _denoiser(pipe: Any) -> Any:
 
 def picture_of(made: Any) -> Picture:
     """The first image or video of what a pipeline returned: [batch, (frames,) height, width, channels], 0 to 1."""
+    import torch
+
     try:
         first = torch.as_tensor(made[0][0])
     except (TypeError, ValueError, KeyError, IndexError):

@@ -13,6 +13,7 @@ import torch
 
 __all__ = ["TINY", "Built"]
 
+
 Built = tuple[Any, dict[str, Any]]
 TEXT_WIDTH = 16
 TEXT_LENGTH = 32
