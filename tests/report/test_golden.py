@@ -1,5 +1,8 @@
-"""What the renderers write, to the letter. `pytest tests/report/test_golden.py --rewrite-golden` takes what they write now:
-look at the difference that git shows before committing it."""
+"""What the renderers write, to the letter.
+
+`pytest tests/report/test_golden.py --rewrite-golden` takes what they write now: look at the difference that git shows
+before committing it.
+"""
 
 from __future__ import annotations
 
