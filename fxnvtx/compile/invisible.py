@@ -76,8 +76,9 @@ def jit_traces() -> bool:
     return _jit_state() is not None
 
 
-def hide_module(namespace: Mapping[str, Any]) -> None:
-    """Hide every function and method that a module defines; `namespace` is its globals()."""
+def hide_module(namespace: Mapping[str, Any], nested: bool = False) -> None:
+    """Hide every function and method that a module defines; `namespace` is its globals(). `nested`: those that are
+    defined inside of them, too."""
     own = namespace["__name__"]
     for found in list(namespace.values()):
         if getattr(found, "__module__", None) != own:
@@ -85,7 +86,14 @@ def hide_module(namespace: Mapping[str, Any]) -> None:
         for member in (found, *(vars(found).values() if isinstance(found, type) else ())):
             function = getattr(member, "__func__", getattr(member, "fget", member))
             if isinstance(function, types.FunctionType):
-                hide_from_dynamo(function.__code__)
+                _hide(function.__code__, nested)
+
+
+def _hide(code: types.CodeType, nested: bool) -> None:
+    hide_from_dynamo(code)
+    for constant in code.co_consts if nested else ():
+        if isinstance(constant, types.CodeType):
+            _hide(constant, nested)
 
 
 hide_module(globals())

@@ -71,8 +71,6 @@ EXCEPTIONS = {
     ("integrations/sglang/options", "pipeline/steps"): "SGLang's server shares the syntax of step windows",
     ("integrations/sglang/layers", "pipeline/residency/attach"): "SGLang's components attach as the pipeline's do",
     ("integrations/sglang/layers", "pipeline/residency/methods"): "SGLang's components attach as the pipeline's do",
-    ("integrations/scene", "integrations/bound"): "types of what runs",
-    ("integrations/scene", "integrations/tiles"): "types of what runs",
     ("pipeline/args", "pipeline/cli_args"): "ServerArgs.from_cli() parses",
     ("pipeline/context", "pipeline/collective"): "types of what runs",
     ("pipeline/executor", "pipeline/composed"): "the type of what is executed",

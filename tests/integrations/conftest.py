@@ -31,13 +31,13 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def clean() -> Iterator[None]:
     """Whatever a test does, the next one finds no instrumented pipeline, no patched class and an empty stack."""
-    from fxnvtx.integrations import attach, bound
+    from fxnvtx.integrations.diffusers import attach, registry
     from fxnvtx.ranges import local
 
     yield
     assert not local.stack
-    for record in bound.pipes():
+    for record in registry.pipes():
         pipe: Any = record.ref()
         if pipe is not None:
             attach.detach(pipe)
-    assert len(bound.methods) == 0
+    assert len(registry.methods) == 0

@@ -11,9 +11,9 @@ import torch
 pytest.importorskip("diffusers", reason="needs diffusers: pip install fxnvtx[diffusers]")
 
 from fxnvtx import record
-from fxnvtx.integrations import attach, components
 from fxnvtx.integrations import diffusers as fx
-from fxnvtx.integrations.bound import find
+from fxnvtx.integrations.diffusers import attach, components
+from fxnvtx.integrations.diffusers.thread_state import find
 
 from .asking import STEPS, build, every, labels, only, same
 

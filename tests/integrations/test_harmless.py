@@ -22,8 +22,9 @@ import diffusers
 import fxnvtx
 from fxnvtx import record
 from fxnvtx.errors import InstrumentError, SelectionError
-from fxnvtx.integrations import attach, bound
 from fxnvtx.integrations import diffusers as fx
+from fxnvtx.integrations.diffusers import attach, registry
+from fxnvtx.integrations.diffusers.thread_state import find
 
 from .asking import STEPS, build, every, labels, only, recorded, same, tensors, traces
 
@@ -61,7 +62,7 @@ def test_instrumenting_twice_is_once() -> None:
     twice = [(r.label, r.depth) for r in recorded(ask).ranges]
     assert [t for t in twice if t[0] != "request#2"] == [o for o in once if o[0] != "request#1"]
     fx.uninstrument(pipe)
-    assert len(bound.methods) == 0
+    assert len(registry.methods) == 0
 
 
 def test_another_pipeline_of_the_class_stays_silent() -> None:
@@ -109,11 +110,11 @@ def test_an_object_at_the_address_of_one_that_is_gone() -> None:
     pipe, _ = build("FluxPipeline")
     fx.instrument(pipe)
     stranger = torch.nn.Linear(2, 2)
-    known = bound.find(pipe.transformer)
+    known = find(pipe.transformer)
     assert known is not None
-    bound._known[id(stranger)] = [known]
-    assert bound.find(stranger) is None
-    del bound._known[id(stranger)]
+    registry.known[id(stranger)] = [known]
+    assert find(stranger) is None
+    del registry.known[id(stranger)]
     old = pipe.transformer.x_embedder
     known.paths[id(stranger)] = known.paths.pop(id(old))
     pipe.transformer.x_embedder = stranger
@@ -128,8 +129,8 @@ def test_a_pipeline_that_goes_away_takes_its_ranges_along() -> None:
     del pipe, ask
     gc.collect()
     assert gone() is None
-    assert bound.pipes() == []
-    assert len(bound.methods) == 0
+    assert registry.pipes() == []
+    assert len(registry.methods) == 0
 
 
 def test_copies_and_pickles() -> None:

@@ -11,7 +11,7 @@ pytest.importorskip("diffusers", reason="needs diffusers: pip install fxnvtx[dif
 
 from fxnvtx import record
 from fxnvtx.integrations import diffusers as fx
-from fxnvtx.integrations.tiles import Tiling, place_of
+from fxnvtx.integrations.diffusers.thread_state import Tiling, place_of
 
 from .asking import build, labels, only, recorded
 

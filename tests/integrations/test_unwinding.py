@@ -16,7 +16,7 @@ import diffusers
 
 from fxnvtx import record
 from fxnvtx.integrations import diffusers as fx
-from fxnvtx.integrations.scene import here
+from fxnvtx.integrations.diffusers.thread_state import state
 from fxnvtx.ranges import local
 
 from .asking import build, labels, only, recorded
@@ -27,7 +27,9 @@ class Stop(BaseException):
 
 
 def at_rest() -> bool:
-    return not local.stack and here.request is None and here.passes is None and not here.named_pass and not here.inside
+    return (
+        not local.stack and state.request is None and state.passes is None and not state.named_pass and not state.inside
+    )
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, Stop, KeyboardInterrupt])

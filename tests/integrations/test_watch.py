@@ -13,8 +13,8 @@ from ..support.limits import CHILD_S
 
 pytest.importorskip("diffusers", reason="needs diffusers: pip install fxnvtx[diffusers]")
 
-from fxnvtx.integrations import bound
 from fxnvtx.integrations import diffusers as fx
+from fxnvtx.integrations.diffusers import registry
 
 from .asking import build, labels, recorded
 
@@ -77,4 +77,4 @@ def test_a_watched_pipeline_may_be_instrumented_by_hand_as_well() -> None:
         fx.unwatch()
     assert [n.label for n in recorded(ask).ranges].count("denoising_loop") == 1
     fx.uninstrument(pipe)
-    assert len(bound.methods) == 0
+    assert len(registry.methods) == 0

@@ -10,12 +10,13 @@ import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..instrument import log_once
-from .bound import Options, methods
+from ...compile.invisible import hide_module
+from ...instrument import log_once
 from .components import is_pipeline
-from .patches import Held
+from .registry import Held, Options, methods
 
 __all__ = ["unwatch", "watch"]
+
 
 # The classes whose method every pipeline of diffusers goes through while it is built.
 _BUILDERS = {
@@ -115,3 +116,6 @@ def unwatch() -> None:
     for held in _now.held:
         methods.release(held)
     _now = None
+
+
+hide_module(globals(), nested=True)  # some of this runs while a compiled component is being called

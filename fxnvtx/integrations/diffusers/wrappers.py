@@ -12,14 +12,13 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
 
-from .. import ranges as _ranges
-from ..categories import OP, STAGE
-from ..ranges import Entry, Label, label, pop, push
-from . import timesteps
-from .bars import follow
-from .bound import Bound, find
-from .scene import Request, here
-from .tiles import Tiling
+from ... import ranges as _ranges
+from ...categories import OP, STAGE
+from ...compile.invisible import hide_module
+from ...ranges import Entry, Label, label, pop, push
+from .progress_bars import follow, note_timesteps
+from .registry import Bound
+from .thread_state import Request, Tiling, find, state
 
 __all__ = [
     "bar_method",
@@ -32,6 +31,7 @@ __all__ = [
     "stage",
     "tiled_method",
 ]
+
 
 DISTINCT_REQUEST_LABELS = 1 << 16
 Refresh = Callable[[Any], None]
@@ -68,18 +68,18 @@ def request(refresh: Refresh) -> Callable[[Method], Method]:
             if bound is None or _under_way(bound):
                 return original(self, *args, **kwargs)
             refresh(bound.pipe)
-            outer, passes = here.request, here.passes
+            outer, passes = state.request, state.passes
             shown_as = _request_label(bound)
             entry = push(shown_as, type(self).__name__)
-            here.stages += shown_as.category == STAGE
-            here.request = running = Request(bound.pipe, outer)
-            here.passes = None
+            state.stages += shown_as.category == STAGE
+            state.request = running = Request(bound.pipe, outer)
+            state.passes = None
             try:
                 return original(self, *args, **kwargs)
             finally:
                 running.close()
-                here.stages -= shown_as.category == STAGE
-                here.request, here.passes, here.timesteps = outer, passes, None
+                state.stages -= shown_as.category == STAGE
+                state.request, state.passes, state.timesteps = outer, passes, None
                 pop(entry)
 
         return call
@@ -88,7 +88,7 @@ def request(refresh: Refresh) -> Callable[[Method], Method]:
 
 
 def _under_way(bound: Bound) -> bool:
-    running = here.request
+    running = state.request
     while running is not None:
         if running.pipe is bound.pipe:
             return True
@@ -97,13 +97,13 @@ def _under_way(bound: Bound) -> bool:
 
 
 def _request_label(bound: Bound) -> Label:
-    if here.request is not None:
+    if state.request is not None:
         return _stage_label(bound.pipe.name)
     return label(f"request#{next(bound.pipe.numbers) % DISTINCT_REQUEST_LABELS}", "request")
 
 
 def _stage_label(text: str) -> Label:
-    return label(text, OP if here.stages else STAGE)
+    return label(text, OP if state.stages else STAGE)
 
 
 def _ranged(text: Callable[[Any, Bound], Label], name: str) -> Callable[[Method], Method]:
@@ -113,17 +113,17 @@ def _ranged(text: Callable[[Any, Bound], Label], name: str) -> Callable[[Method]
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             bound = shown(self) if _ranges.active else None
             key = (id(self), name)
-            if bound is None or key in here.inside:
+            if bound is None or key in state.inside:
                 return original(self, *args, **kwargs)
             shown_as = text(self, bound)
             entry = push(shown_as)
-            here.inside.add(key)
-            here.stages += shown_as.category == STAGE
+            state.inside.add(key)
+            state.stages += shown_as.category == STAGE
             try:
                 return original(self, *args, **kwargs)
             finally:
-                here.stages -= shown_as.category == STAGE
-                here.inside.discard(key)
+                state.stages -= shown_as.category == STAGE
+                state.inside.discard(key)
                 pop(entry)
 
         return call
@@ -146,17 +146,17 @@ def scheduler_step(original: Method) -> Method:
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         key = (id(self), "step")
-        if not _ranges.active or key in here.inside or not _steps_here(self):
+        if not _ranges.active or key in state.inside or not _steps_here(self):
             return original(self, *args, **kwargs)
         entry = push(label("scheduler_step", "op"))
-        here.inside.add(key)
+        state.inside.add(key)
         try:
             return original(self, *args, **kwargs)
         finally:
-            here.inside.discard(key)
+            state.inside.discard(key)
             pop(entry)
-            if here.passes:  # a second-order scheduler has the next ones for another evaluation
-                here.passes.clear()
+            if state.passes:  # a second-order scheduler has the next ones for another evaluation
+                state.passes.clear()
 
     return call
 
@@ -167,15 +167,15 @@ def set_timesteps(original: Method) -> Method:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
         if _ranges.active and _steps_here(self):
-            timesteps.note(self, original, args, kwargs)
+            note_timesteps(self, original, args, kwargs)
         return result
 
     return call
 
 
 def _steps_here(scheduler: Any) -> bool:
-    if here.request is not None:
-        return here.request.pipe.shown
+    if state.request is not None:
+        return state.request.pipe.shown
     return shown(scheduler) is not None
 
 
@@ -189,7 +189,7 @@ class _Pass(AbstractContextManager[Any]):
 
     def __enter__(self) -> Any:
         self.entry = push(self.text)
-        here.named_pass += 1
+        state.named_pass += 1
         try:
             return self.inner.__enter__()
         except BaseException:
@@ -205,7 +205,7 @@ class _Pass(AbstractContextManager[Any]):
             self._leave()
 
     def _leave(self) -> None:
-        here.named_pass -= 1
+        state.named_pass -= 1
         pop(self.entry)
 
 
@@ -233,20 +233,20 @@ def tiled_method(name: str) -> Callable[[Method], Method]:
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             bound = shown(self) if _ranges.active else None
             key = (id(self), shown_name)
-            if bound is None or key in here.inside:
+            if bound is None or key in state.inside:
                 return original(self, *args, **kwargs)
-            outer = here.tiling
+            outer = state.tiling
             shown_as = _stage_label(f"{bound.name}.{shown_name}")
             entry = push(shown_as)
-            here.inside.add(key)
-            here.stages += shown_as.category == STAGE
-            here.tiling = Tiling(bound.name, args[0] if args else next(iter(kwargs.values()), None), outer)
+            state.inside.add(key)
+            state.stages += shown_as.category == STAGE
+            state.tiling = Tiling(bound.name, args[0] if args else next(iter(kwargs.values()), None), outer)
             try:
                 return original(self, *args, **kwargs)
             finally:
-                here.tiling = outer
-                here.stages -= shown_as.category == STAGE
-                here.inside.discard(key)
+                state.tiling = outer
+                state.stages -= shown_as.category == STAGE
+                state.inside.discard(key)
                 pop(entry)
 
         return call
@@ -265,3 +265,6 @@ def bar_method(original: Method) -> Method:
         return follow(bar, iterable, kwargs.get("desc"))
 
     return call
+
+
+hide_module(globals(), nested=True)  # some of this runs while a compiled component is being called

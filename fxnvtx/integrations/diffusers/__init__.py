@@ -11,23 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
-from ..control import controls_of
-from ..errors import InstrumentError
-from ..names import DEFAULT_EXCLUDE, Pattern
-from . import attach as _attach
-from . import bars as _bars
-from . import bound as _bound
-from . import calls as _calls
-from . import components as _components
-from . import patches as _patches
-from . import residency as _residency
-from . import scene as _scene
-from . import tiles as _tiles
-from . import timesteps as _timesteps
-from . import watching as _watching
-from .bound import Options, Pipe
+from ...compile.invisible import hide_module
+from ...control import controls_of
+from ...errors import InstrumentError
+from ...names import DEFAULT_EXCLUDE, Pattern
+from . import attach, autoinstrument
 from .components import is_pipeline, named_modules
-from .hidden import hide_module
+from .registry import Options, Pipe
 
 __all__ = ["instrument", "set_enabled", "uninstrument", "unwatch", "watch"]
 
@@ -66,7 +56,7 @@ def instrument(
             "for a model use fxnvtx.instrument(model)"
         )
     options = Options(depth, _frozen(include), _frozen(exclude), path, bool(shapes), bool(layers))
-    _attach.attach(pipe, options, type(pipe).__name__)
+    attach.attach(pipe, options, type(pipe).__name__)
     return pipe
 
 
@@ -78,13 +68,13 @@ def uninstrument(pipe: P) -> P:
     """Take everything out again; returns the pipeline. One that is not instrumented is left as it is."""
     if not is_pipeline(pipe):
         raise InstrumentError(f"uninstrument takes a diffusers pipeline, not {type(pipe).__name__}")
-    _attach.detach(pipe)
+    attach.detach(pipe)
     return pipe
 
 
 def set_enabled(pipe: Any, enabled: bool) -> None:
     """Switch all ranges of an instrumented pipeline. Takes effect at its next request."""
-    record = _attach.pipe_of(pipe)
+    record = attach.pipe_of(pipe)
     if record is None:
         raise InstrumentError(f"this {type(pipe).__name__} is not instrumented: call instrument(pipe) first")
     _switch(record, bool(enabled))
@@ -98,7 +88,7 @@ def _switch(record: Pipe, enabled: bool) -> None:
         if control is not None:
             control.set_enabled(enabled)
     for nested in record.nested:
-        found = _attach.pipe_of(nested())
+        found = attach.pipe_of(nested())
         if found is not None:
             _switch(found, enabled)
 
@@ -106,25 +96,12 @@ def _switch(record: Pipe, enabled: bool) -> None:
 def watch(*, depth: int | None = None, path: str = "auto", layers: bool = True) -> None:
     """Instrument every pipeline that is built or loaded from now on. Works before diffusers is imported, and does not
     import it."""
-    _watching.watch(Options(depth=depth, path=path, layers=layers))
+    autoinstrument.watch(Options(depth=depth, path=path, layers=layers))
 
 
 def unwatch() -> None:
     """Stop watching; pipelines that are instrumented by now stay so."""
-    _watching.unwatch()
+    autoinstrument.unwatch()
 
 
-for _module in (
-    _attach,
-    _bars,
-    _bound,
-    _calls,
-    _components,
-    _patches,
-    _residency,
-    _scene,
-    _tiles,
-    _timesteps,
-    _watching,
-):
-    hide_module(_module)
+hide_module(globals(), nested=True)

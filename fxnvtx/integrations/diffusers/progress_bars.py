@@ -8,16 +8,92 @@ works as before.
 
 from __future__ import annotations
 
+import copy
+import inspect
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from threading import get_ident
 from typing import Any
 
-from ..ranges import Entry, Label, label, pop, push
-from . import timesteps
-from .scene import Request, here
+from torch import Tensor
 
-__all__ = ["Loop", "follow", "step_text"]
+from ...compile.invisible import hide_module
+from ...ranges import Entry, Label, label, pop, push
+from .thread_state import Request, state
+
+__all__ = ["Loop", "follow", "in_step", "note_timesteps", "number", "step_text", "timesteps_of"]
+
+
+# ------------------------------------------------------------------------------------------------------------ timesteps
+
+
+def number(item: Any) -> float | None:
+    """A number that can be read without waiting for a device."""
+    if isinstance(item, (int, float)) and not isinstance(item, bool):
+        return float(item)
+    if isinstance(item, Tensor) and item.device.type == "cpu" and item.numel() == 1 and not item.is_complex():
+        return float(item)
+    return None
+
+
+def note_timesteps(scheduler: Any, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """After `method`, a scheduler's set_timesteps, ran with these arguments: remember what it left, if on a device."""
+    state.timesteps = None
+    found = getattr(scheduler, "timesteps", None)
+    if isinstance(found, Tensor) and found.device.type != "cpu":
+        numbers = computed(scheduler, method, args, kwargs)
+        if numbers is not None and len(numbers) == len(found):
+            state.timesteps = (found, numbers)
+
+
+def computed(
+    scheduler: Any, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[float] | None:
+    """What set_timesteps gives with device="cpu"; None where that cannot be told without touching the scheduler."""
+    try:
+        given = inspect.signature(method).bind(scheduler, *args, **kwargs)
+        if "device" not in inspect.signature(method).parameters or any(
+            isinstance(value, Tensor) and value.device.type != "cpu" for value in given.arguments.values()
+        ):
+            return None
+        given.arguments["device"] = "cpu"
+        twin = copy.copy(scheduler)
+        method(twin, *given.args[1:], **given.kwargs)
+        return in_step(list(twin.timesteps))
+    except Exception:  # somebody else's code, run for a label only
+        return None
+
+
+def in_step(found: Sequence[Any]) -> list[float] | None:
+    """All of them as numbers, or nothing."""
+    numbers = [number(item) for item in found]
+    return [n for n in numbers if n is not None] if None not in numbers else None
+
+
+def timesteps_of(found: Any) -> list[float] | None:
+    """The numbers in what a pipeline loops over; None where they cannot be read without waiting."""
+    if isinstance(found, Tensor) and found.device.type != "cpu":
+        if state.timesteps is None:
+            return None
+        whole, numbers = state.timesteps
+        start = _start(found, whole)
+        return None if start is None else numbers[start : start + len(found)]
+    return in_step(found)
+
+
+def _start(part: Tensor, whole: Tensor) -> int | None:
+    """Where `part`, the tensor itself or a slice of it, begins."""
+    if part is whole:
+        return 0
+    if part.dim() != 1 or whole.dim() != 1 or part.stride() != whole.stride() or part.device != whole.device:
+        return None
+    shared = part._base is whole or (part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr() != 0)
+    start, rest = divmod(int(part.storage_offset() - whole.storage_offset()), whole.stride(0))
+    return start if shared and not rest and start >= 0 and start + len(part) <= len(whole) else None
+
+
+# ----------------------------------------------------------------------------------------------------------------- bars
+
 
 STATE = "_fxnvtx_loop"
 
@@ -50,7 +126,7 @@ class Loop:
     def begin(self, total: Any, known: Sequence[float] | None) -> None:
         self.total = total if type(total) is int else None
         self.timesteps = known
-        self.passes, self.request = here.passes, here.request
+        self.passes, self.request = state.passes, state.request
         self.opened = push(label(self.loop, "loop"), self.total)
         self.running = True
         if self.request is not None:
@@ -58,7 +134,7 @@ class Loop:
 
     def begin_step(self, timestep: float | None = None) -> None:
         self.end_step()
-        here.passes = {}
+        state.passes = {}
         self.entry = push(self._label(timestep), self.index)
 
     def _label(self, timestep: float | None) -> Label:
@@ -71,7 +147,7 @@ class Loop:
             pop(self.entry)
             self.entry = None
             if self.thread == get_ident():  # not where an abandoned generator is collected on another thread
-                here.passes = self.passes
+                state.passes = self.passes
 
     def advance(self, steps: int) -> None:
         """`steps` more are done; the next one begins unless that was the last."""
@@ -171,7 +247,7 @@ def _iter(original: Any) -> Any:
         try:
             for index, item in enumerate(items):
                 loop.index = index
-                loop.begin_step(timesteps.number(item))
+                loop.begin_step(number(item))
                 yield item
                 loop.end_step()
         finally:
@@ -190,6 +266,9 @@ def _known_timesteps(frame: Any, total: Any) -> list[float] | None:
     if type(variables) is dict:
         variables.clear()  # a snapshot up to Python 3.12; kept, it would hold every tensor of the pipeline's frame
     try:
-        return timesteps.known(found) if found is not None and len(found) == total else None
+        return timesteps_of(found) if found is not None and len(found) == total else None
     except (TypeError, ValueError, RuntimeError, AttributeError):
         return None
+
+
+hide_module(globals(), nested=True)  # some of this runs while a compiled component is being called

@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import ranges as _ranges
-from ..names import unwrapped
-from ..ranges import label, pop, push
-from .bound import Bound, methods, pipes
+from ... import ranges as _ranges
+from ...compile.invisible import hide_module
+from ...names import unwrapped
+from ...ranges import label, pop, push
 from .components import named_modules
-from .patches import Held
+from .registry import Bound, Held, methods, pipes
 
 __all__ = ["hold_residency", "nbytes", "release_residency"]
+
 
 _held: list[Held] = []
 
@@ -155,3 +156,6 @@ _METHODS = (
         _around("offload", _freed, lambda s: nbytes(weights(_freed(s)))),
     ),
 )
+
+
+hide_module(globals(), nested=True)  # some of this runs while a compiled component is being called

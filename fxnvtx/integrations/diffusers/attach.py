@@ -8,16 +8,15 @@ from typing import Any
 
 from torch import nn
 
-from ..control import controls_of, sync
-from ..errors import SelectionError
-from ..instrument import instrument, log_once, uninstrument
-from ..names import walk_paths
-from . import calls, components
-from .bound import Bound, Options, Pipe, bind, find, lock, methods, pipes, unbind
-from .patches import Wrap, definer, instance_override
-from .residency import hold_residency, release_residency
-from .scene import here
-from .tiles import tile_around
+from ...compile.invisible import hide_module
+from ...control import controls_of, sync
+from ...errors import SelectionError
+from ...instrument import instrument, log_once, uninstrument
+from ...names import walk_paths
+from . import components, wrappers
+from .offload import hold_residency, release_residency
+from .registry import Bound, Options, Pipe, Wrap, bind, definer, instance_override, lock, methods, pipes, unbind
+from .thread_state import find, state
 
 __all__ = ["attach", "detach", "pipe_of", "refresh"]
 
@@ -181,17 +180,27 @@ def _arounds(component: nn.Module, bound: Bound) -> dict[str, Any]:
     if components.is_denoiser(bound.name):
         found[""] = _pass_around(bound.name)
     if any(callable(getattr(component, name, None)) for name in components.TILED_METHODS):
-        found.update((name, tile_around(name)) for name, child in component.named_children() if child is not None)
+        found.update((name, _tile_around(name)) for name, child in component.named_children() if child is not None)
     return found
 
 
 def _pass_around(name: str) -> Callable[[tuple[Any, ...], dict[str, Any]], tuple[Any, object] | None]:
     def around(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, object] | None:
-        passes = here.passes
-        if passes is None or here.named_pass:
+        passes = state.passes
+        if passes is None or state.named_pass:
             return None
         number = passes[name] = passes.get(name, -1) + 1
-        return calls.pass_label(number), number
+        return wrappers.pass_label(number), number
+
+    return around
+
+
+def _tile_around(part: str) -> Any:
+    """What to show around a call of `part`, a direct child of a VAE."""
+
+    def around(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, object] | None:
+        tiling = state.tiling
+        return None if tiling is None else (tiling.label(part, args), None)
 
     return around
 
@@ -213,10 +222,10 @@ def _altered(component: nn.Module, bound: Bound) -> bool:
 
 
 def _hold_pipeline(pipe: Any, own: Bound) -> None:
-    _hold(pipe, own, "__call__", calls.request(refresh))
-    _hold(pipe, own, "progress_bar", calls.bar_method)
+    _hold(pipe, own, "__call__", wrappers.request(refresh))
+    _hold(pipe, own, "progress_bar", wrappers.bar_method)
     for name in components.stages_of(pipe):
-        _hold(pipe, own, name, calls.stage(name))
+        _hold(pipe, own, name, wrappers.stage(name))
 
 
 def _hold_part(part: Any, bound: Bound) -> None:
@@ -226,17 +235,17 @@ def _hold_part(part: Any, bound: Bound) -> None:
 
 def _methods(part: Any, bound: Bound) -> Iterator[tuple[str, Wrap]]:
     if bound.role == "scheduler":
-        yield "step", calls.scheduler_step
-        yield "set_timesteps", calls.set_timesteps
+        yield "step", wrappers.scheduler_step
+        yield "set_timesteps", wrappers.set_timesteps
     elif bound.role == "block":
-        yield "__call__", calls.stage("__call__")
-        yield "progress_bar", calls.bar_method
+        yield "__call__", wrappers.stage("__call__")
+        yield "progress_bar", wrappers.bar_method
     elif bound.role == "module":
-        yield "cache_context", calls.cache_context
+        yield "cache_context", wrappers.cache_context
         for name in components.ROOT_METHODS:
-            yield name, calls.root_method(name)
+            yield name, wrappers.root_method(name)
         for name in components.TILED_METHODS:
-            yield name, calls.tiled_method(name)
+            yield name, wrappers.tiled_method(name)
 
 
 def _hold(thing: Any, bound: Bound, name: str, wrap: Wrap) -> None:
@@ -256,3 +265,6 @@ def _current(held: Any, thing: Any) -> bool:
     if instance_override(thing, held.name):
         return held.owner is thing and vars(thing)[held.name] is held.wrapper
     return held.owner is not thing
+
+
+hide_module(globals(), nested=True)  # some of this runs while a compiled component is being called

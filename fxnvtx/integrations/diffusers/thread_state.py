@@ -1,15 +1,21 @@
-"""Which tile of a latent (or of a picture) a part of a VAE works on. A tile is a view, so its place is its offset."""
+"""What runs on this thread: the request, its loops, the step in which a component is called, and its tile."""
 
 from __future__ import annotations
 
-from typing import Any
+import threading
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..ranges import Label, label
-from .scene import here
+from ...compile.invisible import hide_module
+from ...ranges import Label, label
+from .registry import Bound, Pipe, known
 
-__all__ = ["Tiling", "place_of", "tile_around"]
+__all__ = ["Closing", "Request", "Scene", "Tiling", "find", "place_of", "state"]
+
+
+# ---------------------------------------------------------------------------------------------------------------- tiles
+
 
 AXES = "tyx"
 
@@ -65,11 +71,54 @@ class Tiling:
         return self.now
 
 
-def tile_around(part: str) -> Any:
-    """What to show around a call of `part`, a direct child of a VAE."""
+# ----------------------------------------------------------------------------------------------------------- the thread
 
-    def around(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Label, object] | None:
-        tiling = here.tiling
-        return None if tiling is None else (tiling.label(part, args), None)
 
-    return around
+class Closing(Protocol):
+    def close(self) -> None: ...
+
+
+class Request:
+    """One call of a pipeline."""
+
+    def __init__(self, pipe: Pipe, outer: Request | None) -> None:
+        self.pipe = pipe
+        self.outer = outer
+        self.open: list[Closing] = []  # loops under way, the innermost last
+
+    def close(self) -> None:
+        """End what the pipeline left open: a loop that an exception left is closed before its request is."""
+        while self.open:
+            self.open.pop().close()
+
+
+class Scene(threading.local):
+    def __init__(self) -> None:
+        self.request: Request | None = None
+        self.passes: dict[str, int] | None = None  # component -> its calls since the step or the scheduler's last one
+        self.stages = 0  # stages open: what would be one inside of another is an op
+        self.named_pass = 0  # cache contexts open: they name the pass
+        self.inside: set[tuple[int, str]] = set()  # (object, method) under way: a method that calls super()'s
+        self.tiling: Tiling | None = None
+        self.timesteps: tuple[Tensor, list[float]] | None = None  # on a device, and what they are
+
+
+state = Scene()
+
+
+def find(thing: Any) -> Bound | None:
+    """What is known about this object; where it is part of several pipelines, as part of the one that runs state."""
+    found = known.get(id(thing))
+    if not found:
+        return None
+    request = state.request
+    chosen = None
+    for bound in found:
+        if bound.ref() is thing:
+            chosen = bound
+            if request is not None and bound.pipe is request.pipe:
+                return bound
+    return chosen
+
+
+hide_module(globals(), nested=True)  # some of this runs while a compiled component is being called

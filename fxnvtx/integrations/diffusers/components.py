@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from ..names import unwrapped, walk_paths
+from ...compile.invisible import hide_module
+from ...names import unwrapped, walk_paths
 
 __all__ = [
     "ROOT_METHODS",
@@ -24,6 +25,7 @@ __all__ = [
     "stages_of",
     "unmatched",
 ]
+
 
 # Methods by which pipelines reach a component without calling it, so that its own range never opens.
 ROOT_METHODS = ("encode", "decode", "generate", "get_text_features", "get_image_features", "predict_num_frames")
@@ -122,3 +124,6 @@ def unmatched(patterns: Any, named: list[tuple[str, nn.Module]]) -> list[str]:
     """The globs that match in no component."""
     globs = [p for p in ([patterns] if isinstance(patterns, (str, type)) else patterns or ()) if isinstance(p, str)]
     return [g for g in globs if not any(applicable(g, name, component) for name, component in named)]
+
+
+hide_module(globals(), nested=True)  # some of this runs while a compiled component is being called
