@@ -22,6 +22,7 @@ class Gate:
         self.shapes = shapes
         self.enabled = True
         self.fast = False
+        self.nvtx_only = False
         self._silent_calls = 0
 
     @classmethod
@@ -34,6 +35,7 @@ class Gate:
     def refresh(self) -> None:
         """The cheap path is for the settled case: switched on everywhere, nobody to be told at once."""
         self.fast = self.enabled and not self._silent_calls and not self.shapes and _ranges.active and not _ranges.live
+        self.nvtx_only = self.fast and _ranges.nvtx_on and not _ranges.sinks
 
     def runs_on(self, stack: list[Any]) -> bool:
         """Whether a call of this model that emits is under way on the thread that owns `stack`."""

@@ -294,7 +294,8 @@ __c = __getattr(__m, __SLOT, None)
 if type(__c) is __Method and type(__c.__self__) is __Slot:
     __stack.append(__labels[ENTRY])
     __push(__labels[ATTRIBUTES], __HANDLE)
-    TARGET = __c.__self__.body(__m, ARGUMENTS)
+    __body = __c.__self__.body
+    TARGET = __body(__m, ARGUMENTS)
     if len(__stack) == __depth:
         del __stack[-1]
         __pop(__HANDLE)

@@ -238,6 +238,7 @@ def unwind(stack: RangeStack, depth: int) -> None:
     while len(stack) > depth:
         entry = stack[-1]
         del stack[-1]
+        stack.torn = True
         _closed(stack, entry, leaked=not stack.was_stopped(entry))
 
 

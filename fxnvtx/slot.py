@@ -103,7 +103,7 @@ class Inside:
         if labels is None:
             prefix = self.prefix if self.naming.by_parent is None else f"{label.text}."
             labels = self.below[label.text] = level.labels_below(prefix, self.kinds)
-        if self.gate.fast and _ranges.nvtx_on and stack.log is None:
+        if self.gate.nvtx_only:
             return level.fast(module, stack, labels, *args, **kwargs)
         return level.general(module, stack, labels, *args, **kwargs)
 
@@ -192,24 +192,52 @@ class Slot:
         return self.naming.by_parent is None and not self.gate.shapes and self.around is None and not self.holds_open
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
-        """The cheapest form: one label. Everything else goes through `call_resolving`."""
+        """The cheapest form: one label. Everything else goes through `call_resolving`.
+
+        Two times the same, without tests in between what is timed: for NVTX alone, and for recorders. Where the stack
+        is as deep as the push left it and nothing was torn off it meanwhile, our entry is the one on top.
+        """
         gate = self.gate
+        held, body = self.module, self.body  # read before they are called: looking up a method is slower
+        entry: Entry
+        if gate.nvtx_only:
+            stack = local.stack
+            depth = len(stack) + 1
+            if depth == 1:
+                stack.torn = False
+                gate.look(self.key)
+            module = held()
+            if module is None:
+                module = _calling_module()
+            entry = (self.label, gate)
+            try:
+                stack.append(entry)
+                nvtx_push(self.attributes, HANDLE)
+                if kwargs:
+                    return body(module, *args, **kwargs)
+                if len(args) == 1:
+                    return body(module, args[0])  # the usual case; saves making another tuple
+                return body(module, *args)
+            finally:
+                if len(stack) == depth and not stack.torn:
+                    del stack[-1]
+                    nvtx_pop(HANDLE)
+                else:
+                    close_deep(stack, entry)
         if not gate.fast:
             return self.call_resolving(*args, **kwargs)
         stack = local.stack
         if not stack:
+            stack.torn = False
             gate.look(self.key)
-        module = self.module()
+        module = held()
         if module is None:
             module = _calling_module()
+        if stack.special:
+            attend(stack)
         log = stack.log
-        entry: Entry
-        if log is None:
-            entry = (self.label, gate)
-        else:
-            if stack.special:
-                attend(stack)
-            entry = (self.label, gate, None, perf_counter_ns())
+        depth = len(stack) + 1
+        entry = (self.label, gate, None, perf_counter_ns())
         try:
             stack.append(entry)
             if log is not None:
@@ -217,12 +245,12 @@ class Slot:
             if _ranges.nvtx_on:
                 nvtx_push(self.attributes, HANDLE)
             if kwargs:
-                return self.body(module, *args, **kwargs)
+                return body(module, *args, **kwargs)
             if len(args) == 1:
-                return self.body(module, args[0])  # the usual case; saves making another tuple
-            return self.body(module, *args)
+                return body(module, args[0])
+            return body(module, *args)
         finally:
-            if stack and stack[-1] is entry:
+            if len(stack) == depth and not stack.torn:
                 del stack[-1]
                 log = stack.log  # recorders may have come and gone
                 if log is not None:

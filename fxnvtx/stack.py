@@ -85,7 +85,7 @@ class Live(Protocol):
 class RangeStack(list[Entry]):
     """The open ranges of one thread, the outermost first. Only its own thread changes it."""
 
-    __slots__ = ("__weakref__", "log", "number", "special", "stopped", "thread_id")
+    __slots__ = ("__weakref__", "log", "number", "special", "stopped", "thread_id", "torn")
 
     def __init__(self, thread_id: int) -> None:
         self.thread_id = thread_id
@@ -93,6 +93,9 @@ class RangeStack(list[Entry]):
         self.log: Log | None = None  # None: no recorder listens
         self.stopped: list[Entry] = []  # popped by a thread that may not pop them: ours does at its next turn
         self.special = False  # whether the next push has more to do than to push
+        # Whether an entry was closed by the pop of an outer one since nothing was open: a depth says no more then
+        # what lies there
+        self.torn = False
 
     @property
     def labels(self) -> tuple[Label, ...]:
