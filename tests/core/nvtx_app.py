@@ -70,6 +70,28 @@ class Guarded(nn.Module):
             return self.inner(x, times=2)
 
 
+class Tears(nn.Module):
+    """Closes what its caller opened, and forgets two ranges in the place."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        fxnvtx.range_pop()
+        fxnvtx.range_push("first")
+        fxnvtx.range_push("second")
+        return x
+
+
+class Torn(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tears = Tears()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        fxnvtx.range_push("outer")
+        x = self.tears(x)
+        fxnvtx.range_push("third")
+        return x
+
+
 class Model(nn.Module):
     def __init__(self, width: int = 8) -> None:
         super().__init__()
@@ -118,6 +140,8 @@ def work(model: Model) -> None:
     y = torch.ones(2, 8, requires_grad=True)
     for reentrant in (True, False):
         checkpoint(model.blocks[0], y, use_reentrant=reentrant).sum().backward()
+    assert local.stack == []
+    fxnvtx.instrument(Torn(), "torn", path="hooks")(x)
     assert local.stack == []
 
 

@@ -265,6 +265,43 @@ def test_a_generator_opened_inside_and_abandoned(model):
     whole(model)
 
 
+class Tears(nn.Module):
+    """Closes what its caller opened, and forgets ranges of its own until the stack is as deep as before."""
+
+    def forward(self, x):
+        fxnvtx.range_pop()
+        for text in ("first", "second")[: int(x.sum())]:
+            fxnvtx.range_push(text)
+        return x
+
+
+class Torn(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.tears = Tears()
+
+    def forward(self, x):
+        fxnvtx.range_push("outer")
+        x = self.tears(x)
+        fxnvtx.range_pop()
+        return x
+
+
+@pytest.mark.parametrize("forgotten", [0, 1, 2])
+def test_a_call_does_not_take_what_lies_in_its_place_for_its_own(forgotten):
+    model = fxnvtx.instrument(Torn(), "m", path="hooks")
+    with fxnvtx.record() as recording:
+        model(torch.full((1,), forgotten))
+    assert local.stack == []
+    found = {r.label: r for r in recording.ranges}
+    assert found["m.tears"].leaked  # closed by the pop of "outer"
+    assert found["m.tears"].end_ns <= found["outer"].end_ns
+    names = ["first", "second"][:forgotten]
+    assert all(found[n].start_ns > found["outer"].end_ns for n in names)
+    assert [found[n].leaked for n in names] == [True, False][-forgotten:] if forgotten else True
+    assert not found["m"].leaked
+
+
 def test_recursion(model):
     deep = []
 
