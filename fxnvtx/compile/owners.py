@@ -9,9 +9,9 @@ Rules, in this order:
      chain.
   3. A node that a compiler pass put in the place of others has the owners of those it replaced.
   4. Autograd's sum of gradients of a value used several times belongs to the nearest common ancestor of its terms.
-  5. Any other node without a record belongs to the owner of the nodes that use its result, if they agree; else to the
-     owner of its inputs, if they agree; else its owner is unknown: the label says so and why, inside the nearest
-     module around all of them.
+  5. Any other node without a record belongs to the owner of the nodes that use its result (through views that have no
+     record either), if they agree; else to the owner of its inputs, if they agree; else its owner is unknown: the label
+     says so and why, inside the nearest module around all of them.
   6. Views and constants launch nothing of their own: they count only in a kernel made of nothing else.
 """
 
@@ -192,13 +192,32 @@ class Owners:
         inputs = self._of(node.all_input_nodes)
         if node.meta.get("is_gradient_acc") and inputs:
             return (inputs[-1] if len({_paths(c) for c in inputs}) == 1 else common(inputs),)
-        for chains_around in (self._of(node.users), inputs):
+        for chains_around in (self._using(node, before), inputs):
             if len({_paths(c) for c in chains_around}) == 1:
                 return (chains_around[-1],)
         return ()
 
     def _of(self, nodes: Iterable[Node]) -> list[Chain]:
         return [c for c in map(self._recorded, self._computing(nodes)) if c is not None]
+
+    def _using(self, node: Node, before: Before | None) -> list[Chain]:
+        """The chains of the nodes that use a result. The parts of an operation with several results that a pass put in
+        have a record from torch 2.12 on; in 2.11 neither they nor the replaced nodes that read them have one."""
+        found: list[Chain] = []
+        todo, seen = list(node.users), {node}
+        while todo:
+            user = todo.pop(0)
+            if user in seen or user.op != "call_function":
+                continue
+            seen.add(user)
+            recorded = self._recorded(user)
+            if recorded is not None:
+                found.append(recorded)
+            elif is_folded(user):
+                todo.extend(user.users)
+            elif before is not None:
+                found.extend(self._of(n for n in before.replaced_by(user) if not is_folded(n)))
+        return found
 
     @staticmethod
     def _computing(nodes: Iterable[Node]) -> Iterator[Node]:
@@ -216,7 +235,7 @@ class Owners:
             chains = self.chains(node, before)
             if not chains:
                 unknown = NO_RECORD
-                chains = (common([*self._of(node.users), *self._of(node.all_input_nodes)]),)
+                chains = (common([*self._using(node, before), *self._of(node.all_input_nodes)]),)
             found.update(dict.fromkeys(chains))
         return Row(tuple(found), unknown)
 

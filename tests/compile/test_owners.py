@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from types import SimpleNamespace
 
 import torch
@@ -63,6 +64,18 @@ def test_a_node_of_a_pass_goes_with_its_users_else_its_inputs_else_nobody():
     row = owners.row([a, torn])
     assert row.chains == (_chain("a"), ())  # what a and b have in common stands for what is not known
     assert row.unknown
+
+
+def test_the_users_of_a_result_are_found_behind_views_without_a_record():
+    """What torch 2.11 makes of a softmax: an operation with two results, of which neither has one, nor `sub`."""
+    graph = Graph()
+    x = graph.placeholder("x")
+    normed = _node(graph, ATEN.relu.default, x, stack=["norm"])
+    both = _node(graph, ATEN.var_mean.correction, normed)
+    first, second = (_node(graph, operator.getitem, both, n) for n in (0, 1))
+    _node(graph, ATEN.sub.Tensor, normed, first)
+    _node(graph, ATEN.div.Tensor, normed, second, stack=["soft"])
+    assert _owners().chains(both) == (_chain("soft"),)
 
 
 def test_a_sum_of_gradients_belongs_to_what_its_terms_share():
