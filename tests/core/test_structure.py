@@ -118,8 +118,10 @@ def edit(model, data):
         target = data.draw(st.sampled_from(list(dict.fromkeys(model.modules()))))
         put(target, f"n{len(target._modules)}", Leaf(), "dict" if not target._modules else way)
     elif kind == "remove":
-        if isinstance(parent, (nn.Sequential, nn.ModuleList)):
-            del parent[list(parent._modules).index(name)]
+        names = list(parent._modules)
+        # torch deletes by number only where the names are the numbers, which other edits may have changed
+        if isinstance(parent, (nn.Sequential, nn.ModuleList)) and names == [str(i) for i in range(len(names))]:
+            del parent[names.index(name)]
         else:
             del parent._modules[name]
     elif kind == "move":
