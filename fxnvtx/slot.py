@@ -198,7 +198,7 @@ class Slot:
         is as deep as the push left it and nothing was torn off it meanwhile, our entry is the one on top.
         """
         gate = self.gate
-        held, body = self.module, self.body  # read before they are called: looking up a method is slower
+        held = self.module  # read before it is called: looking up a method is slower
         entry: Entry
         if gate.nvtx_only:
             stack = local.stack
@@ -206,6 +206,7 @@ class Slot:
             if depth == 1:
                 stack.torn = False
                 gate.look(self.key)
+            body = self.body  # not before look(), which may change it
             module = held()
             if module is None:
                 module = _calling_module()
@@ -230,6 +231,7 @@ class Slot:
         if not stack:
             stack.torn = False
             gate.look(self.key)
+        body = self.body
         module = held()
         if module is None:
             module = _calling_module()
