@@ -131,6 +131,7 @@ def write_capture(path: Path, ranges: int) -> tuple[int, int]:
     return written[0], written[1]
 
 
+CACHED: dict[str, str] = {}  # PYTHONPYCACHEPREFIX, so that nothing is written beside the sources
 COMMANDS = {
     "text": [],
     "csv": ["--format", "csv"],
@@ -154,6 +155,7 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = arguments.keep or Path(tempfile.mkdtemp(prefix="fxnvtx-bench-"))
     folder.mkdir(parents=True, exist_ok=True)
+    CACHED["PYTHONPYCACHEPREFIX"] = str(folder / "pycache")
     try:
         for millions in (float(part) for part in arguments.millions.split(",")):
             path = folder / f"bench_{millions:g}.sqlite"
@@ -190,7 +192,11 @@ def measure(path: Path, wanted: int, repeat: int, nsys: bool) -> None:
 def run(command: list[str], limit: float) -> tuple[float, float, int]:
     """Processor seconds, peak memory in MiB, and exit code of a command and the processes it waited for."""
     with open(os.devnull, "w") as nowhere:
-        process = subprocess.Popen(command, stdout=nowhere, stderr=nowhere, start_new_session=True)
+        # as installed: with compiled modules, whatever this shell says about writing them
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+        process = subprocess.Popen(
+            command, stdout=nowhere, stderr=nowhere, start_new_session=True, env={**environment, **CACHED}
+        )
         timer = threading.Timer(limit, lambda: os.killpg(process.pid, signal.SIGKILL))
         timer.start()
         _pid, status, used = os.wait4(process.pid, 0)

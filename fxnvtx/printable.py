@@ -43,6 +43,8 @@ def csv_cell(text: str) -> str:
 def json_text(document: Any, indent: int | None = None) -> str:
     """JSON with letters of every script as they are and everything unprintable as an escape."""
     text = json.dumps(document, ensure_ascii=False, indent=indent)
+    if text.isascii() and text.isprintable():
+        return text
     return _UNPRINTABLE_IN_LINES.sub(lambda match: json.dumps(match[0])[1:-1], text)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from operator import add, attrgetter
 from typing import Any
 
 from .calls import Calls, added, merged
@@ -37,6 +38,7 @@ SUMS = (
 # self counters whose sums over a node and all below it are wanted, in the order of Node.below
 BELOW = ("gpu_sum", "kernels", "copies", "copied_bytes", "resident", "overlap")
 _NOTHING = (0,) * len(BELOW)
+_sums_of, _below_of = attrgetter(*SUMS), attrgetter(*BELOW)
 
 
 class Node:
@@ -193,13 +195,13 @@ def total(root: Node) -> None:
     order = list(root.walk())
     for node in reversed(order):
         gpu, gap = node.gpu_self, node.gap_self
-        below = [getattr(node, field) for field in BELOW]
+        below = _below_of(node)
         for kid in node.kids.values():
             gpu += kid.gpu
             gap += kid.gap
-            for index, value in enumerate(kid.below):
-                below[index] += value
-        node.gpu, node.gap, node.below = gpu, gap, tuple(below)
+            if kid.below != _NOTHING:
+                below = tuple(map(add, below, kid.below))
+        node.gpu, node.gap, node.below = gpu, gap, below
     for node in order:
         node.gpu += node.gpu_shared
     root.cpu = sum(kid.cpu for kid in root.kids.values())
@@ -221,8 +223,7 @@ def merge_into(target: Node, source: Node, rename: Callable[[Node], Name] | None
 
 def absorb(into: Node, node: Node) -> None:
     """Add the counters of one node to another."""
-    for field in SUMS:
-        value = getattr(node, field)
+    for field, value in zip(SUMS, _sums_of(node), strict=True):
         if value:
             setattr(into, field, getattr(into, field) + value)
     if node.cpu_min is not None and (into.cpu_min is None or node.cpu_min < into.cpu_min):
