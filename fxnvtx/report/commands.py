@@ -25,7 +25,7 @@ from .render_json import render_json
 from .render_text import render_text
 from .scrub import scrub
 from .views import VIEWS
-from .window import Numbers, Window
+from .window import Numbers, Window, read_times
 
 __all__ = ["diff_command", "report_command"]
 
@@ -64,6 +64,8 @@ _ENDINGS = (
 @click.option("--requests", metavar="NUMBERS", help="only these requests, counted from 0: 2, or 1:4, or 0,3:")
 @click.option("--steps", metavar="NUMBERS", help="of each request only these steps: 5, or 2:, or 0,10:20")
 @click.option("--skip-warmup", is_flag=True, help="leave out the first request")
+@click.option("--skip-first", type=ROWS, metavar="N", help="leave out the first N requests (--steps N: for steps)")
+@click.option("--between", metavar="FROM:TO", help="only this time after the first range: 1.5s:2s, or 250ms:")
 @click.option("--keep-compile", is_flag=True, help="keep requests in which something was compiled")
 @click.option("--jobs", type=click.IntRange(1, 256), help="how many files to read at once")
 @click.option("--findings", "findings_", is_flag=True, help="what is worth doing something about, before the table")
@@ -88,6 +90,8 @@ def report_command(
     requests: str | None,
     steps: str | None,
     skip_warmup: bool,
+    skip_first: int | None,
+    between: str | None,
     keep_compile: bool,
     jobs: int | None,
     findings_: bool,
@@ -112,6 +116,9 @@ def report_command(
     gap       device idle time between two launches of the range
     min, median, p99, max   of single calls (GPU time where the capture has any)
     hidden    residency work that passed while something computed; bytes: its size
+    exposed   time of NCCL's kernels, and their like, that no other kernel hides
+    wait      time in calls that wait for the device; queue: from launches to their start, on average
+    memory    the most that was allocated on the device at an allocation in here
     skew      how far the ranks are apart: (highest - lowest) / highest
     ~         an estimate (--split-fused)
     """
@@ -127,7 +134,7 @@ def report_command(
         return
     if form in ("html", "chrome", "speedscope") and output is None:
         raise click.UsageError(f"--format {form} needs -o FILE")
-    window = _window(requests, steps, skip_warmup, keep_compile)
+    window = _window(requests, steps, skip_first or int(skip_warmup), keep_compile, between)
     inputs = [*captures, *([classes] if classes else [])]
     check_target(output, inputs)
     if form in ("chrome", "speedscope"):
@@ -168,6 +175,11 @@ def report_command(
 @click.option("--requests", metavar="NUMBERS", help="of both sides only these requests: 2, or 1:4, or 0,3:")
 @click.option("--steps", metavar="NUMBERS", help="of each request only these steps: 5, or 2:, or 0,10:20")
 @click.option("--skip-warmup", is_flag=True, help="leave out the first request of both sides")
+@click.option("--skip-first", type=ROWS, metavar="N", help="leave out the first N requests of both sides")
+@click.option("--between", metavar="FROM:TO", help="only this time after the first range: 1.5s:2s, or 250ms:")
+@click.option(
+    "--by", type=click.Choice(("module", "kernel")), default="module", show_default=True, help="what to compare"
+)
 @click.option(
     "--fail-on",
     type=click.FloatRange(0, 1_000_000),
@@ -188,6 +200,9 @@ def diff_command(
     requests: str | None,
     steps: str | None,
     skip_warmup: bool,
+    skip_first: int | None,
+    between: str | None,
+    by: str,
     fail_on: float | None,
     keep_compile: bool,
 ) -> None:
@@ -199,10 +214,14 @@ def diff_command(
     form = form or _format_of(output, DIFF_FORMATS)
     if limit is not None and form not in ("text", "markdown"):
         refuse(context, "limit", f"--format {form}")
+    if by == "kernel":
+        for name, given in (("depth", depth is not None), ("split_fused", split_fused)):
+            if given:
+                refuse(context, name, "--by kernel")
     check_target(output, [a, b])
-    window = _window(requests, steps, skip_warmup, keep_compile)
+    window = _window(requests, steps, skip_first or int(skip_warmup), keep_compile, between)
     with Late(f"reading {a.name} and {b.name}") as tick:
-        found = diff(load(a, tick=tick, window=window), load(b, tick=tick, window=window), depth, split_fused)
+        found = diff(load(a, tick=tick, window=window), load(b, tick=tick, window=window), depth, split_fused, by)
     if form == "text":
         text = diff_text(found, limit=limit, color=_colored(output))
     elif form == "markdown":
@@ -226,12 +245,13 @@ def _fail(found: Comparison, percent: float) -> None:
         raise SystemExit(1)
 
 
-def _window(requests: str | None, steps: str | None, skip_warmup: bool, keep_compile: bool) -> Window:
+def _window(requests: str | None, steps: str | None, first: int, keep_compile: bool, between: str | None) -> Window:
     return Window(
         None if requests is None else Numbers.read(requests),
         None if steps is None else Numbers.read(steps),
-        skip_warmup,
+        first,
         keep_compile,
+        None if between is None else read_times(between),
     )
 
 

@@ -88,8 +88,9 @@ class Comparison:
         return "; ".join(map(str, self.units))
 
 
-def diff(a: Report, b: Report, depth: int | None = None, split: bool = False) -> Comparison:
-    """Compare by module path; biggest change first, what is on one side only after what is on both.
+def diff(a: Report, b: Report, depth: int | None = None, split: bool = False, by: str = "module") -> Comparison:
+    """Compare by module path (by="kernel": by the names of device operations); biggest change first, what is on one
+    side only after what is on both.
 
     Requests, stages, steps and residency work are compared as well: offloading shows there. depth: only names with at
     most so many dotted parts. split: fused kernels are shared out over their modules (an estimate); otherwise a module
@@ -99,9 +100,10 @@ def diff(a: Report, b: Report, depth: int | None = None, split: bool = False) ->
     notes = []
     if a.has_gpu != b.has_gpu:
         notes.append(f"only {'A' if a.has_gpu else 'B'} recorded device work, so CPU time is compared")
-    one, two = _samples(a, measure, depth, split), _samples(b, measure, depth, split)
+    kernels = by == "kernel"
+    one, two = _samples(a, measure, depth, split, kernels), _samples(b, measure, depth, split, kernels)
     if not one or not two:
-        notes.append(f"{'A' if not one else 'B'} holds no module ranges")
+        notes.append(f"{'A' if not one else 'B'} holds no {'work of a device' if kernels else 'module ranges'}")
     rows = []
     for name in [*one, *(name for name in two if name not in one)]:
         left, right = one.get(name), two.get(name)
@@ -174,8 +176,10 @@ def _error(values: list[int]) -> float:
     return 1.2533 * 1.4826 * deviation / math.sqrt(len(values))
 
 
-def _samples(report: Report, measure: str, depth: int | None, split: bool) -> dict[str, list[int]]:
-    """Per module its time in every repetition, in order of first appearance."""
+def _samples(
+    report: Report, measure: str, depth: int | None, split: bool, kernels: bool = False
+) -> dict[str, list[int]]:
+    """Per module (or operation) its time in every repetition, in order of first appearance."""
     found: dict[str, dict[int, int]] = {}
     for part in report.parts:
         unit = id(part)
@@ -195,6 +199,12 @@ def _samples(report: Report, measure: str, depth: int | None, split: bool) -> di
             kind = category_of(node.name)
             if not in_step and kind in (STEP, REQUEST):
                 unit, in_step = id(node), kind == STEP
+            if kernels:
+                for operation, (_count, _duration, credit) in (node.ops or {}).items():
+                    values = found.setdefault(operation, {})
+                    values[unit] = values.get(unit, 0) + credit
+                todo.extend((kid, unit, in_step) for kid in reversed(node.ordered()))
+                continue
             name = _key(node)
             if name is not None:
                 if not inside.get(name, 0) and (depth is None or name.count(".") < depth):

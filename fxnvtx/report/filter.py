@@ -59,7 +59,7 @@ def filtered(
     for node in changed:
         at: Node | None = node
         while at is not None and at.parent is not None and at.each is not None:
-            at.each = at.cpu_min = at.cpu_max = None  # of whole calls; what is left of them is not known
+            at.each = at.cpu_min = at.cpu_max = at.peak = None  # of whole calls; what is left of them is not known
             at.gpu_shared = 0
             at = at.parent
     for mine, _ in reversed(order):
@@ -74,7 +74,7 @@ def _alone(node: Node, parent: Node) -> Node:
     for field in SUMS:
         setattr(mine, field, getattr(node, field))
     mine.each, mine.cpu_min, mine.cpu_max = node.each, node.cpu_min, node.cpu_max
-    mine.first, mine.flags, mine.ops = node.first, node.flags, node.ops
+    mine.first, mine.flags, mine.ops, mine.peak = node.first, node.flags, node.ops, node.peak
     return mine
 
 

@@ -6,17 +6,17 @@ takes to say, or None where all is well. Its docstring is its condition.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median
 
-from ..categories import COMPILE, RESIDENCY, STEP
+from ..categories import COMPILE, MODULE, RESIDENCY, STEP
 from .calls import Calls, merged, spread_of
 from .labels import category_of, is_module
 from .report import Report
 from .rows import Row
 from .tree import Node
-from .units import readable_ns, readable_share
+from .units import readable_bytes, readable_ns, readable_share
 
 __all__ = ["RULES", "Finding", "Silence", "findings", "findings_text"]
 
@@ -238,6 +238,85 @@ def rank_skew(report: Report) -> Answer:
     return Finding("rank_skew", f"ranks are apart: {slow} takes the longest", sum(apart.values()), _largest(apart))
 
 
+def exposed_communication(report: Report) -> Answer:
+    """Communication that no other kernel hides is more than 5% of the device's busy time."""
+    if not report.has_gpu:
+        return Silence("exposed_communication", "no device work")
+    root = report.root
+    if not root.of("communication"):
+        return Silence("exposed_communication", "no communication kernels")
+    exposed = root.of("communication") - root.of("communication_hidden")
+    if exposed * 20 <= root.gpu:
+        return None
+    return Finding(
+        "exposed_communication",
+        f"communication that nothing hides takes {readable_share(exposed / root.gpu)} of the device's time"
+        f" ({readable_share(exposed / root.of('communication'))} of all communication): overlap it with compute",
+        exposed,
+        _by_module(report, lambda node: node.communication - node.communication_hidden),
+    )
+
+
+def waits(report: Report) -> Answer:
+    """Calls inside of modules that wait for the device take more than 2% of the CPU time."""
+    if not report.has_gpu:
+        return Silence("waits", "no device work")
+    inside: dict[str, int] = {}
+    for node, module in _with_modules(report):
+        if module and node.waited:
+            inside[module] = inside.get(module, 0) + node.waited
+    total = sum(inside.values())
+    if total * 50 <= report.root.cpu:
+        return None
+    return Finding(
+        "waits",
+        f"the CPU waits for the device inside of modules {readable_share(total / report.root.cpu)} of the time: look"
+        " for .item(), .cpu(), nonzero(), and .to(device) of memory that is not pinned",
+        total,
+        _largest(inside),
+    )
+
+
+def slow_launches(report: Report) -> Answer:
+    """Calls that launch work take more than 10 us on average, more than 10% of the CPU time together, and longer than
+    what they launch then waits to start. (Where that waits for long, the queue is full: the CPU is ahead, all is well.)
+    """
+    if not report.has_gpu:
+        return Silence("slow_launches", "no device work")
+    calls = sum(node.launches for node in report.root.kids.values())
+    if not calls:
+        return Silence("slow_launches", "no launching calls")
+    total = report.root.of("launching")
+    if total <= 10_000 * calls or total * 10 <= report.root.cpu or report.root.of("queued") > total:
+        return None
+    return Finding(
+        "slow_launches",
+        f"launching calls take {readable_ns(total / calls)} each: the driver blocks in them (modules loaded at their"
+        " first launch, copies from pageable memory, a lock), or the profiler slows them down",
+        total,
+        _by_module(report, lambda node: node.launching),
+    )
+
+
+def late_allocation(report: Report) -> Answer:
+    """Device memory is allocated from the driver in a step that is not the first."""
+    if not any(part.has_memory for part in report.parts):
+        return Silence("late_allocation", "no memory events: record with --cuda-memory-usage=true")
+    steps = _rows(report, "step")
+    if len(steps) < 2:
+        return Silence("late_allocation", "fewer than two steps")
+    late = {row.name: row.allocated for row in steps[1:] if row.allocated}
+    if not late:
+        return None
+    return Finding(
+        "late_allocation",
+        f"{readable_bytes(sum(late.values()))} of device memory are allocated in {len(late)} steps after the first:"
+        " cudaMalloc waits for the device",
+        sum(_measure(report, row) for row in steps[1:] if row.allocated),
+        _largest({row.name: _measure(report, row) for row in steps[1:] if row.allocated}),
+    )
+
+
 def unattributed(report: Report) -> Answer:
     """More than a tenth of the device time belongs to no range."""
     if not report.has_gpu:
@@ -267,6 +346,10 @@ RULES: tuple[Callable[[Report], Answer], ...] = (
     copies,
     guidance,
     rank_skew,
+    exposed_communication,
+    waits,
+    slow_launches,
+    late_allocation,
     unattributed,
 )
 
@@ -294,15 +377,32 @@ def _above(node: Node) -> list[Node]:
 def _by_module(report: Report, measure: Callable[[Node], int]) -> tuple[tuple[str, int], ...]:
     """The modules with most of a measure of their own; what lies outside of modules by its range's name."""
     found: dict[str, int] = {}
-    todo: list[tuple[Node, str]] = [(kid, "") for kid in report.root.kids.values()]
-    while todo:
-        node, module = todo.pop()
-        module = node.name.text if is_module(node.name) or not module else module
+    outer: dict[int, str] = {}  # of nodes outside of modules, the outermost range's name
+    for node, module in _with_modules(report):
+        if not module:
+            above = outer.get(id(node.parent), node.name.text)
+            outer[id(node)] = module = above
         found[module] = found.get(module, 0) + measure(node)
-        todo.extend((kid, module) for kid in node.kids.values())
     return _largest(found)
+
+
+def _with_modules(report: Report) -> Iterator[tuple[Node, str]]:
+    """All ranges, outer ones first, and where each is: the innermost module, and the operator in it if any
+    ("blocks.0.attn > aten::copy_"); without modules the outermost operator stands for one; "" where neither is."""
+    todo: list[tuple[Node, str, str]] = [(kid, "", "") for kid in report.root.kids.values()]
+    while todo:
+        node, module, inner = todo.pop()
+        text = node.name.text
+        # another library's domain, such as NCCL's, names no modules of a model
+        if is_module(node.name) and (not module or (category_of(node.name) == MODULE and not node.name.domain)):
+            module, inner = text, ""
+        elif module and is_module(node.name):
+            inner = text
+        yield node, f"{module} > {inner}" if inner else module
+        todo.extend((kid, module, inner) for kid in node.kids.values())
 
 
 def _largest(values: dict[str, int]) -> tuple[tuple[str, int], ...]:
     ordered = sorted(values.items(), key=lambda item: (-item[1], item[0]))
-    return tuple(item for item in ordered[:EVIDENCE] if item[1] > 0)
+    least = sum(value for _, value in ordered if value > 0) // 100  # a hundredth is no evidence
+    return tuple(item for item in ordered[:EVIDENCE] if item[1] > least)

@@ -40,7 +40,7 @@ _OTHER_STEP = re.compile(
     re.IGNORECASE,
 )
 _RESIDENCY = re.compile(r"^residency[.:]")
-_OP = re.compile(r"^(?:\w+::\w+|autograd::|\w+Backward\d*$)")
+_OP = re.compile(r"^(?:\w+::\w+|autograd::|\w+Backward\d*$|nccl[A-Z]\w*$)")
 _MODULE = re.compile(r"^[A-Za-z_]\w*(?:\.\w+)*(?: in=\[.*\])?$")
 _FUSED = re.compile(r"^fused\((.*)\)$")
 _LAYER = re.compile(r"\b((?:layer|block|stage|decoder|encoder)s?[_ ])\d+(?=[_. ]|$)", re.IGNORECASE)  # `layer_3_attn`

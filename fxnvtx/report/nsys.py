@@ -270,10 +270,10 @@ class Reader:
         named = self.categories.get((pid, domain, category)) if category is not None else None
         return Name(text, named or infer_category(text), "" if spelled == "fxnvtx" else spelled)
 
-    def omitted(self, pid: int) -> Omitted:
-        """What of a process the window leaves out."""
+    def omitted(self, pid: int, spans: Callable[[], Iterator[Span]]) -> Omitted:
+        """What of a process the window leaves out. spans: gives its ranges, as far as `window.heads` needs them."""
         window = self.window
         some = any(owner[0] == pid and name == COMPILE for owner, name in self.categories.items())
         if not some and not window.compiling:
             window = replace(window, compiling=True)  # nothing was: saves a pass over the ranges
-        return omitted(lambda: self.spans(pid, PUSH_POP), window)
+        return omitted(spans, window)

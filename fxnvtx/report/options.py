@@ -30,6 +30,8 @@ _MEANING: dict[str, tuple[frozenset[str], frozenset[str] | None]] = {
     "requests": (_ALL, None),
     "steps": (_ALL, None),
     "skip_warmup": (_ALL, None),
+    "skip_first": (_ALL, None),
+    "between": (_ALL, None),
     "keep_compile": (_ALL, None),
     "jobs": (_ALL, None),
     "findings_": (frozenset({"text", "json"}), None),

@@ -16,6 +16,10 @@ ORDERS: dict[str, Callable[[Row], int]] = {
     "gpu-self": lambda row: row.gpu_self,
     "kernels": lambda row: row.kernels + row.copies,
     "gap": lambda row: row.gap,
+    "exposed": lambda row: row.exposed,
+    "wait": lambda row: row.waited,
+    "queue": lambda row: row.queued // row.launches if row.launches else 0,
+    "memory": lambda row: row.peak or 0,
     "median": lambda row: row.each.middle if row.each is not None else row.gpu or row.cpu,
     "max": lambda row: row.each.high if row.each is not None else row.gpu or row.cpu,
 }

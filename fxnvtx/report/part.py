@@ -24,6 +24,7 @@ class Part:
     classes: dict[str, str] = field(default_factory=dict)  # label -> class of the module
     has_gpu: bool = False
     device_calls: bool = False  # whether the distributions over calls are of device time
+    has_memory: bool = False  # whether allocations on the device were recorded
     operations: int = 0
     # the longest times the device was idle: length, end, the range around both launches, what ended it
     gaps: list[tuple[int, int, str, str]] = field(default_factory=list)

@@ -34,8 +34,10 @@ def read_recording(
         from .attribution.recorded import fill
 
         left_out = omitted(lambda: spans_of(ranges, exact), window)
+        if window.between is not None and ranges:
+            left_out.cut_to(window.between, min(item.start_ns for item in ranges))
         part.notes.extend(left_out.notes)
-        fill(part.tree, left_out.without(spans_of(ranges, exact)))
+        fill(part.tree, left_out.clipped(left_out.without(spans_of(ranges, exact))))
     part.tree.total()
     leaked = sum(1 for item in ranges if item.leaked)
     if leaked:

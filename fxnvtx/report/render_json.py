@@ -5,9 +5,10 @@
 
 A row: name, path (list of names from the outermost range), depth, kind (range, kernel, unknown, outside, summary,
 side), category, calls, cpu, cpu_self, cpu_min, cpu_max, gpu, gpu_self, gpu_sum, kernels, copies, copied_bytes,
-launches, gap, proj, proj_calls, resident, overlap, payload, open, share (0 to 1), each (of single calls: null, or
-count, low, middle, most (the 99th percentile), high), ranks (title -> ns), skew (null, or 0 to 1), fused (list of
-owners), flags ("replayed", "estimate"). views.Row and tree.Node define them.
+launches, gap, proj, proj_calls, resident, overlap, payload, queued, launching, waited, communication,
+communication_hidden, copying, copying_hidden, allocated, released, peak (null: no allocation), open, share (0 to 1),
+each (of single calls: null, or count, low, middle, most (the 99th percentile), high), ranks (title -> ns), skew (null,
+or 0 to 1), fused (list of owners), flags ("replayed", "estimate"). views.Row and tree.Node define them.
 With findings asked for: "findings" (rule, text, ns, evidence as pairs of name and ns) and "unsaid" (rule, why).
 A change that takes a field away or changes its meaning raises `version`; new fields do not.
 """

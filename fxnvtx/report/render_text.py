@@ -37,7 +37,7 @@ def render_text(
     rows = report.rows(by, depth, include, exclude, fold, kernels, split_fused, sort)
     columns = width or shutil.get_terminal_size((120, 24)).columns
     shown = rows if limit is None else rows[:limit]
-    lines = _table(report, shown, by, columns, color) if rows else [painted("no ranges to show", "yellow", color)]
+    lines = _table(report, shown, by, columns, color, sort) if rows else [painted("no ranges to show", "yellow", color)]
     if len(rows) > len(shown):
         lines.append(painted(f"... and {len(rows) - len(shown):,} more rows", "dim", color))
     lines.extend(wrapped(f"note: {note}", columns, color) for note in report.notes)
@@ -59,12 +59,14 @@ def wrapped(note: str, width: int, color: bool, style: str = "yellow") -> str:
     return "\n".join(painted(each, style, color) for each in [*lines, line])
 
 
-def _table(report: Report, rows: list[Row], by: str, width: int, color: bool) -> list[str]:
+def _table(report: Report, rows: list[Row], by: str, width: int, color: bool, sort: str | None) -> list[str]:
     columns = _columns(report, rows, by)
     texts = [[cell(row) for row in rows] for _title, cell in columns]
     widths = [max(len(title), *map(len, cells)) for (title, _cell), cells in zip(columns, texts, strict=True)]
     # the least important columns go first where the terminal is narrow; the name keeps what is left
-    order = sorted(range(len(columns)), key=lambda i: _PRIORITY.index(columns[i][0]))
+    # what rows are sorted by is worth its width
+    first = None if sort is None else sort.replace("-", " ")
+    order = sorted(range(len(columns)), key=lambda i: (columns[i][0] != first, _PRIORITY.index(columns[i][0])))
     chosen: list[int] = []
     tree = by == "tree"
     longest = max(len(row.name) + (2 * row.depth if tree else 0) for row in rows)
@@ -106,6 +108,10 @@ _PRIORITY = (
     "gap",
     "hidden",
     "bytes",
+    "exposed",
+    "wait",
+    "memory",
+    "queue",
     "sum",
 )
 
@@ -132,6 +138,14 @@ def _columns(report: Report, rows: list[Row], by: str) -> list[tuple[str, Cell]]
     if any(row.resident for row in rows):
         columns.append(("hidden", lambda row: readable_share(row.overlap / row.resident) if row.resident else ""))
         columns.append(("bytes", lambda row: readable_bytes(row.payload) if row.payload else ""))
+    if any(row.communication for row in rows):
+        columns.append(("exposed", lambda row: readable_ns(row.exposed) if row.communication else ""))
+    if any(row.waited for row in rows):
+        columns.append(("wait", lambda row: readable_ns(row.waited) if row.waited else ""))
+    if any(row.launches and row.queued for row in rows):
+        columns.append(("queue", lambda row: readable_ns(row.queued / row.launches) if row.launches else ""))
+    if any(row.peak is not None for row in rows):
+        columns.append(("memory", lambda row: readable_bytes(row.peak) if row.peak is not None else ""))
     if any(row.skew is not None for row in rows):
         columns.append(("skew", lambda row: readable_share(row.skew) if row.skew is not None else ""))
     columns.append(("share", lambda row: readable_share(row.share) if row.kind != "side" else ""))

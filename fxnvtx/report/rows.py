@@ -66,6 +66,16 @@ class Row:
     resident: int = 0
     overlap: int = 0
     payload: int = 0
+    queued: int = 0
+    launching: int = 0
+    waited: int = 0
+    communication: int = 0
+    communication_hidden: int = 0
+    copying: int = 0
+    copying_hidden: int = 0
+    allocated: int = 0
+    released: int = 0
+    peak: int | None = None
     open: int = 0
     share: float = 0.0
     distribution: Calls = field(default=None, repr=False)
@@ -85,6 +95,11 @@ class Row:
             names.append(row.name)
             row = row.above
         return tuple(reversed(names))
+
+    @property
+    def exposed(self) -> int:
+        """Communication that no other kernel hides."""
+        return self.communication - self.communication_hidden
 
     @property
     def each(self) -> Spread | None:

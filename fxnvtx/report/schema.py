@@ -45,6 +45,7 @@ class Schema:
     memset: Table | None = None
     graph_nodes: Table | None = None
     graph_trace: Table | None = None
+    memory: Table | None = None
     tables: dict[str, Table] = field(default_factory=dict)
     only_process: int = 0  # of tables that do not say whose they are
     notes: list[str] = field(default_factory=list)  # tables that were expected to be readable and are not
@@ -87,6 +88,11 @@ _KINDS: dict[str, tuple[str, set[str], set[str]]] = {
         "CUPTI_ACTIVITY_KIND_GRAPH_TRACE",
         {"start", "end", "deviceId", "correlationId", "globalPid", "graphId"},
         {"gridX", "copyKind", "value"},
+    ),
+    "memory": (
+        "CUDA_GPU_MEMORY_USAGE_EVENTS",
+        {"start", "globalPid", "bytes", "memKind", "memoryOperationType", "correlationId"},
+        set(),
     ),
 }
 

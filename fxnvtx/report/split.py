@@ -11,6 +11,11 @@ from .tree import Node, merge_into
 __all__ = ["split_fused"]
 
 _SHARED = ("gpu_self", "gpu_sum", "gap_self", "cpu_self")
+# of the first owner, because these come in whole operations and calls
+_WHOLE = (
+    "kernels", "copies", "copied_bytes", "queued", "launching", "waited", "communication", "communication_hidden",
+    "copying", "copying_hidden", "allocated", "released",
+)  # fmt: skip
 _MORE = re.compile(r"^(\d+) more$")
 ESTIMATE = frozenset({"estimate"})
 
@@ -78,7 +83,7 @@ def _share(node: Node, parent: Node, owners: list[Node]) -> None:
             at.cpu += part
             at = at.parent
     first = owners[0]
-    for field in ("kernels", "copies", "copied_bytes"):
+    for field in _WHOLE:
         setattr(first, field, getattr(first, field) + getattr(node, field))
     for name, (count, duration, credit) in (node.ops or {}).items():
         first.add_op(name, count, duration, credit)

@@ -33,10 +33,35 @@ SUMS = (
     "overlap",
     "resident",
     "payload",
+    "queued",
+    "launching",
+    "waited",
+    "communication",
+    "communication_hidden",
+    "copying",
+    "copying_hidden",
+    "allocated",
+    "released",
 )
 
 # self counters whose sums over a node and all below it are wanted, in the order of Node.below
-BELOW = ("gpu_sum", "kernels", "copies", "copied_bytes", "resident", "overlap")
+BELOW = (
+    "gpu_sum",
+    "kernels",
+    "copies",
+    "copied_bytes",
+    "resident",
+    "overlap",
+    "queued",
+    "launching",
+    "waited",
+    "communication",
+    "communication_hidden",
+    "copying",
+    "copying_hidden",
+    "allocated",
+    "released",
+)
 _NOTHING = (0,) * len(BELOW)
 _sums_of, _below_of = attrgetter(*SUMS), attrgetter(*BELOW)
 
@@ -55,6 +80,11 @@ class Node:
     charged to the innermost range holding this launch and the thread's launch before it. proj, proj_calls: first
     operation's start to last one's end, summed over the ranges that launched any. resident, overlap: time of
     residency work, and how much of it passed while kernels (or other threads' modules) ran. payload: sum of integers.
+    queued: from the end of a launching call to the start of the first operation it launched, over all such calls.
+    launching: time of these calls themselves. waited: time in calls that wait for the device (cuda*Synchronize).
+    communication, copying: time of NCCL's and its like's kernels, of copies; *_hidden: how much of it passed while
+    other kernels ran on the device. allocated, released: bytes of device memory. peak: the most that was allocated in
+    the process at an allocation in here or below (as far as the capture saw allocations), None where there was none.
     """
 
     __slots__ = (
@@ -73,6 +103,7 @@ class Node:
         "name",
         "ops",
         "parent",
+        "peak",
     )
 
     def __init__(self, name: Name, parent: Node | None) -> None:
@@ -84,6 +115,9 @@ class Node:
         self.kernels = self.copies = self.copied_bytes = 0
         self.gpu_sum = self.gpu_self = self.gpu_shared = self.gap_self = self.proj = self.proj_calls = 0
         self.overlap = self.resident = self.payload = 0
+        self.queued = self.launching = self.waited = self.allocated = self.released = 0
+        self.communication = self.communication_hidden = self.copying = self.copying_hidden = 0
+        self.peak: int | None = None
         self.cpu_min: int | None = None
         self.cpu_max: int | None = None
         self.each: Calls = None
@@ -149,6 +183,10 @@ class Node:
             entry[1] += duration
             entry[2] += credit
 
+    def of(self, counter: str) -> int:
+        """The sum over this node and all below it of one of BELOW's counters."""
+        return self.below[BELOW.index(counter)]
+
     def is_unknown(self) -> bool:
         return self.name.category == "unknown" or self.name.text.startswith("owner unknown (")
 
@@ -201,6 +239,8 @@ def total(root: Node) -> None:
             gap += kid.gap
             if kid.below != _NOTHING:
                 below = tuple(map(add, below, kid.below))
+            if kid.peak is not None and (node.peak is None or kid.peak > node.peak):
+                node.peak = kid.peak
         node.gpu, node.gap, node.below = gpu, gap, below
     for node in order:
         node.gpu += node.gpu_shared
@@ -232,6 +272,8 @@ def absorb(into: Node, node: Node) -> None:
         into.cpu_max = node.cpu_max
     if node.first is not None and (into.first is None or node.first < into.first):
         into.first = node.first
+    if node.peak is not None and (into.peak is None or node.peak > into.peak):
+        into.peak = node.peak
     into.each = merged(into.each, node.each)
     if node.flags:
         into.flags = into.flags | node.flags
@@ -239,7 +281,7 @@ def absorb(into: Node, node: Node) -> None:
         into.add_op(name, count, duration, credit)
 
 
-_STATE = (*SUMS, "below", "cpu_max", "cpu_min", "each", "first", "flags", "gap", "gpu", "ops")
+_STATE = (*SUMS, "below", "cpu_max", "cpu_min", "each", "first", "flags", "gap", "gpu", "ops", "peak")
 
 
 def _pack(root: Node) -> list[tuple[Any, ...]]:

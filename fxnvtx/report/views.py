@@ -19,8 +19,12 @@ __all__ = ["VIEWS", "Row", "Selection", "rows_of", "tree_of"]
 
 _SUMMED = (
     "calls", "cpu", "cpu_self", "gpu", "gpu_self", "gpu_sum", "kernels", "copies", "copied_bytes", "launches", "gap",
-    "proj", "proj_calls", "resident", "overlap", "open",
+    "proj", "proj_calls", "resident", "overlap", "open", "queued", "launching", "waited", "communication",
+    "communication_hidden", "copying", "copying_hidden", "allocated", "released",
 )  # fmt: skip
+
+
+_NOTHING = (0,) * len(BELOW)
 
 
 def rows_of(root: Node, side: Node, parts: list[Part], classes: dict[str, str], chosen: Selection) -> list[Row]:
@@ -304,8 +308,12 @@ def _accumulate(row: Row, node: Node, whole: bool) -> None:
     row.proj += node.proj
     row.proj_calls += node.proj_calls
     row.launches += node.launches
-    for counter, value in zip(BELOW, node.below, strict=True):
-        setattr(row, counter, getattr(row, counter) + value)
+    if node.below != _NOTHING:
+        for counter, value in zip(BELOW, node.below, strict=True):
+            if value:
+                setattr(row, counter, getattr(row, counter) + value)
+    if node.peak is not None and (row.peak is None or node.peak > row.peak):
+        row.peak = node.peak
     if node.name.category == "residency":
         row.payload += node.payload
 

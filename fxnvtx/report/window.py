@@ -6,15 +6,19 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TypeVar
+from decimal import Decimal
+from typing import Any, TypeVar
 
 from ..categories import COMPILE, REQUEST, STEP
 from ..errors import ConfigError
 from .labels import category_of, fold
 from .span import Point, Span
+from .units import readable_ns
 
 __all__ = ["WHOLE", "Numbers", "Omitted", "Window", "omitted"]
 
+_TIME = re.compile(r"^(\d{1,9}(?:\.\d{1,9})?)(s|ms|us|ns)?$")
+_UNITS = {"s": 1_000_000_000, "ms": 1_000_000, "us": 1_000, "ns": 1}
 _PART = re.compile(r"^(\d*)(?:(:)(\d*))?$")
 _MOST = 1_000_000_000
 
@@ -46,31 +50,70 @@ class Numbers:
         return any(start <= number < end for start, end in self.parts)
 
 
+def read_times(text: str) -> tuple[int, int | None]:
+    """`1.5s:2s`, `250ms:`, `:3` (seconds): from and to in ns, None for the end. Raises ConfigError."""
+    first, mark, last = text.replace(" ", "").partition(":")
+    found = [_TIME.match(part) if part else None for part in (first, last)]
+    if not mark or (first and not found[0]) or (last and not found[1]):
+        raise ConfigError(f"{text[:40]!r} is no part of the capture: write FROM:TO like 1.5s:2s, 250ms: or :3s")
+    start, end = (None if at is None else int(Decimal(at[1]) * _UNITS[at[2] or "s"]) for at in found)
+    if end is not None and end <= (start or 0):
+        raise ConfigError(f"{text[:40]!r} is empty: the second time must be larger")
+    return start or 0, end
+
+
 @dataclass(frozen=True)
 class Window:
-    """requests, steps: which count, by their order within a process and within a request; None: all. warm: leave out
-    the first request. compiling: keep what compiles (otherwise requests in which something was compiled are left out,
-    where there are others)."""
+    """requests, steps: which count, by their order within a process and within a request; None: all. first: leave out
+    so many of the first requests. compiling: keep what compiles (otherwise requests in which something was compiled are
+    left out, where there are others). between: from and to (None: the end), in ns after the process's first range:
+    ranges are cut to it, and what was launched in it counts."""
 
     requests: Numbers | None = None
     steps: Numbers | None = None
-    warm: bool = False
+    first: int = 0
     compiling: bool = False
+    between: tuple[int, int | None] | None = None
 
     @property
     def whole(self) -> bool:
-        return self.requests is None and self.steps is None and not self.warm and self.compiling
+        """Whether no range is left out as a whole."""
+        return self.requests is None and self.steps is None and not self.first and self.compiling
 
 
 WHOLE = Window(compiling=True)
+_END = 1 << 62
+
+
+def inside(start: Any, end: Any, low: int, high: int) -> Any:
+    """Whether a range has part of it within a time (numbers or arrays)."""
+    return (start < high) & ((end > low) | (start >= low))
 
 
 @dataclass
 class Omitted:
-    """Per thread the times that do not count, and sentences that say so."""
+    """Per thread the times that do not count, and sentences that say so. clip: what is outside of it counts neither."""
 
+    clip: tuple[int, int] | None = None
     times: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    def cut_to(self, between: tuple[int, int | None], begin: int) -> None:
+        """Set `clip`. begin: when the process's first range starts."""
+        start, end = between
+        self.clip = begin + start, _END if end is None else begin + end
+        until = "the end" if end is None else readable_ns(end)
+        self.notes.append(f"only {readable_ns(start)} to {until} after the first range is shown (--between)")
+
+    def clipped(self, items: Iterable[Span]) -> Iterator[Span]:
+        """The spans cut to `clip`; those outside of it are gone."""
+        if self.clip is None:
+            yield from items
+            return
+        low, high = self.clip
+        for thread, start, end, name, payload, is_open in items:
+            if inside(start, end, low, high):
+                yield thread, max(start, low), min(end, high), name, payload, is_open
 
     def without(self, items: Iterable[Item]) -> Iterator[Item]:
         """The spans or points (thread first, then start and end) that lie outside of these times."""
@@ -116,9 +159,11 @@ def omitted(spans: Callable[[], Iterator[Span]], window: Window) -> Omitted:
             raise ConfigError(f"--requests leaves nothing: there are {len(asked):,} {what}, counted from 0")
         away += [unit for unit in units if unit.request != asked[0].request]
         found.notes.append(f"{len(asked) - sum(u in asked for u in away):,} of {len(asked):,} {what} are shown")
-    elif window.warm and len(asked) > 1:
-        away = [asked[0]]
-        found.notes.append(f"the first of {len(asked):,} {what} is left out (--skip-warmup)")
+    elif window.first and len(asked) > 1:
+        # never all of them: the last one is shown
+        away = asked[: min(window.first, len(asked) - 1)]
+        first = "first" if len(away) == 1 else f"first {len(away):,}"
+        found.notes.append(f"the {first} of {len(asked):,} {what} {'is' if len(away) == 1 else 'are'} left out")
     if not window.compiling:
         _leave_out_compiling(units, asked, away, what, found.notes)
     gone = {id(unit) for unit in away}

@@ -20,6 +20,12 @@ GRAPH_NODES = (
     " globalTid INTEGER, nameId INTEGER NOT NULL, graphNodeId INTEGER NOT NULL, originalGraphNodeId INTEGER)"
 )
 
+MEMORY = (
+    "CREATE TABLE CUDA_GPU_MEMORY_USAGE_EVENTS (start INTEGER NOT NULL, globalPid INTEGER NOT NULL, deviceId INTEGER"
+    " NOT NULL, contextId INTEGER NOT NULL, address INTEGER NOT NULL, pc INTEGER NOT NULL, bytes INTEGER NOT NULL,"
+    " memKind INTEGER NOT NULL, memoryOperationType INTEGER NOT NULL, name TEXT, correlationId INTEGER)"
+)
+
 
 def process(pid: int) -> int:
     """An nsys global process id."""
@@ -166,6 +172,14 @@ class Capture:
         self.insert(
             "CUPTI_ACTIVITY_KIND_GRAPH_TRACE", start=start, end=end, deviceId=0, streamId=7, correlationId=correlation,
             globalPid=process(pid), graphId=graph,
+        )  # fmt: skip
+
+    def memory(self, start: int, correlation: int, size: int, pid: int = 7, kind: int = 2) -> None:
+        """An allocation; of a size below zero: a release."""
+        self.database.execute(MEMORY.replace("CREATE TABLE", "CREATE TABLE IF NOT EXISTS"))
+        self.insert(
+            "CUDA_GPU_MEMORY_USAGE_EVENTS", start=start, globalPid=process(pid), bytes=abs(size), memKind=kind,
+            memoryOperationType=int(size < 0), correlationId=correlation,
         )  # fmt: skip
 
     def close(self) -> Path:

@@ -79,6 +79,26 @@ def ranks(folder: Path, scale: float) -> Report:
     return load(*paths)
 
 
+def waiting(path: Path, communication: int = 0, wait: int = 0, call: int = 100, allocated: int | None = None) -> Report:
+    """Two steps of 20 us with a layer each, and what it launches. allocated: in which step something is."""
+    capture = Capture(path)
+    for step in range(2):
+        at = 20_000 * step
+        capture.range(at, at + 20_000, f"denoising_step_{step}_t0", "step")
+        capture.range(at, at + 20_000, "net")
+        capture.kernel(at + 30_000, at + 31_000, capture.call(at, at + call))
+        if communication:
+            capture.kernel(
+                at + 30_900, at + 30_900 + communication, capture.call(at + 1000, at + 1100), "ncclDevKernel_AllReduce",
+                stream=8,
+            )  # fmt: skip
+        if wait:
+            capture.call(at + 2000, at + 2000 + wait, name="cudaStreamSynchronize_v3020")
+        if allocated == step:
+            capture.memory(at + 3000, capture.call(at + 3000, at + 3010, name="cudaMalloc_v3020"), 1 << 20)
+    return load(capture.close())
+
+
 CASES: dict[str, tuple[Callable[[Path], Report], Callable[[Path], Report], Callable[[Path], Report]]] = {
     "first_step": (lambda p: steps([40, 10, 10, 11]), lambda p: steps([14, 10, 10, 11]), lambda p: steps([40, 10, 10])),
     "uneven_steps": (
@@ -105,6 +125,26 @@ CASES: dict[str, tuple[Callable[[Path], Report], Callable[[Path], Report], Calla
     ),
     "guidance": (lambda p: guided(50), lambda p: guided(10), lambda p: offloaded(False)),
     "rank_skew": (lambda p: ranks(p, 1.5), lambda p: ranks(p, 1.02), lambda p: steps([1])),
+    "exposed_communication": (
+        lambda p: waiting(p / "x.sqlite", communication=900),
+        lambda p: waiting(p / "x.sqlite", communication=100),
+        lambda p: waiting(p / "x.sqlite"),
+    ),
+    "waits": (
+        lambda p: waiting(p / "x.sqlite", wait=900),
+        lambda p: waiting(p / "x.sqlite", wait=100),
+        lambda p: steps([1]),
+    ),
+    "slow_launches": (
+        lambda p: waiting(p / "x.sqlite", call=15_000),
+        lambda p: waiting(p / "x.sqlite", call=9_000),
+        lambda p: steps([1]),
+    ),
+    "late_allocation": (
+        lambda p: waiting(p / "x.sqlite", allocated=1),
+        lambda p: waiting(p / "x.sqlite", allocated=0),
+        lambda p: waiting(p / "x.sqlite"),
+    ),
     "unattributed": (
         lambda p: device(p / "x.sqlite", outside=9000),
         lambda p: device(p / "x.sqlite", outside=500),
@@ -153,10 +193,16 @@ def test_the_largest_comes_first_and_what_is_unsaid_last() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "rules"), [("h100_2gpu_slice.sqlite", ["copies", "unattributed"]), ("mfu_2gpu_slice.sqlite", [])]
+    ("name", "rules"),
+    [
+        ("h100_2gpu_slice.sqlite", ["copies", "waits", "unattributed"]),
+        ("mfu_2gpu_slice.sqlite", ["waits", "exposed_communication"]),
+    ],
 )
 def test_real_captures(name: str, rules: list[str]) -> None:
-    """Read by hand: the first one loads weights from the host and little else, the second one computes."""
+    """Read by hand: the first one loads weights from the host, for which .item() waits; its launching calls are slow
+    because the queue is full, which is no fault. The second one computes, but ten copies of a number to the device wait
+    for it, and its all-to-alls run beside nothing."""
     found, silent = findings(load(DATA / name))
     assert [finding.rule for finding in found] == rules
     assert {item.rule for item in silent} >= {"first_step", "residency_waits", "guidance"}

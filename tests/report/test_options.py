@@ -22,7 +22,9 @@ GIVEN: dict[str, list[str]] = {
     "by": [], "form": [], "output": [], "scrubbed": [], "depth": ["--depth", "1"], "include": ["--include", "*.attn"],
     "exclude": ["--exclude", "*.attn"], "fold": ["--fold"], "kernels": ["--kernels"], "split_fused": ["--split-fused"],
     "sort": ["--sort", "ORDER"], "limit": ["--limit", "1"], "requests": ["--requests", "1"], "steps": ["--steps", "1"],
-    "skip_warmup": ["--skip-warmup"], "keep_compile": ["--keep-compile"], "jobs": ["--jobs", "1"], "exact": ["--exact"],
+    "skip_warmup": ["--skip-warmup"], "skip_first": ["--skip-first", "2"],
+    "between": ["--between", "0:1us"], "keep_compile": ["--keep-compile"], "exact": ["--exact"],
+    "jobs": ["--jobs", "1"],
     "findings_": ["--findings"],
     "classes": ["--classes", "CLASSES"],
 }  # fmt: skip

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ...categories import COMPILE, REQUEST, STEP
 from ..graphs import BEFORE, LEVEL, NO_TABLE, place
-from ..labels import UNKNOWN, Name
+from ..labels import UNKNOWN, Name, category_of
 from ..ops import COPY, GRAPH, PUSH_POP, SET, START_END
 from ..part import Part
 from ..schema import Table
+from ..span import Span
 from ..tree import Node, Tree
-from ..window import Omitted
+from ..window import Omitted, inside
+from . import waits
 from .batches import Batch, Ints, Source
 from .device import NODE, OVERLAPS, PROCESS, Device, both, check_times, distinct, kind_of
-from .forest import ROOT, Forest
+from .forest import EARLIEST, ROOT, Forest
 from .gaps import Gaps
 from .graph_nodes import GraphNodes, Origins
 from .names import Names
 from .nesting import NONE
-from .overlaps import Moves, Shared
+from .overlaps import COMMUNICATION, COMPUTE, COPYING, SETTING, Moves, Shared
 from .spool import Limits, Spool, windows
 from .threads import HAS_PAYLOAD, OPEN, SPAN, SPAN_TIES, Calls, Spans, Threads
 
@@ -33,6 +38,11 @@ __all__ = ["OUTSIDE", "Capture"]
 OUTSIDE = Name(UNKNOWN + "launched outside every range", "unknown")
 NO_LAUNCH = Name(UNKNOWN + "no launching call in this recording", "unknown")
 CROSS_THREAD = "ranges that end on another thread than they began on were left out"
+# NCCL's, RCCL's and NVSHMEM's kernels, and the collectives that serving stacks bring along
+_COMMUNICATES = re.compile(
+    r"nccl|rccl|nvshmem|oneccl|all_?reduce|all_?gather|reduce_?scatter|all_?to_?all|cross_device_reduce|multimem",
+    re.IGNORECASE,
+)
 _OPEN_END = np.iinfo(np.int64).max
 
 
@@ -55,11 +65,14 @@ class Capture:
         self.device.read(source, reader.schema, tick)
         self.pids |= self.device.pids
         self.device.join(source, reader.schema, tick)
+        self.waits = waits.Waits(source, reader.schema, limits, tick)
         self.graph_nodes = GraphNodes(source, reader.schema)
+        # what each operation's name is for
+        self.roles = np.array([_role(kind, reader.operation(kind, key)) for kind, key in self.device.names], np.int8)
 
     def close(self) -> None:
         """Forget all rows."""
-        for spool in (self.spans, self.aside, self.device.launches, self.device.strays):
+        for spool in (self.spans, self.aside, self.device.launches, self.device.strays, self.waits.rows):
             spool.close()
 
     # ------------------------------------------------------------------------------------------ reading
@@ -148,7 +161,11 @@ class Capture:
         part = Part(str(self._reader.path), (pid >> 24) & 0xFFFFFF)
         part.domains = sorted({name for (owner, _), name in self._reader.domains.items() if owner == pid})
         filler = Filler(self, part.tree)
-        omitted = self._reader.omitted(pid)
+        omitted = self._reader.omitted(pid, lambda: self._heads(pid))
+        if self._reader.window.between is not None:
+            begins = [self.spans.first_key(group) for group in self.spans.groups() if group & PROCESS == pid]
+            if begins:
+                omitted.cut_to(self._reader.window.between, min(begins))
         part.notes.extend(omitted.notes)
         filler.origins = self._origins(pid)
         if len(filler.origins.captured):
@@ -158,11 +175,12 @@ class Capture:
         moves = filler.moves = Moves(filler.forest, self._limits)
         shared = filler.shared = Shared(filler.forest, self._limits)
         threads = Threads(
-            filler.forest, filler.outside, filler.launch, moves.residency, None if computes else moves.modules
-        )
+            filler.forest, filler.outside, filler.launch, moves.residency, None if computes else moves.modules,
+            lambda rows, node: waits.count(filler.forest, node, rows),
+        )  # fmt: skip
         for thread in self._threads(pid, self.spans):
             self._run(threads, thread, self.spans, omitted)
-        filler.strays(pid)
+        filler.strays(pid, omitted.clip)
         shared.settle()
         moves.settle((lambda: self._kernels(pid)) if computes else None)
         filler.forest.fill(self._operation)
@@ -170,40 +188,61 @@ class Capture:
         part.operations = filler.forest.operations
         part.has_gpu = part.operations > 0
         part.device_calls = self.device.count > 0
+        part.has_memory = self.waits.has_memory
         part.gaps = [
             (idle, end, filler.forest.nodes[node].name.text or "no range", self._operation(name))
             for idle, end, node, name in filler.gaps.longest()
         ]
         if threads.crossing:
             part.notes.append(f"{threads.crossing:,} ranges cross another one instead of lying inside it")
-        self._side(part, pid)
+        self._side(part, pid, Omitted(omitted.clip))
         return part
 
-    def _side(self, part: Part, pid: int) -> None:
+    def _side(self, part: Part, pid: int, omitted: Omitted) -> None:
         """Start/end ranges: they nest in nothing, so they get a tree of their own that no total counts."""
         if not any(group & PROCESS == pid for group in self.aside.groups()):
             return
         filler = Filler(self, part.side)
         threads = Threads(filler.forest, filler.outside, filler.launch)
         for thread in self._threads(pid, self.aside):
-            self._run(threads, thread, self.aside, Omitted())
+            self._run(threads, thread, self.aside, omitted)
         filler.forest.fill(self._operation)
         part.side.root.kids.pop(OUTSIDE, None)
         part.side.total()
 
+    def _heads(self, pid: int) -> Iterator[Span]:
+        """The ranges by which requests and steps are told apart: outermost ones, and those of a few categories."""
+        for thread in sorted(group for group in self.spans.groups() if group & PROCESS == pid):
+            until = EARLIEST  # the end of the outermost range that came last
+            for low, high in windows([self.spans], thread, self._limits.window):
+                spans = self._spans(self.spans.read(thread, low, high))
+                kinds = [category_of(name) in (REQUEST, STEP, COMPILE) for name in self.names.names]
+                wanted = np.array(kinds, np.bool_)[spans.name] if len(spans.start) else np.empty(0, np.bool_)
+                # none of the ranges that start before the outermost one's end is outermost itself
+                row = int(np.searchsorted(spans.start, until))
+                while row < len(spans.start):
+                    wanted[row] = True
+                    until = int(spans.end[row])
+                    row = max(row + 1, int(np.searchsorted(spans.start, until)))
+                for row in np.flatnonzero(wanted).tolist():
+                    name = self.names.names[int(spans.name[row])]
+                    yield thread, int(spans.start[row]), int(spans.end[row]), name, None, bool(spans.is_open[row])
+
     def _threads(self, pid: int, spans: Spool) -> list[int]:
-        groups = {*spans.groups(), *self.device.launches.groups()}
+        groups = {*spans.groups(), *self.device.launches.groups(), *self.waits.rows.groups()}
         return sorted(group for group in groups if group & PROCESS == pid)
 
     def _run(self, threads: Threads, thread: int, spans: Spool, omitted: Omitted) -> None:
         launches = self.device.launches
         times = omitted.times.get(thread, [])
+        others, clip = self.waits.rows, omitted.clip
         threads.run(
             thread,
-            [spans, launches],
+            [spans, launches, others],
             self._limits.window,
-            lambda low, high: self._spans(without(spans.read(thread, low, high), "start", times)),
-            lambda low, high: calls_of(without(launches.read(thread, low, high), "call", times)),
+            lambda low, high: cut(self._spans(without(spans.read(thread, low, high), "start", times)), clip),
+            lambda low, high: calls_of(without(launches.read(thread, low, high), "call", times, clip)),
+            lambda low, high: without(others.read(thread, low, high), "start", times, clip),
         )
         if self._reader.tick is not None:
             self._reader.tick(0)
@@ -293,6 +332,8 @@ class Filler:
         """Count what calls launched for the ranges around them."""
         rows, begins = calls.what
         node = np.repeat(around, np.diff(np.append(begins, len(rows["start"]))))
+        self.forest.sums["launching"].add(around, calls.end - calls.start)
+        self.forest.sums["queued"].add(around, np.maximum(0, calls.first - calls.end))
         # within one launch, the launch's own range holds them all
         waited = node.copy()
         waited[begins] = both
@@ -301,22 +342,27 @@ class Filler:
         self.gaps.add({name: rows[name][some] for name in ("idle", "start", "device", "name")}, waited[some])
         self._add(self._replayed(node, rows), rows)
 
-    def strays(self, pid: int) -> None:
+    def strays(self, pid: int, clip: tuple[int, int] | None) -> None:
         """Operations that no recorded call launched."""
         spool = self._capture.device.strays
         for low, high in windows([spool], pid, self._capture._limits.window):
-            rows = spool.read(pid, low, high)
+            rows = without(spool.read(pid, low, high), "start", [], clip)
             if len(rows["start"]):
                 self._add(np.full(len(rows["start"]), self.forest.below(ROOT, NO_LAUNCH)), rows)
 
     def _add(self, node: Ints, rows: dict[str, NDArray[Any]]) -> None:
         kind = kind_of(rows["flags"])
         self.forest.count_operations(node, rows, kind)
+        role = self._capture.roles[rows["name"]]
+        for which, counter in ((COMMUNICATION, "communication"), (COPYING, "copying")):
+            mine = role == which
+            if mine.any():
+                self.forest.sums[counter].add(node[mine], (rows["end"] - rows["start"])[mine])
         if self.shared is not None:
             some = np.flatnonzero(rows["flags"] & OVERLAPS)
             if len(some):
                 device, start, end, credit = (rows[name][some] for name in ("device", "start", "end", "credit"))
-                self.shared.add(device, start, end, credit, node[some])
+                self.shared.add(device, start, end, credit, node[some], role[some])
         if self.moves is not None:
             copies = np.flatnonzero(kind == COPY)
             if len(copies):
@@ -358,6 +404,12 @@ class Filler:
         return found
 
 
+def _role(kind: int, name: str) -> int:
+    if kind == COPY:
+        return COPYING
+    return SETTING if kind == SET else COMMUNICATION if _COMMUNICATES.search(name) else COMPUTE
+
+
 def calls_of(rows: dict[str, NDArray[Any]]) -> Calls:
     """Launched operations, by call, as calls."""
     call, corr = rows["call"], rows["corr"]
@@ -370,8 +422,27 @@ def calls_of(rows: dict[str, NDArray[Any]]) -> Calls:
     return Calls(call[begins], rows["call_end"][begins], first, last, time, (rows, begins))
 
 
-def without(rows: dict[str, NDArray[Any]], start: str, times: list[tuple[int, int]]) -> dict[str, NDArray[Any]]:
-    """The rows that do not start within any of these times, which are sorted."""
+def cut(spans: Spans, clip: tuple[int, int] | None) -> Spans:
+    """The ranges cut to a time, without those that have no part in it."""
+    if clip is None or not len(spans.start):
+        return spans
+    low, high = clip
+    rows = np.flatnonzero(inside(spans.start, spans.end, low, high))
+    start, end = np.maximum(spans.start[rows], low), np.minimum(spans.end[rows], high)
+    order = np.lexsort([-end, start])  # stable: ranges that were cut alike stay in their order
+    rows = rows[order]
+    return Spans(
+        start[order], end[order], spans.name[rows], spans.payload[rows], spans.is_open[rows], spans.piece[rows]
+    )  # fmt: skip
+
+
+def without(
+    rows: dict[str, NDArray[Any]], start: str, times: list[tuple[int, int]], clip: tuple[int, int] | None = None
+) -> dict[str, NDArray[Any]]:
+    """The rows that do not start within any of these times, which are sorted; and within `clip`."""
+    if clip is not None:
+        kept = (rows[start] >= clip[0]) & (rows[start] < clip[1])
+        rows = {name: column[kept] for name, column in rows.items()}
     if not times or not len(rows[start]):
         return rows
     bounds = np.array(times, np.int64)

@@ -37,6 +37,15 @@ _COUNTERS = (
     "gap_self",
     "resident",
     "overlap",
+    "queued",
+    "launching",
+    "waited",
+    "communication",
+    "communication_hidden",
+    "copying",
+    "copying_hidden",
+    "allocated",
+    "released",
 )
 
 
@@ -62,6 +71,7 @@ class Forest:
         self.longest = np.empty(0, np.int64)
         self.first = np.empty(0, np.int64)
         self.called = np.empty(0, np.bool_)
+        self._peaks = np.empty(0, np.int64)
         self._fresh = np.empty(0, np.int64)  # nodes whose first ranges came last
         self._numbers: dict[int, int] = {id(tree.root): ROOT}
         self._below = Interner(lambda key: self.below(key >> 32, names.names[key & 0xFFFFFFFF]))
@@ -171,6 +181,11 @@ class Forest:
             else:
                 sums.add(pairs, values)
 
+    def count_peaks(self, node: Ints, used: Ints) -> None:
+        """So many bytes were allocated when an allocation was made in each node."""
+        self._peaks = grown(self._peaks, len(self.nodes), EARLIEST)
+        np.maximum.at(self._peaks, node, used)
+
     # ------------------------------------------------------------------------------------------ the end
 
     def fill(self, operation: Callable[[int], str]) -> None:
@@ -191,7 +206,11 @@ class Forest:
             node.add_op(name, count, length, credit)
             node.gpu_sum += length
             node.gpu_self += credit
+        for number in np.flatnonzero(self._peaks > EARLIEST).tolist():
+            self.nodes[number].peak = int(self._peaks[number])
         for counter, sums in self.sums.items():
+            if sums.empty:
+                continue
             for node, value in zip(self.nodes, sums.tolist(size), strict=True):
                 if value:
                     setattr(node, counter, getattr(node, counter) + value)

@@ -72,6 +72,11 @@ class Sums:
         self._low = np.zeros(0, np.int64)
         self._high = np.zeros(0, np.int64)
 
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was ever added."""
+        return not len(self._low)
+
     def add(self, ids: Ints, values: Ints, sign: int = 1) -> None:
         if not len(ids):
             return

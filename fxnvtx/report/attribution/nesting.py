@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from .batches import Ints
 
-__all__ = ["NONE", "TOP", "Nest", "Placed", "by_level", "nested", "placed"]
+__all__ = ["NONE", "TOP", "Nest", "Placed", "by_level", "nested", "placed", "within"]
 
 TOP, NONE = -1, -2  # outside of every range; nothing to speak of
 
@@ -94,13 +94,7 @@ def placed(
     low: the fewest ranges that were open at a time since that call; -1: there was none.
     """
     level = nest.level
-    upto = np.searchsorted(start, call_start, "right")
-    inner = upto - 1
-    todo = np.flatnonzero(inner >= 0)
-    while len(todo):
-        todo = todo[end[inner[todo]] < call_end[todo]]
-        inner[todo] = nest.parent[inner[todo]]
-        todo = todo[inner[todo] >= 0]
+    inner, upto = within(nest, start, end, call_start, call_end)
     own = np.where(inner >= 0, level[inner] + 1, 0) if len(level) else np.zeros(len(inner), np.int64)
     if not len(inner):
         return Placed(inner, inner), _lower(low, level[begin:])
@@ -119,6 +113,18 @@ def placed(
     if low < 0:
         both[0] = NONE
     return Placed(inner, both), _lower(int(own[-1]), level[upto[-1] :])
+
+
+def within(nest: Nest, start: Ints, end: Ints, call_start: Ints, call_end: Ints) -> tuple[Ints, Ints]:
+    """The row that each call lies in (or TOP), and how many rows start before it or with it."""
+    upto = np.searchsorted(start, call_start, "right")
+    inner = upto - 1
+    todo = np.flatnonzero(inner >= 0)
+    while len(todo):
+        todo = todo[end[inner[todo]] < call_end[todo]]
+        inner[todo] = nest.parent[inner[todo]]
+        todo = todo[inner[todo] >= 0]
+    return inner, upto
 
 
 def _lower(low: int, levels: Ints) -> int:

@@ -10,7 +10,9 @@ from .batches import Ints
 from .forest import EARLIEST, Forest
 from .spool import Limits, Spool, windows
 
-__all__ = ["Moves", "Shared", "cover_before", "own_parts", "unions"]
+__all__ = ["COMMUNICATION", "COMPUTE", "COPYING", "Moves", "Shared", "cover_before", "own_parts", "unions"]
+
+COMPUTE, COMMUNICATION, COPYING, SETTING = 0, 1, 2, 3  # what an operation is for
 
 
 def own_parts(group: Ints, start: Ints, end: Ints, reach: Ints) -> tuple[Ints, Ints]:
@@ -32,20 +34,23 @@ def own_parts(group: Ints, start: Ints, end: Ints, reach: Ints) -> tuple[Ints, I
 
 
 class Shared:
-    """Operations that overlap others on their device: every range's own union, where it is more than its credit."""
+    """Operations that overlap others on their device: every range's own union, where it is more than its credit, and
+    how much communication and copying other kernels hide."""
 
     def __init__(self, forest: Forest, limits: Limits) -> None:
         self._forest = forest
         self._limits = limits
-        columns = {"start": np.int64, "end": np.int64, "credit": np.int64, "node": np.int64}
+        columns = {"start": np.int64, "end": np.int64, "credit": np.int64, "node": np.int64, "role": np.int8}
         self._rows = Spool(columns, ("end",), limits)
 
-    def add(self, device: Ints, start: Ints, end: Ints, credit: Ints, node: Ints) -> None:
-        self._rows.append(device, (start, end, credit, node))
+    def add(self, device: Ints, start: Ints, end: Ints, credit: Ints, node: Ints, role: Ints) -> None:
+        self._rows.append(device, (start, end, credit, node, role))
 
     def settle(self) -> None:
-        """Set gpu_shared of every node concerned."""
+        """Set gpu_shared, communication_hidden and copying_hidden of every node concerned."""
         self._rows.seal()
+        for device in self._rows.groups():
+            self._hidden(device)
         parents = np.array(self._forest.parents)
         depths = np.array(self._forest.depths)
         sums = self._forest.sums["gpu_shared"]
@@ -64,6 +69,28 @@ class Shared:
                     sums.add(line, own - rows["credit"][order])
                     node[here] = np.maximum(parents[node[here]], 0)
         self._rows.close()
+
+    def _hidden(self, device: int) -> None:
+        asked = _questions(self._limits)
+        compute = False
+        for low, high in windows([self._rows], device, self._limits.window):
+            rows = self._rows.read(device, low, high)
+            compute = compute or bool((rows["role"] == COMPUTE).any())
+            some = (rows["role"] == COMMUNICATION) | (rows["role"] == COPYING)
+            _ask(asked, rows["start"][some], rows["end"][some], (rows["node"] << 1 | (rows["role"] == COPYING))[some])
+        asked.seal()
+        if compute:
+            for key, covered, sign in _answers(asked, self._compute(device), self._limits):
+                copying = key & 1 == 1
+                self._forest.sums["copying_hidden"].add((key >> 1)[copying], covered[copying], sign)
+                self._forest.sums["communication_hidden"].add((key >> 1)[~copying], covered[~copying], sign)
+        asked.close()
+
+    def _compute(self, device: int) -> Iterator[tuple[Ints, Ints]]:
+        for low, high in windows([self._rows], device, self._limits.window):
+            rows = self._rows.read(device, low, high)
+            some = rows["role"] == COMPUTE
+            yield rows["start"][some], rows["end"][some]
 
 
 class Moves:
@@ -107,39 +134,53 @@ class Moves:
         self._moves.close()
 
     def _settle(self, thread: int, compute: list[tuple[Spool, int]]) -> None:
-        """What is covered before the end less what is covered before the start: two questions that need not meet."""
         sums = self._forest.sums
-        asked = Spool({"at": np.int64, "node": np.int64, "sign": np.int8}, (), self._limits)
+        asked = _questions(self._limits)
         for low, high in windows([self._moves], thread, self._limits.window):
             rows = self._moves.read(thread, low, high)
             sums["resident"].add(rows["node"], rows["end"] - rows["start"])
-            asked.append(0, (rows["start"], rows["node"], -1))
-            asked.append(0, (rows["end"], rows["node"], 1))
+            _ask(asked, rows["start"], rows["end"], rows["node"])
         asked.seal()
-        merged = _merged(compute, self._limits)
-        pieces = unions(merged)
-        piece = next(pieces, None)
-        done = 0  # how much the pieces before this one cover
-        for low, high in windows([asked], 0, self._limits.window):
-            rows = asked.read(0, low, high)
-            at = rows["at"]
-            if not len(at):
-                continue
-            total = np.zeros(len(at), np.int64)
-            total += done
-            while piece is not None:
-                start, end = piece
-                # all of it counts for later questions once it lies before all of them
-                total += cover_before(start, end, at)
-                if int(end[-1]) > int(at[-1]):
-                    break
-                done += int((end - start).sum())
-                piece = next(pieces, None)
-            for sign in (-1, 1):
-                some = rows["sign"] == sign
-                if some.any():
-                    sums["overlap"].add(rows["node"][some], total[some], sign)
+        for key, covered, sign in _answers(asked, _merged(compute, self._limits), self._limits):
+            sums["overlap"].add(key, covered, sign)
         asked.close()
+
+
+def _questions(limits: Limits) -> Spool:
+    return Spool({"at": np.int64, "key": np.int64, "sign": np.int8}, (), limits)
+
+
+def _ask(asked: Spool, start: Ints, end: Ints, key: Ints) -> None:
+    """How much of an interval is covered: what is before its end less what is before its start, two questions that need
+    not meet."""
+    asked.append(0, (start, key, -1))
+    asked.append(0, (end, key, 1))
+
+
+def _answers(asked: Spool, intervals: Iterator[tuple[Ints, Ints]], limits: Limits) -> Iterator[tuple[Ints, Ints, int]]:
+    """(keys, how much of the intervals lies before each moment, sign) for all questions."""
+    pieces = unions(intervals)
+    piece = next(pieces, None)
+    done = 0  # how much the pieces before this one cover
+    for low, high in windows([asked], 0, limits.window):
+        rows = asked.read(0, low, high)
+        at = rows["at"]
+        if not len(at):
+            continue
+        total = np.zeros(len(at), np.int64)
+        total += done
+        while piece is not None:
+            start, end = piece
+            # all of it counts for later questions once it lies before all of them
+            total += cover_before(start, end, at)
+            if int(end[-1]) > int(at[-1]):
+                break
+            done += int((end - start).sum())
+            piece = next(pieces, None)
+        for sign in (-1, 1):
+            some = rows["sign"] == sign
+            if some.any():
+                yield rows["key"][some], total[some], sign
 
 
 def cover_before(start: Ints, end: Ints, at: Ints) -> Ints:

@@ -180,6 +180,10 @@ class Spool:
                 least = key if least is None else min(least, key)
         return least
 
+    def first_key(self, group: int) -> int:
+        """The smallest key of a group that has rows."""
+        return min(int(run.samples[0]) for run in self._runs[group])
+
     def close(self) -> None:
         """Forget all rows."""
         self._runs.clear()

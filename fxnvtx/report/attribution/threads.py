@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from .batches import Ints
 from .crossing import Walk
 from .forest import EARLIEST, LATEST, ROOT, Forest
-from .nesting import NONE, TOP, Nest, Placed, nested, placed
+from .nesting import NONE, TOP, Nest, Placed, nested, placed, within
 from .spool import Spool, windows
 
 __all__ = ["HAS_PAYLOAD", "OPEN", "SPAN", "Calls", "Spans", "Threads"]
@@ -86,6 +86,9 @@ class _Launched:
 
 # (calls, the node of the range around each, that of the range that holds the call before, too, or NONE)
 Launch = Callable[[Calls, Ints, Ints], None]
+# rows with at least "start" and "end", by start, that lie in ranges but launch nothing, and the range around each
+Event = Callable[[dict[str, NDArray[Any]], Ints], None]
+Events = Callable[[int | None, int | None], dict[str, NDArray[Any]]]
 # (thread, start, end, node) of some ranges
 Watch = Callable[[int, Ints, Ints, Ints], None]
 
@@ -94,7 +97,7 @@ class Threads:
     """Feeds ranges and calls into a forest.
 
     outside: gives the node for calls that lie in no range. launch: told of all calls. residency, modules: told of
-    residency ranges, and of modules that lie in no other one.
+    residency ranges, and of modules that lie in no other one. event: told of what else happened on a thread.
     """
 
     def __init__(
@@ -104,12 +107,14 @@ class Threads:
         launch: Launch,
         residency: Watch | None = None,
         modules: Watch | None = None,
+        event: Event | None = None,
     ) -> None:
         self.forest = forest
         self.outside = outside
         self.launch = launch
         self.residency = residency
         self.modules = modules
+        self.event = event
         self.crossing = 0
 
     def run(
@@ -119,17 +124,22 @@ class Threads:
         rows: int,
         spans_of: Callable[[int | None, int | None], Spans],
         calls_of: Callable[[int | None, int | None], Calls],
+        events_of: Events | None = None,
     ) -> None:
         """One thread. spools: what the two functions read from, each given the bounds of a window's starts."""
         stack = _Stack.empty()
         for low, high in windows(spools, thread, rows):
             spans, calls = spans_of(low, high), calls_of(low, high)
-            if len(spans.start) or len(calls.start) or (high is None and len(stack.start)):
-                stack = self._window(thread, stack, spans, calls, final=high is None)
+            events = events_of(low, high) if events_of is not None and self.event is not None else {}
+            some = len(spans.start) or len(calls.start) or len(events.get("start", ()))
+            if some or (high is None and len(stack.start)):
+                stack = self._window(thread, stack, spans, calls, events, final=high is None)
 
     # ------------------------------------------------------------------------------------------ one window
 
-    def _window(self, thread: int, stack: _Stack, spans: Spans, calls: Calls, final: bool) -> _Stack:
+    def _window(
+        self, thread: int, stack: _Stack, spans: Spans, calls: Calls, events: dict[str, NDArray[Any]], final: bool
+    ) -> _Stack:
         held = len(stack.start)
         start = np.concatenate([stack.start, spans.start])
         end = np.concatenate([stack.end, spans.end])
@@ -161,6 +171,9 @@ class Threads:
         if final:
             still = _NO_ROWS
         self._watched(thread, spans, nest, node, held)
+        if events and self.event is not None:
+            around = within(nest, start, end, events["start"], events["end"])[0]
+            self.event(events, np.append(node, ROOT)[around])  # TOP is the last place
         place = np.full(len(start) + 1, TOP)
         place[still] = np.arange(len(still))
         new = _Stack(
