@@ -13,7 +13,7 @@ from time import perf_counter
 import torch
 
 import fxnvtx
-from fxnvtx.pipeline import Batch, ServerArgs, reference
+from fxnvtx.pipeline import Batch, ServerArgs, pipelines
 from fxnvtx.pipeline.args import RESIDENCY_MODES
 
 COMPONENTS = ("text_encoder", "dit", "vae")
@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--size", default="small")
     parser.add_argument("--steps", type=int, default=2)
     chosen = parser.parse_args()
-    pipeline = reference.build(size=chosen.size)
+    pipeline = pipelines.build_reference(size=chosen.size)
     images = []
     print(f"{'mode':<20}{'peak MiB':>10}{'bound MiB':>11}{'seconds':>9}{'moving':>9}{'waiting':>9}")
     for mode in RESIDENCY_MODES:

@@ -1,13 +1,11 @@
 """The runtime whose structure gets ranges: stages, executors, and where weights are."""
 
 from .args import ServerArgs
-from .batch import Batch
-from .composed import ComposedPipeline
-from .executor import PipelineExecutor, SyncExecutor
+from .executor import ComposedPipeline, PipelineExecutor, SyncExecutor
 from .parallel import ParallelExecutor
-from .profiler import RequestMetrics, StageProfiler
+from .pipelines import PIPELINES, Result, run
+from .request import Batch, RequestMetrics, StageProfiler
 from .residency import ComponentResidencyManager, ComponentUse
-from .run import PIPELINES, Result, run
 from .stage import PipelineStage, StageParallelism
 
 __all__ = [

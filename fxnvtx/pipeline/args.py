@@ -1,20 +1,87 @@
-"""The arguments of a pipeline run, from Python, a dict, a JSON file or a command line."""
+"""The arguments of a pipeline run, from Python, a dict, a JSON file or a command line, and which somebody chose.
+
+A value that equals the default counts as chosen when somebody wrote it down.
+"""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 from ..errors import ConfigError
-from .explicit import ExplicitArgs
 from .steps import StepWindows
 
-__all__ = ["DEVICE_MODES", "PERFORMANCE_MODES", "RESIDENCY_MODES", "ServerArgs"]
+__all__ = [
+    "DEVICE_MODES",
+    "PERFORMANCE_MODES",
+    "RESIDENCY_MODES",
+    "ExplicitArgs",
+    "ServerArgs",
+    "add_arguments",
+    "parse",
+    "parse_residency",
+]
+
+
+# ------------------------------------------------------------------------------------------- which arguments were given
+
+
+Self = TypeVar("Self", bound="ExplicitArgs")
+
+
+class ExplicitArgs:
+    """Base of an argument dataclass that remembers which of its fields were given.
+
+    A value that equals the default counts as given when somebody wrote it down: "vae_cpu_offload=false" is a
+    decision, leaving it out is none.
+    """
+
+    _explicit: frozenset[str] = frozenset()
+
+    def __new__(cls: type[Self], *values: Any, **named: Any) -> Self:
+        made = object.__new__(cls)
+        positional = [f.name for f in dataclasses.fields(cls) if f.init][: len(values)]  # type: ignore[arg-type]
+        object.__setattr__(made, "_explicit", frozenset(positional) | frozenset(named))
+        return made
+
+    def is_arg_explicitly_set(self, name: str) -> bool:
+        """Whether `name` was given on the command line, in a config file, in from_dict or from_kwargs, or to the
+        constructor. Raises ConfigError for a name that is no argument."""
+        self.require_names([name])
+        return name in self._explicit
+
+    def with_defaults(self: Self, **values: Any) -> Self:
+        """A copy in which `values` stand where nothing was given. They are defaults: they do not count as given."""
+        self.require_names(values)
+        return self._copied({k: v for k, v in values.items() if k not in self._explicit}, self._explicit)
+
+    def with_values(self: Self, **values: Any) -> Self:
+        """A copy with `values`, which count as given."""
+        self.require_names(values)
+        return self._copied(values, self._explicit | frozenset(values))
+
+    @classmethod
+    def require_names(cls, names: Iterable[str]) -> None:
+        known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        for name in names:
+            if name not in known:
+                raise ConfigError(f"there is no argument {name!r}: the arguments are {', '.join(sorted(known))}")
+
+    def _copied(self: Self, changes: dict[str, Any], explicit: frozenset[str]) -> Self:
+        current = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        made = type(self)(**{**current, **changes})
+        object.__setattr__(made, "_explicit", explicit)
+        return made
+
+
+# -------------------------------------------------------------------------------------------------------- the arguments
+
 
 RESIDENCY_MODES = ("resident", "component-offload", "layerwise-offload", "snapshot-offload")
 PERFORMANCE_MODES = ("auto", "speed", "memory")
@@ -116,7 +183,6 @@ class ServerArgs(ExplicitArgs):
     @classmethod
     def from_cli(cls, argv: list[str] | None = None) -> ServerArgs:
         """Arguments from a command line (sys.argv without one); `--config FILE` first, what is spelled out wins."""
-        from .cli_args import parse
 
         return cls.from_dict(parse(argv))
 
@@ -192,3 +258,105 @@ def _interval(value: Any) -> tuple[int, int]:
     if isinstance(value, (list, tuple)) and len(value) == 2 and all(_is_int(v) for v in value) and value[0] <= value[1]:
         return int(value[0]), int(value[1])
     raise ConfigError(f"guidance_interval={value!r} must be two steps, the first not after the last, like [2, 10]")
+
+
+# ---------------------------------------------------------------------------------------------------- as a command line
+
+
+_SWITCHES = {
+    "enable_layerwise_nvtx_marker": "ranges for requests, stages, steps and every layer",
+    "enable_stage_nvtx_marker": "ranges for requests, stages and steps, none for layers",
+    "nvtx_shapes": "a marker with the input shapes at every layer's call",
+    "cuda_profiler_range": "cudaProfilerStart/Stop around every request",
+    "text_encoder_cpu_offload": "bring text encoders in only while they work",
+    "image_encoder_cpu_offload": "bring image encoders in only while they work",
+    "vae_cpu_offload": "bring VAEs in only while they work",
+    "dit_cpu_offload": "bring DiTs in only while they work",
+    "sync_steps": "wait for the device at the end of each step",
+    "memory_snapshots": "write memory figures into the metrics",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give `parser` every argument of ServerArgs. What is not written stays out of the namespace."""
+    absent: Any = argparse.SUPPRESS
+    for name, text in _SWITCHES.items():
+        parser.add_argument(
+            _flag(name),
+            dest=name,
+            nargs="?",
+            const=True,
+            type=_boolean,
+            default=absent,
+            metavar="true|false",
+            help=text,
+        )
+    parser.add_argument("--nvtx-depth", type=int, default=absent, help="levels of modules below a component")
+    parser.add_argument("--nvtx-steps", default=absent, metavar="4-8,20", help="steps that get layer ranges")
+    parser.add_argument("--performance-mode", choices=PERFORMANCE_MODES, default=absent)
+    parser.add_argument("--two-stage-device-mode", choices=DEVICE_MODES, default=absent)
+    parser.add_argument(
+        "--residency",
+        action="append",
+        default=absent,
+        metavar="COMPONENT=MODE",
+        help=f"where a component's weights are kept: {', '.join(RESIDENCY_MODES)}",
+    )
+    parser.add_argument("--layerwise-offload-components", type=_names, default=absent, metavar="A,B|none")
+    parser.add_argument("--residency-dir", default=absent, metavar="DIR")
+    parser.add_argument("--guidance-interval", type=_two_steps, default=absent, metavar="FIRST-LAST")
+
+
+def parse(argv: list[str] | None) -> dict[str, Any]:
+    """The arguments that were written, in `--config FILE` or spelled out (these win), by name."""
+    parser = _Parser(prog="fxnvtx", allow_abbrev=False)
+    add_arguments(parser)
+    parser.add_argument("--config", default=None, metavar="FILE.json")
+    given = vars(parser.parse_args(argv))
+    config = given.pop("config")
+    if "residency" in given:
+        given["residency"] = parse_residency(given["residency"])
+    return {**(read_config(config) if config else {}), **given}
+
+
+def parse_residency(pairs: list[str]) -> dict[str, str]:
+    """["dit=layerwise-offload", "vae=resident"] -> a mapping. Raises ConfigError for anything else."""
+    found = {}
+    for pair in pairs:
+        component, equals, mode = pair.partition("=")
+        if not equals or not component.strip():
+            raise ConfigError(f"--residency {pair}: write COMPONENT=MODE, for example dit=layerwise-offload")
+        found[component.strip()] = mode.strip()
+    return found
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _boolean(text: str) -> bool:
+    value = text.strip().lower()
+    if value in {"true", "1", "yes", "on"}:
+        return True
+    if value in {"false", "0", "no", "off"}:
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+def _names(text: str) -> list[str] | None:
+    if text.strip().lower() in {"none", "null", ""}:
+        return None
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _two_steps(text: str) -> tuple[int, int]:
+    first, _, last = text.partition("-")
+    try:
+        return int(first), int(last or first)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no interval of steps: write it like 2-10") from None

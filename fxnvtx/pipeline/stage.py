@@ -13,8 +13,7 @@ from torch import nn
 from ..errors import PipelineError
 from ..ranges import Label, label, range
 from .args import ServerArgs
-from .context import running, running_with
-from .profiler import RequestMetrics, StageProfiler, device_memory
+from .request import RequestMetrics, StageProfiler, device_memory, running, running_with
 from .residency import ComponentUse
 
 __all__ = ["PipelineStage", "StageParallelism", "stage_range_label"]

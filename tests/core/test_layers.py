@@ -70,11 +70,6 @@ EXCEPTIONS = {
     ("report/nsys", "report/attribution/captures"): "numpy is imported when a capture is read",
     ("integrations/sglang/options", "pipeline/steps"): "SGLang's server shares the syntax of step windows",
     ("integrations/sglang/layers", "pipeline/residency/attach"): "SGLang's components attach as the pipeline's do",
-    ("integrations/sglang/layers", "pipeline/residency/methods"): "SGLang's components attach as the pipeline's do",
-    ("pipeline/args", "pipeline/cli_args"): "ServerArgs.from_cli() parses",
-    ("pipeline/context", "pipeline/collective"): "types of what runs",
-    ("pipeline/executor", "pipeline/composed"): "the type of what is executed",
-    ("pipeline/residency/strategies", "pipeline/residency/layerwise"): "the table of strategies",
 }
 
 

@@ -5,14 +5,10 @@ import torch
 
 import fxnvtx
 from fxnvtx.models import build, generate
-from fxnvtx.pipeline import Batch, ServerArgs, reference
+from fxnvtx.pipeline import Batch, ServerArgs, pipelines
 from fxnvtx.pipeline.args import RESIDENCY_MODES
-from fxnvtx.pipeline.residency.account import ByteAccount
-from fxnvtx.pipeline.residency.layerwise import LayerwiseOffload
-from fxnvtx.pipeline.residency.marks import ResidencyRanges
-from fxnvtx.pipeline.residency.place import CudaPlace, default_place
-from fxnvtx.pipeline.residency.storage import PinnedSlot
-from fxnvtx.pipeline.residency.strategies import ComponentOffload, SnapshotOffload
+from fxnvtx.pipeline.residency.memory import ByteAccount, CudaPlace, PinnedSlot, ResidencyRanges, default_place
+from fxnvtx.pipeline.residency.strategies import ComponentOffload, LayerwiseOffload, SnapshotOffload
 
 from ..pipeline.nets import LAYERS, Net, clone_weights, labels, same_weights
 
@@ -21,7 +17,7 @@ NAMES = ("text_encoder", "dit", "vae")
 
 
 def image_with(mode, args=LAYERS):
-    pipeline = reference.build(args.with_values(residency=dict.fromkeys(NAMES, mode)))
+    pipeline = pipelines.build_reference(args.with_values(residency=dict.fromkeys(NAMES, mode)))
     image = pipeline(Batch(prompt="a fox", steps=2)).image
     return pipeline, image
 
@@ -85,11 +81,11 @@ def test_host_copies_are_pinned_and_prefetches_run_on_another_stream():
 def test_residency_ranges_enclose_the_copies():
     args = LAYERS.with_values(residency=dict.fromkeys(NAMES, "component-offload"))
     with fxnvtx.record() as recording:
-        reference.build(args)(Batch(prompt="a fox", steps=1))
+        pipelines.build_reference(args)(Batch(prompt="a fox", steps=1))
     assert recording.balanced
     assert {"residency.load text_encoder", "residency.offload vae"} <= set(labels(recording))
 
 
 def test_the_device_profiler_can_be_started_and_stopped():
-    pipeline = reference.build(ServerArgs(cuda_profiler_range=True))
+    pipeline = pipelines.build_reference(ServerArgs(cuda_profiler_range=True))
     assert pipeline(Batch(prompt="a fox", steps=1)).image is not None

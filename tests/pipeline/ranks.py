@@ -21,9 +21,9 @@ from fxnvtx.pipeline import (
     PipelineStage,
     ServerArgs,
     StageParallelism,
-    reference,
+    pipelines,
 )
-from fxnvtx.pipeline.collective import Group
+from fxnvtx.pipeline.parallel import Group
 
 from ..support.limits import CHILD_S
 
@@ -160,7 +160,7 @@ def loading(group, _):
 
 def images(group, _):
     """The reference pipeline, its guidance passes shared among the ranks."""
-    pipeline = reference.build(RANGES, executor=ParallelExecutor(group))
+    pipeline = pipelines.build_reference(RANGES, executor=ParallelExecutor(group))
     with fxnvtx.record() as recording:
         batch = pipeline(Batch(prompt="a fox", steps=2))
     grouped = pipeline.run_grouped([Batch(prompt="a fox", steps=2, seed=s) for s in (0, 1)])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fxnvtx
-from fxnvtx.pipeline import Batch, reference
+from fxnvtx.pipeline import Batch, pipelines
 
 from .nets import LAYERS, STAGES, Uses, labels, pipeline_of, shape
 
@@ -28,7 +28,7 @@ def cache(tmp_path_factory):
 def compiled():
     """Compiled by a warm-up, when nothing is attached: its layers must show all the same."""
     torch._dynamo.reset()
-    pipeline = reference.build(LAYERS, compile=True)
+    pipeline = pipelines.build_reference(LAYERS, compile=True)
     with fxnvtx.record() as recording:
         pipeline(Batch(**{**REQUEST, "steps": 1}, is_warmup=True))
     assert {r.category for r in recording.ranges} <= {"compile"}
@@ -65,7 +65,7 @@ def layers(recording, prefix):
 
 
 def test_the_same_tree_down_to_the_components_and_the_same_layers(compiled):
-    eager, _ = request(reference.build(LAYERS))
+    eager, _ = request(pipelines.build_reference(LAYERS))
     mine, _ = request(compiled)
     assert down_to_components(mine.tree())[0][1] == down_to_components(eager.tree())[0][1]
     computing = {n for n in layers(eager, "denoising.dit") if not n.endswith(("unpatchify", "time_proj", ".act"))}
@@ -105,7 +105,7 @@ def test_offloading_a_compiled_component_changes_no_bit_and_compiles_nothing(com
 def test_layerwise_offload_of_a_compiled_component():
     torch._dynamo.reset()
     args = LAYERS.with_values(residency={"dit": "layerwise-offload"})
-    pipeline = reference.build(args, compile=True)
+    pipeline = pipelines.build_reference(args, compile=True)
     pipeline(Batch(**REQUEST, is_warmup=True))
     graphs = _graphs()
     recording, image = request(pipeline, args)
@@ -120,7 +120,7 @@ def test_layerwise_offload_of_a_compiled_component():
             inner = [n.label for n in block.walk()]
             assert f"denoising.dit.blocks.{index}.attn.to_q" in inner
             assert f"residency.offload dit.blocks.{index}" in inner
-    eager, _ = request(reference.build(args), args)
+    eager, _ = request(pipelines.build_reference(args), args)
     assert {n for n in layers(recording, "denoising.dit") if "attn" in n} == {
         n for n in layers(eager, "denoising.dit") if "attn" in n
     }
@@ -131,7 +131,7 @@ def test_layerwise_offload_of_a_compiled_component():
 
 def test_a_component_compiled_by_its_blocks_and_removal():
     torch._dynamo.reset()
-    pipeline = reference.build(LAYERS)
+    pipeline = pipelines.build_reference(LAYERS)
     dit = pipeline.components["dit"]
     for block in dit.blocks:
         block.compile(backend="fxnvtx")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import fxnvtx
 from fxnvtx.errors import ConfigError, OutputError, PipelineError
 from fxnvtx.pipeline import Batch, ComposedPipeline, ParallelExecutor, PipelineStage, ServerArgs, StageParallelism
-from fxnvtx.pipeline.composed import profile_names
+from fxnvtx.pipeline.executor import profile_names
 
 from .nets import LAYERS, Net, Uses, calls, labels, pipeline_of
 

@@ -6,7 +6,7 @@ import pytest
 
 from fxnvtx.errors import ConfigError
 from fxnvtx.pipeline.args import ServerArgs
-from fxnvtx.pipeline.device import (
+from fxnvtx.pipeline.pipelines import (
     MODE_VARIABLE,
     DeviceInfo,
     device_mode,

@@ -9,9 +9,9 @@ import fxnvtx
 from fxnvtx.errors import ConfigError
 from fxnvtx.models import DiT, build_video, generate, generate_video
 from fxnvtx.models import build as build_models
-from fxnvtx.pipeline import PIPELINES, Batch, ServerArgs, reference, run, two_stage
+from fxnvtx.pipeline import PIPELINES, Batch, ServerArgs, pipelines, run
 from fxnvtx.pipeline.args import RESIDENCY_MODES
-from fxnvtx.pipeline.device import DeviceInfo
+from fxnvtx.pipeline.pipelines import DeviceInfo
 from fxnvtx.report import from_recording
 
 from .nets import LAYERS, STAGES, labels, weight_bytes
@@ -70,7 +70,9 @@ def deep_dit(seed=0):
 
 
 def test_layerwise_offload_holds_two_blocks_of_a_deep_dit_and_what_is_outside_them():
-    pipeline = reference.build(ServerArgs(residency={**everywhere("component-offload"), "dit": "layerwise-offload"}))
+    pipeline = pipelines.build_reference(
+        ServerArgs(residency={**everywhere("component-offload"), "dit": "layerwise-offload"})
+    )
     dit = pipeline.components["dit"] = deep_dit()
     block, total = weight_bytes(dit.blocks[0]), weight_bytes(dit)
     bound = total - 8 * block + 2 * block
@@ -81,13 +83,13 @@ def test_layerwise_offload_holds_two_blocks_of_a_deep_dit_and_what_is_outside_th
     assert len(peaks) == 4 * 8
     assert max(peaks) <= bound < total / 2
     assert pipeline.residency.account.peak_bytes <= pipeline.residency.bound_bytes == bound
-    whole = reference.build()
+    whole = pipelines.build_reference()
     whole.components["dit"] = deep_dit()
     assert torch.equal(whole(Batch(prompt="a fox", steps=2)).image, offloaded)
 
 
 def test_one_request_after_the_other_in_changing_modes():
-    pipeline = reference.build()
+    pipeline = pipelines.build_reference()
     for mode in (*RESIDENCY_MODES, *reversed(RESIDENCY_MODES)):
         batch = pipeline(Batch(prompt="a fox", steps=2), LAYERS.with_values(residency=everywhere(mode)))
         assert torch.equal(batch.image, image()), mode
@@ -170,7 +172,7 @@ def test_tiles_of_the_vae_hold_their_own_layers():
 
 
 def test_the_lora_is_on_while_refining_and_off_after():
-    pipeline = two_stage.build()
+    pipeline = pipelines.build_two_stage()
     scales = []
 
     def note(module, _):
@@ -205,7 +207,7 @@ def test_windows_of_steps_show_layers_only_there():
 
 
 def test_a_lower_precision_for_one_stage_leaves_the_weights_as_they_are():
-    pipeline = reference.build()
+    pipeline = pipelines.build_reference()
     pipeline.stages["denoising"].dtype = torch.bfloat16
     low = pipeline(Batch(prompt="a fox", steps=2)).image
     assert not torch.equal(low, image())
@@ -214,7 +216,7 @@ def test_a_lower_precision_for_one_stage_leaves_the_weights_as_they_are():
 
 
 def test_groups_give_the_images_of_their_requests():
-    pipeline = reference.build(STAGES)
+    pipeline = pipelines.build_reference(STAGES)
     seeds = [0, 1, 0]
     with fxnvtx.record() as recording:
         done = pipeline.run_grouped([Batch(prompt="a fox", steps=2, seed=s) for s in seeds])
@@ -245,9 +247,9 @@ def test_progress():
 
 def test_residency_follows_the_device():
     big = DeviceInfo(True, "NVIDIA H200", 141 << 30)
-    assert two_stage.build(probe=lambda: big, environment={}).residency.account.resident_bytes > 0
-    small = two_stage.build(probe=lambda: DeviceInfo(False, "cpu", 0), environment={})
-    assert small.args.layerwise_offload_components == list(two_stage.AUXILIARY)
+    assert pipelines.build_two_stage(probe=lambda: big, environment={}).residency.account.resident_bytes > 0
+    small = pipelines.build_two_stage(probe=lambda: DeviceInfo(False, "cpu", 0), environment={})
+    assert small.args.layerwise_offload_components == list(pipelines.AUXILIARY)
     assert small.residency.account.of("dit") == small.residency.account.of("vae") == 0
 
 

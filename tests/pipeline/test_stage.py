@@ -8,7 +8,7 @@ import torch
 import fxnvtx
 from fxnvtx.errors import PipelineError
 from fxnvtx.pipeline import Batch, PipelineStage, ServerArgs
-from fxnvtx.pipeline.context import running, running_with
+from fxnvtx.pipeline.request import running, running_with
 
 from ..support.limits import THREAD_S
 from .nets import LAYERS, STAGES, Net, Uses, calls, labels, pipeline_of

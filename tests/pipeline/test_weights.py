@@ -14,12 +14,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fxnvtx.errors import OutputError
-from fxnvtx.pipeline.residency.account import ByteAccount
-from fxnvtx.pipeline.residency.layerwise import LayerwiseOffload, find_blocks
-from fxnvtx.pipeline.residency.marks import ResidencyRanges
-from fxnvtx.pipeline.residency.place import MemoryPlace
-from fxnvtx.pipeline.residency.storage import FileSlot
-from fxnvtx.pipeline.residency.strategies import ComponentOffload, Resident, SnapshotOffload
+from fxnvtx.pipeline.residency.memory import ByteAccount, FileSlot, MemoryPlace, ResidencyRanges
+from fxnvtx.pipeline.residency.strategies import (
+    ComponentOffload,
+    LayerwiseOffload,
+    Resident,
+    SnapshotOffload,
+    find_blocks,
+)
 
 from ..support.limits import CHILD_S
 from .nets import Net, clone_weights, same_weights, weight_bytes
@@ -354,9 +356,9 @@ def test_the_memory_is_really_given_back():
     script = """
         import torch
         from torch import nn
-        from fxnvtx.pipeline.residency.account import ByteAccount
-        from fxnvtx.pipeline.residency.marks import ResidencyRanges
-        from fxnvtx.pipeline.residency.place import MemoryPlace
+        from fxnvtx.pipeline.residency.memory import ByteAccount
+        from fxnvtx.pipeline.residency.memory import ResidencyRanges
+        from fxnvtx.pipeline.residency.memory import MemoryPlace
         from fxnvtx.pipeline.residency.strategies import ComponentOffload
 
         def resident():

@@ -124,7 +124,7 @@ class Layers:
         """`compiled`, which runs a method of `target`, inside the range of that component."""
         from torch import nn
 
-        from ...pipeline.residency.methods import with_root
+        from ...pipeline.residency.attach import with_root
 
         return with_root(target, compiled) if isinstance(target, nn.Module) else compiled
 

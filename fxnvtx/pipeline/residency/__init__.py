@@ -1,9 +1,9 @@
 """Where weights are, who needs them when, and ranges for both."""
 
-from .account import ByteAccount
+from .component_use import ComponentUse, Timeline
 from .manager import ComponentResidencyManager
+from .memory import ByteAccount
 from .strategies import ComponentOffload, Resident, SnapshotOffload, Strategy
-from .uses import ComponentUse, Timeline
 
 __all__ = [
     "ByteAccount",

@@ -14,12 +14,10 @@ from torch import nn
 from ...errors import PipelineError
 from ...names import unwrapped
 from ..args import ServerArgs
-from .account import ByteAccount
 from .attach import Attachments
-from .holdings import Holdings
-from .place import Place
-from .requests import Active, Request, Requests
-from .uses import ComponentUse, Timeline
+from .component_use import Active, ComponentUse, Request, Requests, Timeline
+from .memory import ByteAccount, Place
+from .weight_store import Holdings
 
 __all__ = ["ComponentResidencyManager", "UsesComponents"]
 

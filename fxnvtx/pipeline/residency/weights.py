@@ -14,10 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .account import ByteAccount
-from .marks import ResidencyRanges
-from .place import Place, Transfer
-from .storage import HostSlot
+from .memory import ByteAccount, HostSlot, Place, ResidencyRanges, Transfer
 
 log = logging.getLogger("fxnvtx.pipeline")
 

@@ -10,12 +10,11 @@ from torch import nn
 
 from ...names import unwrapped
 from ..args import ServerArgs
-from .account import ByteAccount
-from .marks import ResidencyRanges
-from .place import MemoryPlace, Place, default_place
+from .memory import ByteAccount, MemoryPlace, Place, ResidencyRanges, default_place
 from .strategies import Strategy, strategy_class
 
 __all__ = ["Holdings"]
+
 
 InUse = Callable[[Any], bool]
 

@@ -1,4 +1,8 @@
-"""Wall times per stage and step, under names that join one to one with those of the ranges."""
+"""A request: what it carries, what it measures, and what it has decided for whatever runs inside of it.
+
+The last is kept in a context variable and not on the stages: a stage object may serve two requests at once, call
+itself, or be called by a router through `forward` alone, and the answer must stay the request's.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,37 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter_ns
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch import Tensor
 
+from ..errors import ConfigError
 from ..output import write_text
 
-__all__ = ["RequestMetrics", "StageFigures", "StageProfiler", "StepFigures"]
+if TYPE_CHECKING:
+    from ..ranges import Label
+    from .residency.manager import ComponentResidencyManager
+
+__all__ = [
+    "Batch",
+    "Embedding",
+    "RequestMetrics",
+    "Running",
+    "StageFigures",
+    "StageProfiler",
+    "StepFigures",
+    "running",
+    "running_with",
+]
+
+
+# ----------------------------------------------------------------------------------------------------- what it measures
+
 
 FORMAT = "fxnvtx-metrics"
 VERSION = 1
@@ -123,3 +148,86 @@ def device_memory() -> dict[str, int]:
     if not torch.cuda.is_available():
         return {}
     return {"cuda_allocated": torch.cuda.memory_allocated(), "cuda_peak": torch.cuda.max_memory_allocated()}
+
+
+# ------------------------------------------------------------------------------------------------------ what it carries
+
+
+Embedding = tuple[Tensor, Tensor]  # one vector per token [1, length, dim], and one for the whole prompt [1, dim]
+
+
+@dataclass
+class Batch:
+    """What was asked for, and what the stages have made of it so far. Raises ConfigError for what has no meaning."""
+
+    prompt: str = ""
+    negative_prompt: str = ""
+    steps: int = 4
+    refine_steps: int = 2
+    guidance_scale: float = 4.0
+    seed: int = 0
+    is_warmup: bool = False
+
+    embedding: Embedding | None = None
+    negative_embedding: Embedding | None = None
+    latent: Tensor | None = None  # [1, channels, height, width] or [1, channels, frames, height, width]
+    image: Tensor | None = None  # uint8 [height, width, 3]
+    video: Tensor | None = None  # uint8 [frames, height, width, 3]
+    extra: dict[str, Any] = field(default_factory=dict)
+    metrics: RequestMetrics = field(default_factory=RequestMetrics)
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "negative_prompt"):
+            if not isinstance(getattr(self, name), str):
+                raise ConfigError(f"{name} must be a str, not {type(getattr(self, name)).__name__}")
+        for name in ("steps", "refine_steps"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{name}={value!r} must be a whole number of at least 1")
+
+
+# -------------------------------------------------------------------------------------------------- what it has decided
+
+
+OnStep = Callable[[], None]
+
+
+class PassSharing(Protocol):
+    """The ranks that share the passes of guidance."""
+
+    cfg_rank: int
+    cfg_size: int
+
+    def gather_cfg(self, mine: Tensor) -> list[Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Running:
+    """`use_nvtx`: the gate, None where nobody decided yet. `stage`: the stage whose range is open and has not begun."""
+
+    use_nvtx: bool | None = None
+    manager: ComponentResidencyManager | None = None
+    profiler: StageProfiler | None = None
+    group: PassSharing | None = None
+    on_step: OnStep | None = None
+    stage: object | None = None
+    requests: tuple[Label | None, ...] | None = None  # of a group: each member's range, None for a warm-up
+
+
+_running: ContextVar[Running] = ContextVar("fxnvtx_running", default=Running())  # noqa: B039 - it is frozen
+
+
+def running() -> Running:
+    """What holds here and now."""
+    return _running.get()
+
+
+@contextmanager
+def running_with(**changes: Any) -> Iterator[Running]:
+    """Let `changes` hold for the length of a block."""
+    changed = replace(_running.get(), **changes)
+    token = _running.set(changed)
+    try:
+        yield changed
+    finally:
+        _running.reset(token)
