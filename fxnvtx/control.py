@@ -1,4 +1,4 @@
-"""Which models are instrumented, and what follows for each of their modules' slots. The rim of the eager path.
+"""Which models are instrumented, and what follows for each of their modules' slots. The registry of the eager path.
 
 Slots are in place only while somebody listens, so an instrumented model that nobody watches runs exactly as before.
 Who names a module is kept per module (`_claims`), so whatever changes is brought in line for the modules it concerns,
@@ -18,15 +18,15 @@ from typing import cast
 from torch import nn
 
 from . import ranges as _ranges
-from .compile.invisible import undisturbed
+from .compile.invisible import hide_from_torchscript, hide_module, undisturbed
 from .gate import lock
 from .instrumented import Control, Entry
-from .sight import keep_out_of_sight
 from .slot import SLOT, slot_of, tracing
 
 __all__ = [
     "Control",
     "Entry",
+    "before_slots",
     "controls",
     "controls_of",
     "entry_of",
@@ -135,9 +135,49 @@ class _Changing:
 _changing = _Changing()
 
 
+# Where a compiled model's root has a slot, functions of these run with Dynamo watching.
+_OURS = [
+    "control",
+    "events",
+    "gate",
+    "graph",
+    "hooks",
+    "instrument",
+    "instrumented",
+    "labels",
+    "levels",
+    "names",
+    "ranges",
+    "recording",
+    "slot",
+    "soundness",
+    "stack",
+    "structure",
+]
+_hidden: set[str] = set()
+
+# called before a slot is placed: whoever has to keep slots out of a compiler's sight
+before_slots: list[Callable[[], None]] = []
+
+
+def _keep_out_of_sight() -> None:
+    """Compilers look at everything a module has and everything that runs. The slot and our functions are not theirs.
+
+    Called before the first slot is placed, and again later for what has been imported since.
+    """
+    for name in _OURS:
+        module = sys.modules.get(f"{__package__}.{name}")
+        if module is not None and name not in _hidden:
+            _hidden.add(name)
+            hide_module(vars(module))
+    hide_from_torchscript(SLOT)
+    for call in before_slots:
+        call()
+
+
 def register(model: nn.Module, control: Control) -> None:
     """Let `control` name the modules of `model` from now on, in place of an earlier one."""
-    keep_out_of_sight()
+    _keep_out_of_sight()
     with _changing:
         previous = _registered.pop(id(model), None)
         leaving = _release(previous) if previous is not None else []

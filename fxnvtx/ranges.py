@@ -14,12 +14,11 @@ import os
 import threading
 from collections.abc import Callable
 from time import perf_counter_ns
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import Any, TypeVar, cast
 
 from nvtx._lib.lib import mark
 
-from .compile.imports import when_imported
 from .labels import CATEGORIES, DOMAIN, HANDLE, Label, classes_of, domain, label, nvtx_pop, nvtx_push
 from .stack import Entry, Live, Mark, Open, RangeStack, Sink, Stacks
 
@@ -445,12 +444,3 @@ class range:  # noqa: N801 - a context manager and decorator, spelled like a fun
 def maybe_nvtx_range(text: str, enabled: bool = True) -> range:
     """`range(text)` where `enabled`, else nothing: one line instead of an if around a with."""
     return range(text, enabled=enabled)
-
-
-def _listen_with_profiler(profiler: ModuleType) -> None:
-    from .compile.kineto import follow_sessions
-
-    follow_sessions(profiler)
-
-
-when_imported("torch.autograd.profiler", _listen_with_profiler)

@@ -30,7 +30,6 @@ _WITH_TORCH = frozenset(
         "models",
         "names",
         "pipeline",
-        "sight",
         "slot",
         "soundness",
     ]

@@ -1,5 +1,13 @@
-"""`backend="fxnvtx"` by name wherever fxnvtx has been imported: from a source tree or a zip, whose metadata is not
-installed, torch would not find the entry point."""
+"""What is put in place wherever fxnvtx has been imported, each piece once what it concerns is imported too.
+
+- `backend="fxnvtx"` by name: from a source tree or a zip, whose metadata is not installed, torch would not find the
+  entry point;
+- the user's own ranges in code that Dynamo traces;
+- torch.profiler shows fxnvtx's ranges, once there can be any;
+- with the first slot, Dynamo must not see slots, and what other backends compile is looked at.
+
+So nothing below compile/ needs to know of it.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +20,16 @@ __all__ = ["NAME", "register"]
 
 NAME = "fxnvtx"
 _REGISTRY = "torch._dynamo.backends.registry"  # torch 2.0 to 2.15
+_PROFILER = "torch.autograd.profiler"
+_RANGES, _CONTROL = "fxnvtx.ranges", "fxnvtx.control"
 
 
 def register() -> None:
-    """Now, or once torch's registry of backends is imported."""
+    """Now, or once what each piece concerns is imported."""
     when_imported(_REGISTRY, _add)
-    see_ranges()
+    see_ranges(_watch_others)
+    when_imported(_RANGES, lambda _: when_imported(_PROFILER, _follow_sessions))
+    when_imported(_CONTROL, _with_first_slot)
 
 
 def _add(registry: types.ModuleType) -> None:
@@ -31,3 +43,26 @@ def _add(registry: types.ModuleType) -> None:
     from .backend import fxnvtx_backend
 
     registry.register_backend(fxnvtx_backend, name=NAME)
+
+
+def _follow_sessions(profiler: types.ModuleType) -> None:
+    from .kineto import follow_sessions
+
+    follow_sessions(profiler)
+
+
+def _with_first_slot(control: types.ModuleType) -> None:
+    control.before_slots.append(_hide_slots)
+
+
+def _hide_slots() -> None:
+    from .hidden import hide_slots
+
+    hide_slots()
+    _watch_others()
+
+
+def _watch_others() -> None:
+    from .others import watch_others  # late: it looks at what is registered
+
+    watch_others()

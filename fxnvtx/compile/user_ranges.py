@@ -26,6 +26,9 @@ _CLASSES = ("torch._dynamo.variables.user_defined", "UserDefinedClassVariable")
 _OBJECTS = ("torch._dynamo.variables.builder", "VariableBuilder", "_wrap")
 
 
+_before_marker: Callable[[], None] | None = None
+
+
 class UserRange:
     """Stands where a module's class does in a module stack."""
 
@@ -43,8 +46,11 @@ def _ranges() -> Any:
     return sys.modules.get(f"{(__package__ or '').partition('.')[0]}.ranges")
 
 
-def see_ranges() -> None:
-    """Have Dynamo take our ranges for what they are, now or when it gets imported."""
+def see_ranges(before_marker: Callable[[], None]) -> None:
+    """Have Dynamo take our ranges for what they are, now or when it gets imported. `before_marker` is called before a
+    marker is left: whoever takes the markers out must be there."""
+    global _before_marker
+    _before_marker = before_marker
     when_imported(_FUNCTIONS[0], lambda namespace: _patch(namespace, _FUNCTIONS[1], _instead_of_functions))
     when_imported(_CLASSES[0], lambda namespace: _patch(namespace, _CLASSES[1], _instead_of_the_class))
     when_imported(_OBJECTS[0], _patch_objects)
@@ -164,9 +170,8 @@ def _opened(tx: Any, text: str, category: str) -> Any:
 
 
 def _emit(tx: Any, marker: Callable[..., None], *args: str) -> Any:
-    from .others import watch_others
-
-    watch_others()  # who takes the markers out
+    if _before_marker is not None:
+        _before_marker()
     tx.output.create_proxy("call_function", marker, args, {})
     return _nothing()
 

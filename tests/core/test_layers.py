@@ -41,6 +41,7 @@ PARTS = {
     "modules": [
         "control",
         "deferred",
+        "compile/explain",
         "explain",
         "gate",
         "graph",
@@ -49,7 +50,6 @@ PARTS = {
         "instrumented",
         "levels",
         "names",
-        "sight",
         "slot",
         "soundness",
         "structure",
@@ -58,12 +58,6 @@ PARTS = {
 
 # (who, whom): against the direction or closing a circle, and why it is there. Entries are taken out, not added.
 EXCEPTIONS = {
-    ("ranges", "compile/kineto"): "torch.profiler follows from the first range on, with nothing else imported",
-    ("explain", "compile/explain"): "explain() shows the compiled regions too, where there are any",
-    ("sight", "compile/hidden"): "the first slot brings the patches that keep Dynamo from seeing slots",
-    ("sight", "compile/others"): "the first slot brings the watch over other backends",
-    ("compile/user_ranges", "compile/others"): "the first marker brings who takes the markers out",
-    ("compile/hidden", "control"): "asks whether a module is instrumented at all",
     ("recording", "report"): "Recording.report(), a method for the user's convenience",
     ("report/report", "report/render_text"): "a Report shows itself in a notebook",
     ("report/gather", "report/load"): "reads one file in a worker",
