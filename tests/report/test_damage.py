@@ -15,8 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fxnvtx.errors import CaptureError, FxnvtxError, ToolError
-from fxnvtx.report import chrome, load, render_text, speedscope
+from fxnvtx.report import chrome, commands, load, render_text, speedscope
 
+from . import mutated
 from .captures import DATA, Capture, process
 
 REAL = DATA / "mfu_2gpu_slice.sqlite"
@@ -375,6 +376,43 @@ def test_nsys_rep_that_nsys_refuses(tmp_path: Path) -> None:
         load(tmp_path / "x.nsys-rep")
 
 
+def test_nsys_rep_of_a_newer_nsys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an older nsys prints about it, among other lines: the one that says which versions is kept, in one line."""
+    script = tmp_path / "nsys"
+    script.write_text(
+        "#!/bin/sh\necho 'Importer error status: An unknown error occurred.'\n"
+        "echo 'The file was created in 2025.3, which is newer than 2023.4.'\necho 'Export failed.'\nexit 1\n"
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    (tmp_path / "x.nsys-rep").write_bytes(b"QDSTRM")
+    with pytest.raises(ToolError) as caught:
+        load(tmp_path / "x.nsys-rep")
+    text = str(caught.value)
+    assert "created in 2025.3, which is newer than 2023.4" in text
+    assert str(tmp_path / "x.nsys-rep") in text
+    assert "\n" not in text
+
+
+def test_a_journal_that_was_left_behind(tmp_path: Path) -> None:
+    """A program that ended while it wrote leaves half of its changes in the file, and the way back in a journal."""
+    path, copy = small(tmp_path / "written.sqlite").close(), tmp_path / "left.sqlite"
+    database = sqlite3.connect(path, isolation_level=None)
+    database.executescript("PRAGMA journal_mode = DELETE; PRAGMA cache_size = 2; PRAGMA cache_spill = 1; BEGIN")
+    database.execute("UPDATE StringIds SET value = value || ?", ("x" * 4000,))
+    for number in range(200):
+        database.execute("INSERT INTO StringIds (id, value) VALUES (?, ?)", (9000 + number, "y" * 4000))
+    shutil.copy(path, copy)
+    shutil.copy(f"{path}-journal", f"{copy}-journal")
+    database.execute("ROLLBACK")
+    database.close()
+    before = copy.read_bytes()
+    with pytest.raises(CaptureError, match=r"was being written when its program ended \(left\.sqlite-jo"):
+        load(copy)
+    assert copy.read_bytes() == before
+    assert Path(f"{copy}-journal").exists()
+
+
 def test_a_worker_process_reports_the_same_error(tmp_path: Path) -> None:
     good = small(tmp_path / "good.sqlite").close()
     (tmp_path / "bad.sqlite").write_bytes(b"")
@@ -422,3 +460,16 @@ def test_reading_needs_no_memory_per_range(tmp_path: Path) -> None:
         assert busy == count * 10 + 15
         peaks.append(peak)
     assert peaks[1] < peaks[0] * 1.3 + 100_000, peaks
+
+
+def test_damaged_files_of_every_kind_through_every_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few of the cases that `python -m tests.report.mutated` makes by the thousand."""
+    said: list[str] = []
+    assert mutated.run(cases=72, seed=1, folder=tmp_path, say=said.append) == 0, said
+
+    def broken(*_: object, **__: object) -> None:
+        raise ValueError("something of ours")
+
+    monkeypatch.setattr(commands, "load", broken)
+    assert mutated.run(cases=4, seed=1, folder=tmp_path / "again", say=said.append) > 0, "it would have been seen"
+    assert "something of ours" in said[0]
