@@ -11,8 +11,9 @@ from fxnvtx.pipeline.residency.memory import ByteAccount, CudaPlace, PinnedSlot,
 from fxnvtx.pipeline.residency.strategies import ComponentOffload, LayerwiseOffload, SnapshotOffload
 
 from ..pipeline.nets import LAYERS, Net, clone_weights, labels, same_weights
+from .device import needs_device
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [pytest.mark.gpu, needs_device]
 NAMES = ("text_encoder", "dit", "vae")
 
 

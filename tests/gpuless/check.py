@@ -17,6 +17,7 @@ from torch import nn
 
 import fxnvtx
 from fxnvtx.compile.launches import unknown_forms
+from fxnvtx.recording import Recording
 
 from ..compile.generated import forget_generated_code, kernel_hashes, wrapper_sources
 from ..compile.launches import Launch, empty_ranges, enclosing, witness
@@ -46,12 +47,16 @@ def stripped(source: str) -> list[str]:
     return [line for line in lines if line not in skipped and not line.startswith(("#", *_OURS))]
 
 
-def _compiled(case: Case, backend: str) -> tuple[nn.Module, Callable[[], Any], Any]:
+def made(case: Case, device: str | torch.device = "cpu") -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    """The case's model and inputs, each time the same."""
+    torch.manual_seed(0)
+    return case.make().train(case.grad).to(device), tuple(x.to(device) for x in case.inputs())
+
+
+def _compiled(case: Case, backend: str, device: str | torch.device) -> tuple[nn.Module, Callable[[], Any], Any]:
     torch._dynamo.reset()
     forget_generated_code()
-    torch.manual_seed(0)
-    model = case.make().train(case.grad)
-    inputs = case.inputs()
+    model, inputs = made(case, device)
     if backend == "fxnvtx":
         fxnvtx.instrument(model, "net", path="hooks")
     compiled = torch.compile(model, backend=backend, fullgraph=True)
@@ -73,14 +78,15 @@ def _attempt(once: Callable[[], Any]) -> None:
         pass
 
 
-def problems(case: Case, values: bool = False) -> tuple[list[str], list[str]]:
-    """What is wrong, and the innermost label of each launch. `values`: kernels compute, outputs are compared."""
+def problems(case: Case, values: bool = False, device: str | torch.device = "cpu") -> tuple[list[str], list[str]]:
+    """What is wrong, and the innermost label of each launch. `values`: kernels compute, outputs are compared. `device`:
+    "cpu" where Inductor is told that it is another one (device.py), else a real one."""
     found: list[str] = []
     unknown_forms.clear()
     with torch._inductor.config.patch(case.patches), torch.set_grad_enabled(case.grad):
-        _, _, plain = _compiled(case, "inductor")
+        _, _, plain = _compiled(case, "inductor", device)
         before = [stripped(s) for s in wrapper_sources()], kernel_hashes()
-        model, once, ours = _compiled(case, "fxnvtx")
+        model, once, ours = _compiled(case, "fxnvtx", device)
         after = [stripped(s) for s in wrapper_sources()], kernel_hashes()
         found += ["the wrapper differs"] * (before[0] != after[0]) + ["kernels differ"] * (before[1] != after[1])
         found += [f"unknown form of line: {form}" for form in unknown_forms]
@@ -92,10 +98,17 @@ def problems(case: Case, values: bool = False) -> tuple[list[str], list[str]]:
         for one in (ours, again):
             if not all(torch.equal(a, b) for a, b in zip(_tensors(plain), _tensors(one), strict=True)):
                 found.append("outputs differ")
-        torch.manual_seed(0)  # the same seed makes the same model
-        expected = case.make().train(case.grad)(*case.inputs())
+        model_again, inputs = made(case, device)
+        expected = model_again(*inputs)
         if not all(torch.allclose(a, b, atol=1e-4) for a, b in zip(_tensors(expected), _tensors(ours), strict=True)):
             found.append("outputs are not the model's")
+    untrue, labels = judged(case, model, launches, recording)
+    return found + untrue, labels
+
+
+def judged(case: Case, model: nn.Module, launches: list[Launch], recording: Recording) -> tuple[list[str], list[str]]:
+    """What is untrue in a recording of the model as `net`, and the innermost label of each launch."""
+    found: list[str] = []
     labels = []
     owners = _Owners(model)
     for index, launch in enumerate(launches):

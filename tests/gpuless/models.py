@@ -154,7 +154,7 @@ class Branching(nn.Module):
             return i + 1, torch.relu(self.step(x))
 
         x = torch.cond(x.sum() > 0, true, false, (x,))
-        _, x = torch._higher_order_ops.while_loop(going, body, (torch.tensor(0), x))
+        _, x = torch._higher_order_ops.while_loop(going, body, (torch.zeros_like(x[0, 0], dtype=torch.int64), x))
         return self.last(x)
 
 
