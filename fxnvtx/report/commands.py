@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -135,6 +136,8 @@ def report_command(
     if form in ("html", "chrome", "speedscope") and output is None:
         raise click.UsageError(f"--format {form} needs -o FILE")
     window = _window(requests, steps, skip_first or int(skip_warmup), keep_compile, between)
+    if form == "html":
+        window = replace(window, timeline=True)
     inputs = [*captures, *([classes] if classes else [])]
     check_target(output, inputs)
     if form in ("chrome", "speedscope"):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from ..categories import CATEGORIES
+from ..categories import CATEGORIES, MODULE
 
 __all__ = [
     "UNKNOWN",
@@ -20,6 +20,7 @@ __all__ = [
     "infer_category",
     "is_module",
     "numbered",
+    "role_of",
 ]
 
 UNKNOWN = "cannot attribute: "
@@ -96,6 +97,34 @@ _KNOWN = {*CATEGORIES, "range", "unknown"}
 def category_of(name: Name) -> str:
     """The range's category. One that fxnvtx does not know, such as another program's "layer", is judged by the text."""
     return name.category if name.category in _KNOWN else infer_category(name.text)
+
+
+_ROLES = (
+    ("norm", re.compile(r"norm|^ln[_\d]*$|adaln|scale_shift", re.IGNORECASE)),
+    ("attention", re.compile(r"attn|attention|qkv|^(?:to_)?[qkv](?:_proj)?$|^to_out$|sdpa", re.IGNORECASE)),
+    ("mlp", re.compile(r"mlp|^ffn?$|feed_?forward|^fc\d*$|^(?:gate|up|down)_proj$|experts?$|moe", re.IGNORECASE)),
+)
+
+
+@lru_cache(maxsize=100_000)
+def role_of(name: Name, kind: str = "") -> str:
+    """What a reader tells ranges apart by: the category; of modules "fused", "attention", "mlp", "norm" or "block",
+    where the text (the last part that tells) or `kind`, the module's class, say so."""
+    category = category_of(name)
+    if fused_owners(name.text):
+        return "fused"
+    if category != MODULE:
+        return category
+    parts = name.text.partition(" in=")[0].split(".")
+    numbered_last = len(parts) > 1 and parts[-1].isdecimal()
+    # what lies above a block does not tell what the block is: its class may
+    for text in (kind,) if numbered_last else (*reversed(parts), kind):
+        if text.isdecimal():
+            break
+        for role, pattern in _ROLES:
+            if pattern.search(text):
+                return role
+    return "block" if numbered_last else MODULE
 
 
 def is_module(name: Name) -> bool:

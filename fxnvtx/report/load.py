@@ -6,6 +6,7 @@ import os
 import re
 import stat
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from ..errors import CaptureError
@@ -28,7 +29,7 @@ _RANK = re.compile(r"(?<![a-z])rank[-_.]?(\d+)", re.IGNORECASE)
 
 def from_recording(recording: Recording, source: str = "this process") -> Report:
     """The report of what `fxnvtx.record()` collected."""
-    return Report([read_recording(recording, source)])
+    return Report([read_recording(recording, source, window=replace(WHOLE, timeline=True))])
 
 
 def read_file(

@@ -15,9 +15,10 @@ from ..categories import PIECE as PIECE_CATEGORY
 from ..errors import CaptureError
 from .labels import Name, clean, infer_category, numbered
 from .ops import COPY, GRAPH, KERNEL, PROCESS, PUSH_POP, START_END
-from .part import Part
+from .part import Part, Timeline
 from .schema import HOW_TO_RECORD, Schema, damaged, detect, open_capture
 from .span import PIECE, Span
+from .timeline import timeline_of
 from .window import WHOLE, Omitted, Window, omitted
 
 if TYPE_CHECKING:
@@ -111,7 +112,11 @@ class Reader:
                 self.notes.extend(capture.notes)
                 if capture.device.count and self.schema.runtime is None:
                     self.notes.append("the export has no CUDA API calls: device work cannot be put under ranges")
-                parts = [capture.part(pid) for pid in sorted(capture.pids)]
+                parts = []
+                for pid in sorted(capture.pids):
+                    parts.append(capture.part(pid))
+                    if self.window.timeline:
+                        parts[-1].timeline = self._timeline(pid, parts[-1])
         except OSError as error:
             raise CaptureError(
                 f"{self.path}: {error.strerror or error}; point SQLITE_TMPDIR to a disk with room for a copy of it"
@@ -131,6 +136,13 @@ class Reader:
             part.rank = rank if rank is not None and len(parts) == 1 else None
             part.index = index
         return parts
+
+    def _timeline(self, pid: int, part: Part) -> Timeline | None:
+        return timeline_of(
+            part.tree.root,
+            lambda times: self.spans(pid, PUSH_POP, times),
+            lambda times: self.device_work(pid, times),
+        )
 
     # ------------------------------------------------------------------------------------------ small tables
 
@@ -201,7 +213,8 @@ class Reader:
 
     # ------------------------------------------------------------------------------------------ one process
 
-    def spans(self, pid: int, kinds: tuple[int, ...]) -> Iterator[Span]:
+    def spans(self, pid: int, kinds: tuple[int, ...], times: tuple[int, int] = (-(1 << 62), 1 << 62)) -> Iterator[Span]:
+        """Ranges that start within a time, by thread, start, and end downwards."""
         nvtx, exact, last = self.nvtx, self.exact, self.last
         payload = nvtx.pick("int64Value", "uint64Value", "int32Value", "uint32Value")
         rows = self.connection.execute(
@@ -210,8 +223,9 @@ class Reader:
             f" WHERE eventType IN ({', '.join(map(str, kinds))}) AND globalTid BETWEEN ? AND ?"
             f" AND (end IS NULL OR end >= start)"
             f" AND ({nvtx.pick('endGlobalTid')} IS NULL OR {nvtx.pick('endGlobalTid')} = globalTid)"
+            " AND start >= ? AND start < ?"
             " ORDER BY globalTid, start, coalesce(end, 9223372036854775807) DESC, rowid",
-            (pid, pid | 0xFFFFFF),
+            (pid, pid | 0xFFFFFF, *times),
         )
         names: dict[Any, Name] = {}
         tick = self.tick
@@ -236,8 +250,18 @@ class Reader:
             else:
                 yield tid, start, end, name, value, False
 
-    def device_work(self, pid: int) -> Iterator[tuple[int, int, int, int, str]]:
-        """(device, stream, start, end, name) of every operation, by device, stream and start."""
+    def device_work(self, pid: int, times: tuple[int, int] | None = None) -> Iterator[tuple[int, int, int, int, str]]:
+        """(device, stream, start, end, name) of every operation, by device, stream and start. times: only what was
+        launched within."""
+        runtime = self.schema.runtime
+        if times is not None and runtime is None:
+            return
+        launched = ""
+        if times is not None and runtime is not None:
+            launched = (
+                f" AND correlationId IN (SELECT correlationId FROM {runtime.sql} WHERE globalTid BETWEEN {pid} AND"
+                f" {pid | 0xFFFFFF} AND start >= {times[0]} AND start < {times[1]})"
+            )
         sources = []
         for kind, table in enumerate((self.schema.kernel, self.schema.memcpy, self.schema.memset)):
             if table is not None:
@@ -245,7 +269,7 @@ class Reader:
                 sources.append(
                     f"SELECT deviceId AS device, {table.pick('streamId', default='0')} AS stream, start, end,"
                     f" {kind} AS kind, {name} AS name FROM {table.sql}"
-                    f" WHERE {self.schema.process(table)} = {pid} AND end >= start"
+                    f" WHERE {self.schema.process(table)} = {pid} AND end >= start{launched}"
                 )
         if not sources:
             return

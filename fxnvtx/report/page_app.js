@@ -22,14 +22,33 @@ function setTheme(theme, keep) {
   if (keep) try { localStorage.setItem("fxnvtx-theme", theme); } catch { /* a page from a file may have no storage */ }
 }
 
-function redraw() { legend(); icicle.refresh(); steps.draw(); table.heading(); table.rebuild(); }
+// What is worth doing, before all pictures.
+function advice() {
+  by("findings").replaceChildren(...data.findings.map((finding) => {
+    const item = made("li", {}), more = made("ul", {});
+    item.append(made("b", { textContent: time(finding.ns) }), made("span", { textContent: finding.text }));
+    more.append(...finding.evidence.map(([name, ns]) => {
+      const line = made("li", {});
+      line.append(made("span", { textContent: time(ns) }), made("span", { textContent: name }));
+      return line;
+    }));
+    if (finding.evidence.length) item.append(more);
+    return item;
+  }));
+  by("findings-said").textContent = data.findings.length ? "" : "nothing stands out";
+  by("unsaid").hidden = !data.unsaid.length;
+  by("unsaid-list").replaceChildren(...data.unsaid.map(({ rule, why }) => made("li", { textContent: `${rule.replaceAll("_", " ")}: ${why}` })));
+}
+
+function redraw() { legend(); icicle.refresh(); timeline.draw(); steps.draw(); table.heading(); table.rebuild(); }
 
 function legend() {
-  const used = [...new Set(tree.category)].map((c) => data.categories[c]).filter((name) => name);
+  const used = Object.keys(roleText).filter((name) => data.roles.includes(name));
   by("legend").replaceChildren(...used.map((name) => {
     const item = made("li", {}), mark = made("i", {});
     mark.style.background = fillOf(name);
     item.append(mark, name);
+    item.title = roleText[name];
     return item;
   }));
 }
@@ -70,6 +89,6 @@ choice("measures", data.gpu ? [["gpu", "GPU"], ["cpu", "CPU"]] : [["cpu", "CPU"]
 });
 choice("views", [["tree", "Tree"], ...Object.keys(data.views).map((name) => [name, name[0].toUpperCase() + name.slice(1)])], "tree", (view) => table.choose(view));
 model.listeners.push(() => { table.rebuild(); steps.draw(); });
-totals(); legend(); icicle.crumbs(); table.heading(); icicle.refresh(); table.rebuild(); steps.draw();
+totals(); advice(); legend(); icicle.crumbs(); table.heading(); icicle.refresh(); table.rebuild(); steps.draw(); timeline.draw();
 // for whoever wants to drive the page, such as a test
-window.fxnvtx = { model, icicle, table, steps, tree, data, nameOf };
+window.fxnvtx = { model, icicle, table, steps, timeline, tree, data, nameOf };

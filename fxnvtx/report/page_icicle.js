@@ -65,7 +65,7 @@ const icicle = (() => {
     const hits = model.hits;
     drawn.push([x0, x1, level, i]);
     paint.globalAlpha = hits && !hits[i] ? 0.28 : 1;
-    paint.fillStyle = hits && hits[i] & 1 ? colors.hit : colors[categoryOf(i)] ?? colors.module;
+    paint.fillStyle = hits && hits[i] & 1 ? colors.hit : fillOf(roleOf(i));
     paint.fillRect(x0, y, wide, ROW - 1);
     if (wide > 3) { paint.fillStyle = colors.line; paint.fillRect(x1 - 1, y, 1, ROW - 1); }
     if (i === model.at && i > 0) {
@@ -83,6 +83,7 @@ const icicle = (() => {
   function wideOf(text) {
     let wide = measured.get(text);
     if (wide === undefined) {
+      paint.font = "12.5px system-ui, sans-serif";
       wide = paint.measureText(text).width;
       if (measured.size > 50000) measured.clear();
       measured.set(text, wide);
@@ -140,6 +141,12 @@ const icicle = (() => {
       parts.push(`${whole(tree.kernels[node])} operations`, `idle ${time(tree.gap[node])}`);
     }
     const flags = tree.flags[node];
+    if (data.classes[nameOf(node)]) parts.push(`class ${data.classes[nameOf(node)]}`);
+    if (tree.resident?.[node]) parts.push(`hidden ${percent(tree.overlap?.[node] / tree.resident[node] || 0)}`);
+    if (tree.communication?.[node]) parts.push(`exposed communication ${time(tree.communication[node] - (tree.communication_hidden?.[node] ?? 0))}`);
+    if (tree.waited?.[node]) parts.push(`waits ${time(tree.waited[node])}`);
+    if (tree.peak?.[node]) parts.push(`memory ${bytes(tree.peak[node])}`);
+    parts.push(...explained(nameOf(node)));
     if (flags & 1) parts.push("replayed by a CUDA graph");
     if (flags & 2) parts.push("an estimate");
     if (flags & 4) parts.push("some were still open at the end");
@@ -155,12 +162,7 @@ const icicle = (() => {
   const tip = document.getElementById("tip");
   canvas.addEventListener("mousemove", (event) => {
     const node = nodeAt(event.offsetX, event.offsetY);
-    tip.hidden = node <= 0;
-    if (node <= 0) return;
-    tip.replaceChildren(Object.assign(document.createElement("b"), { textContent: nameOf(node) }),
-      Object.assign(document.createElement("span"), { textContent: [categoryOf(node), ...facts(node)].join(" · ") }));
-    tip.style.left = `${Math.min(event.clientX + 14, window.innerWidth - tip.offsetWidth - 8)}px`;
-    tip.style.top = `${Math.min(event.clientY + 16, window.innerHeight - tip.offsetHeight - 8)}px`;
+    showTip(event, node > 0 && nameOf(node), node > 0 && [categoryOf(node), ...facts(node)]);
   });
   canvas.addEventListener("mouseleave", () => { tip.hidden = true; });
   canvas.addEventListener("click", (event) => {
@@ -185,5 +187,5 @@ const icicle = (() => {
 
   function refresh() { from = view; since = performance.now() - 1000; resize(); requestAnimationFrame(frame); }
   window.addEventListener("resize", refresh);
-  return { zoom, refresh, nodeAt, rectOf, point, crumbs, get drawn() { return drawn.length; } };
+  return { zoom, refresh, fit, relative, nodeAt, rectOf, point, crumbs, get drawn() { return drawn.length; } };
 })();

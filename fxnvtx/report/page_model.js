@@ -84,12 +84,45 @@ function time(ns) {
 const percent = (x) => `${(x * 100).toFixed(1)}%`;
 const whole = (x) => x.toLocaleString("en-US");
 
-// Fill and ink per category, legible in both themes.
+// Fill and ink per role, legible in both themes. Told apart by hue: modules are cool, what computes most is warm.
 const palette = {
-  light: { request: "#bcd4f2", stage: "#b5e0e8", loop: "#bfe5c2", step: "#d9f0c8", module: "#d8cdf0", op: "#ece6f8", residency: "#ffd9b0",
-    compile: "#d5d6d9", unknown: "#f8e3a0", kernel: "#cfe0ea", range: "#e3e0da", "": "#eceef1", ink: "#1b1c1e", hit: "#ffd84d", line: "#ffffff" },
-  dark: { request: "#2b4f7e", stage: "#1f5d69", loop: "#2c5f38", step: "#45652f", module: "#51407e", op: "#3d3559", residency: "#7d4a17",
-    compile: "#4b4e54", unknown: "#6b561a", kernel: "#2f4b59", range: "#48443d", "": "#2b2f35", ink: "#f2f3f4", hit: "#a07c00", line: "#1d2024" },
+  light: { request: "#c9ccd3", stage: "#a9d3ea", loop: "#bfe0d6", step: "#d5ecc2", block: "#cfd6f7", module: "#e2e4f3", attention: "#f6c1b5",
+    mlp: "#f9dca0", norm: "#b9e6cf", fused: "#e3bdf0", op: "#ebe9f5", residency: "#ffb870", compile: "#c2c4c9", unknown: "#f3ea8c",
+    kernel: "#cfe0ea", range: "#e6e1d8", "": "#eceef1", ink: "#1b1c1e", dim: "#5c6068", hit: "#ffe100", line: "#ffffff" },
+  dark: { request: "#51555d", stage: "#1f5f84", loop: "#23594c", step: "#3e5f2c", block: "#3b4787", module: "#353a57", attention: "#8a3d31",
+    mlp: "#75561a", norm: "#1d6245", fused: "#6d3583", op: "#3d3a52", residency: "#a3560c", compile: "#44474d", unknown: "#6d6410",
+    kernel: "#2f4b59", range: "#4a453c", "": "#2b2f35", ink: "#f2f3f4", dim: "#a3a8b1", hit: "#a07c00", line: "#1d2024" },
+};
+const roleText = {
+  request: "one request", stage: "a part of a request", loop: "all denoising steps", step: "one denoising step", block: "a block, numbered",
+  module: "another module", attention: "attention", mlp: "MLP, feed-forward", norm: "normalisation", fused: "one kernel of several modules",
+  op: "an operator", residency: "weights on their way", compile: "compilation", unknown: "not attributable", kernel: "device operation", range: "another range",
 };
 const themeNow = () => (document.documentElement.dataset.theme === "dark" ? palette.dark : palette.light);
-const fillOf = (category) => themeNow()[category] ?? themeNow().module;
+const fillOf = (role) => themeNow()[role] ?? themeNow().module;
+const roleOf = (i) => data.roles[tree.role[i]];
+
+// What a fused range is, from its own text: `fused(norm1, attn.to_q)`.
+function explained(name) {
+  const match = /^fused\((.*)\)$/.exec(name);
+  return match ? [`the compiler made one kernel of ${match[1].split(", ").join(" and ")}; its time is of all of them together (--split-fused shares it out)`] : [];
+}
+
+function bytes(value) {
+  let size = value;
+  for (const unit of ["B", "KiB", "MiB", "GiB"]) {
+    if (Math.abs(size) < 1024) return `${unit === "B" ? size : size.toFixed(1)} ${unit}`;
+    size /= 1024;
+  }
+  return `${size.toFixed(1)} TiB`;
+}
+
+function showTip(event, title, parts) {
+  const tip = document.getElementById("tip");
+  tip.hidden = !title;
+  if (!title) return;
+  tip.replaceChildren(Object.assign(document.createElement("b"), { textContent: title }),
+    Object.assign(document.createElement("span"), { textContent: parts.join(" · ") }));
+  tip.style.left = `${Math.max(8, Math.min(event.clientX + 14, window.innerWidth - tip.offsetWidth - 8))}px`;
+  tip.style.top = `${Math.max(8, Math.min(event.clientY + 16, window.innerHeight - tip.offsetHeight - 8))}px`;
+}

@@ -40,8 +40,8 @@ const steps = (() => {
     });
     paint.strokeStyle = style.getPropertyValue("--ink"); paint.setLineDash([5, 4]); paint.lineWidth = 1;
     paint.beginPath(); paint.moveTo(left, y(median)); paint.lineTo(width - right, y(median)); paint.stroke(); paint.setLineDash([]);
-    paint.fillStyle = ink; paint.textAlign = "left"; paint.fillText(label(0, slot), left, height - 10);
-    paint.textAlign = "right"; paint.fillText(label(found.length - 1, slot), width - right, height - 10);
+    paint.fillStyle = ink; paint.textAlign = "left"; paint.fillText(icicle.fit(label(0), (width - left - right) / 2 - 8), left, height - 10);
+    paint.textAlign = "right"; paint.fillText(icicle.fit(label(found.length - 1), (width - left - right) / 2 - 8), width - right, height - 10);
     said.textContent = at >= 0 ? `${nameOf(found[at])}: ${time(values[at])}`
       : `${found.length} steps, min ${time(sorted[0])}, median ${time(median)} (dashed), max ${time(most)}`;
   }

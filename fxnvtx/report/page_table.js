@@ -3,6 +3,7 @@
 const table = (() => {
   const box = document.getElementById("table"), head = document.getElementById("head"), rows = document.getElementById("rows");
   const HEIGHT = 26;
+  const RARE = ["resident", "overlap", "payload", "communication", "communication_hidden", "waited", "queued", "launches", "peak"];
   let view = "tree", sort = null, down = true;
   let shown = [];                        // rows of the current view, in order: tree nodes, or rows of data.views
   let cursor = -1;
@@ -11,9 +12,14 @@ const table = (() => {
   open[0] = 1;
 
   const cell = {
-    calls: ["calls", (r) => r.calls, whole], cpu: ["CPU", (r) => r.cpu, time], cpu_self: ["CPU self", (r) => r.cpu_self, time],
-    gpu: ["GPU", (r) => r.gpu, time], gpu_self: ["GPU self", (r) => r.gpu_self, time], kernels: ["operations", (r) => r.kernels, whole],
-    gap: ["idle", (r) => r.gap, time], low: ["min", (r) => r.low, time], middle: ["median", (r) => r.middle, time], high: ["max", (r) => r.high, time],
+    // the names are the text report's
+    calls: ["calls", (r) => r.calls, whole], cpu: ["total", (r) => r.cpu, time], cpu_self: ["self", (r) => r.cpu_self, time],
+    gpu: ["gpu", (r) => r.gpu, time], gpu_self: ["gpu self", (r) => r.gpu_self, time], kernels: ["kernels", (r) => r.kernels, whole],
+    most: ["p99", (r) => r.most, time], hidden: ["hidden", (r) => (r.resident ? (r.overlap ?? 0) / r.resident : null), percent],
+    payload: ["bytes", (r) => r.payload || null, bytes], exposed: ["exposed", (r) => (r.communication ? r.communication - (r.communication_hidden ?? 0) : null), time],
+    waited: ["wait", (r) => r.waited || null, time], queue: ["queue", (r) => (r.launches ? (r.queued ?? 0) / r.launches : null), time],
+    peak: ["memory", (r) => r.peak ?? null, bytes], cls: ["class", (r) => data.classes[r.name] ?? null, String],
+    gap: ["gap", (r) => r.gap, time], low: ["min", (r) => r.low, time], middle: ["median", (r) => r.middle, time], high: ["max", (r) => r.high, time],
     skew: ["skew", (r) => r.skew, percent], share: ["share", (r) => r.share, percent],
   };
 
@@ -22,14 +28,25 @@ const table = (() => {
     if (data.gpu) list.push("gpu", "gpu_self", "kernels", "gap");
     if (view !== "tree") {
       const some = data.views[view].rows;
-      for (const name of ["low", "skew"]) if (some.some((row) => row[name] !== null)) list.push(...(name === "low" ? ["low", "middle", "high"] : ["skew"]));
+      for (const name of ["low", "skew"]) if (some.some((row) => row[name] !== null)) list.push(...(name === "low" ? ["low", "middle", "most", "high"] : ["skew"]));
     }
+    const rare = view === "tree" ? tree : Object.fromEntries(RARE.map((name) => [name, data.views[view].rows.some((row) => row[name])]));
+    if (rare.resident) list.push("hidden");
+    if (rare.payload) list.push("payload");
+    if (rare.communication) list.push("exposed");
+    if (rare.waited) list.push("waited");
+    if (rare.launches && rare.queued) list.push("queue");
+    if (rare.peak) list.push("peak");
+    if (view === "tree" && Object.keys(data.classes).length) list.push("cls");
     list.push("share");
     return view === "kernel" ? list.filter((name) => !name.startsWith("cpu") && name !== "gap") : list;
   }
 
+  // the name gives way where the window is narrow; it stays in sight while the rest scrolls
+  const template = (list) => `minmax(${box.clientWidth < 700 ? 190 : 280}px, 1fr) repeat(${list.length}, ${box.clientWidth < 700 ? 84 : 100}px)`;
+
   function record(i) {
-    return { name: nameOf(i), category: categoryOf(i), kind: tree.category[i] === data.categories.indexOf("unknown") ? "unknown" : "range",
+    return { ...Object.fromEntries(RARE.map((name) => [name, tree[name]?.[i]])), name: nameOf(i), role: roleOf(i), category: categoryOf(i), kind: tree.category[i] === data.categories.indexOf("unknown") ? "unknown" : "range",
       calls: tree.calls[i], cpu: tree.cpu[i], cpu_self: tree.cpu_self[i], gpu: tree.gpu[i], gpu_self: tree.gpu_self[i],
       kernels: tree.kernels[i], gap: tree.gap[i], share: valueOf(0) ? valueOf(i) / valueOf(0) : 0 };
   }
@@ -68,7 +85,7 @@ const table = (() => {
 
   function heading() {
     const list = columns();
-    head.style.gridTemplateColumns = `minmax(280px, 1fr) repeat(${list.length}, 100px)`;
+    head.style.gridTemplateColumns = template(list);
     head.replaceChildren(...["name", ...list].map((name) => {
       const holder = document.createElement("div"), button = document.createElement("button");
       holder.setAttribute("role", "columnheader");
@@ -100,7 +117,7 @@ const table = (() => {
     row.className = `row ${r.kind}${index === cursor ? " at" : ""}${isNode && model.hits && model.hits[item] & 1 ? " hit" : ""}`;
     row.setAttribute("role", "row"); row.setAttribute("aria-rowindex", String(index + 2));
     row.style.top = `${index * HEIGHT}px`;
-    row.style.gridTemplateColumns = `minmax(280px, 1fr) repeat(${list.length}, 100px)`;
+    row.style.gridTemplateColumns = template(list);
     row.dataset.index = String(index);
     if (isNode) {
       const fold = document.createElement("span");
@@ -110,8 +127,8 @@ const table = (() => {
       row.setAttribute("aria-level", String(depths[item]));
     }
     const dot = document.createElement("i");
-    dot.className = "dot"; dot.style.background = fillOf(r.category);
-    name.append(dot, r.name); name.title = r.name; name.setAttribute("role", "gridcell");
+    dot.className = "dot"; dot.style.background = fillOf(r.role);
+    name.append(dot, isNode && box.clientWidth < 700 ? icicle.relative(item) : r.name); name.title = r.name; name.setAttribute("role", "gridcell");
     row.append(name);
     for (const column of list) {
       const span = document.createElement("span"), value = cell[column][1](r);
@@ -151,7 +168,7 @@ const table = (() => {
     if (view === "tree" && cursor >= 0) { model.at = shown[cursor]; icicle.refresh(); }
   });
   box.addEventListener("scroll", () => requestAnimationFrame(draw), { passive: true });
-  window.addEventListener("resize", draw);
+  window.addEventListener("resize", () => { heading(); draw(); });
 
   function reveal(index) {
     const top = index * HEIGHT, room = box.clientHeight - head.offsetHeight;

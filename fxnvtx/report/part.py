@@ -4,9 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from .labels import Name
 from .tree import Tree
 
-__all__ = ["Part"]
+__all__ = ["Part", "Timeline"]
+
+
+@dataclass
+class Timeline:
+    """Every range of one step, and what was launched in it. spans: thread, level, start, end, name. work: device,
+    stream, start, end, name. Times in ns from the step's start. cut: whether there were more."""
+
+    title: str
+    length: int
+    spans: list[tuple[int, int, int, int, Name]]
+    work: list[tuple[int, int, int, int, str]]
+    cut: bool = False
 
 
 @dataclass
@@ -24,6 +37,7 @@ class Part:
     classes: dict[str, str] = field(default_factory=dict)  # label -> class of the module
     has_gpu: bool = False
     device_calls: bool = False  # whether the distributions over calls are of device time
+    timeline: Timeline | None = None
     has_memory: bool = False  # whether allocations on the device were recorded
     operations: int = 0
     # the longest times the device was idle: length, end, the range around both launches, what ended it

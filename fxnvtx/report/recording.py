@@ -14,6 +14,7 @@ from .labels import Name, clean, infer_category, numbered
 from .part import Part
 from .schema import one_line
 from .span import PIECE, Span
+from .timeline import timeline_of
 from .window import WHOLE, Window, omitted
 
 __all__ = ["damaged_recording", "load_recording", "read_recording", "spans_of"]
@@ -39,6 +40,12 @@ def read_recording(
         part.notes.extend(left_out.notes)
         fill(part.tree, left_out.clipped(left_out.without(spans_of(ranges, exact))))
     part.tree.total()
+    if window.timeline:
+        part.timeline = timeline_of(
+            part.tree.root,
+            lambda times: (span for span in spans_of(ranges, exact) if times[0] <= span[1] < times[1]),
+            lambda times: (),
+        )
     leaked = sum(1 for item in ranges if item.leaked)
     if leaked:
         part.notes.append(f"{leaked:,} ranges were closed by the range around them (leaked)")

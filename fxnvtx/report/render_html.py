@@ -4,21 +4,35 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.resources import files
 from typing import Any
 
-from .labels import Name
+from .findings import findings as all_findings
+from .labels import Name, role_of
 from .report import Report
-from .tree import Node
+from .tree import BELOW, Node
 from .views import VIEWS, Row
 
 __all__ = ["render_html"]
 
 # in this order: one scope, each builds on the ones before
-_SCRIPTS = ("page_model.js", "page_table.js", "page_icicle.js", "page_steps.js", "page_app.js")
+_SCRIPTS = ("page_model.js", "page_table.js", "page_icicle.js", "page_steps.js", "page_timeline.js", "page_app.js")
 _REPLAYED, _ESTIMATE, _OPEN = 1, 2, 4
 _COLUMNS = ("calls", "cpu", "cpu_self", "gpu", "gpu_self", "gap")
+# what most captures have nothing of: left out of the page where all is zero
+_RARE = (
+    "resident",
+    "overlap",
+    "payload",
+    "communication",
+    "communication_hidden",
+    "waited",
+    "queued",
+    "launches",
+    "peak",
+)
 
 
 def render_html(
@@ -33,20 +47,25 @@ def render_html(
     """The page. `kernels`: device operations become boxes of their own under their range."""
     root = report.tree(include, exclude, fold, split_fused)
     views = {
-        by: {"rows": [_view_row(row) for row in rows]}
+        by: {"rows": [_view_row(row, report.classes) for row in rows]}
         for by in VIEWS
         if by not in ("tree", "range")
         and (rows := report.rows(by, None, include, exclude, fold, False, split_fused))
         and not (by == "class" and not report.classes)
     }
+    found, silent = all_findings(report)
     data = {
-        "version": 1,
+        "version": 2,
         "gpu": report.has_gpu,
         "sources": report.sources,
         "ranks": [part.title for part in report.parts],
         "notes": report.notes,
         "views": views,
-        **_columns(root, kernels),
+        "findings": [asdict(finding) for finding in found],
+        "unsaid": [asdict(silence) for silence in silent],
+        "timeline": _timeline(report),
+        "classes": report.classes,
+        **_columns(root, kernels, report.classes),
     }
     page = _read("page.html")
     for mark, text in (
@@ -69,16 +88,44 @@ def _embedded(data: dict[str, Any]) -> str:
     return json.dumps(data, ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def _columns(root: Node, kernels: bool) -> dict[str, Any]:
+def _timeline(report: Report) -> dict[str, Any] | None:
+    """One step of the first process that has one, by lanes: its threads, then its streams."""
+    found = next((part.timeline for part in report.parts if part.timeline is not None), None)
+    if found is None:
+        return None
+    names: dict[str, int] = {}
+    lanes: dict[tuple[int, int, int], int] = {}
+    boxes: list[list[int | str]] = []
+    for thread, level, start, end, name in found.spans:
+        lane = lanes.setdefault((0, thread, 0), len(lanes))
+        role = role_of(name, report.classes.get(name.text, ""))
+        boxes.append([lane, level, start, end, names.setdefault(name.text, len(names)), role])
+    for device, stream, start, end, text in found.work:
+        lane = lanes.setdefault((1, device, stream), len(lanes))
+        boxes.append([lane, 0, start, end, names.setdefault(text, len(names)), "kernel"])
+    # a thread's number as its process knows it
+    titles = [f"thread {one & 0xFFFFFF}" if not kind else f"GPU {one}, stream {two}" for kind, one, two in lanes]
+    return {
+        "title": found.title, "length": found.length, "cut": found.cut, "lanes": titles, "names": list(names),
+        "boxes": boxes,
+    }  # fmt: skip
+
+
+def _columns(root: Node, kernels: bool, classes: Mapping[str, str]) -> dict[str, Any]:
     """The tree as arrays: a parent always stands before its children."""
     names: dict[str, int] = {}
     categories: dict[str, int] = {"": 0}
-    tree: dict[str, list[int]] = {field: [] for field in ("parent", "name", "category", "kernels", "flags", *_COLUMNS)}
+    roles: dict[str, int] = {"": 0}
+    rare: dict[str, list[int | None]] = {field: [] for field in _RARE}
+    fields = ("parent", "name", "category", "role", "kernels", "flags", *_COLUMNS)
+    tree: dict[str, list[int]] = {field: [] for field in fields}
 
     def add(parent: int, name: Name, flags: int, kernels_below: int, values: Sequence[int]) -> int:
         tree["parent"].append(parent)
         tree["name"].append(names.setdefault(name.text, len(names)))
         tree["category"].append(categories.setdefault(name.category, len(categories)))
+        role = role_of(name, classes.get(name.text, "")) if name.text else ""
+        tree["role"].append(roles.setdefault(role, len(roles)))
         tree["flags"].append(flags)
         tree["kernels"].append(kernels_below)
         for field, value in zip(_COLUMNS, values, strict=True):
@@ -93,17 +140,23 @@ def _columns(root: Node, kernels: bool) -> dict[str, Any]:
         )
         below = node.below[1] + node.below[2]
         index = add(parent, node.name, flags, below, [getattr(node, field) for field in _COLUMNS])
+        for field in _RARE:
+            rare[field].append(node.of(field) if field in BELOW else getattr(node, field))
         if kernels:
             for name, (count, _duration, credit) in sorted((node.ops or {}).items(), key=lambda item: -item[1][2]):
                 add(index, Name(name, "kernel"), 0, count, (count, 0, 0, credit, credit, 0))
+                for values in rare.values():
+                    values.append(0)
         todo.extend((kid, index) for kid in reversed(node.ordered()))
-    return {"names": list(names), "categories": list(categories), "tree": tree}
+    some = {field: values for field, values in rare.items() if any(values)}
+    return {"names": list(names), "categories": list(categories), "roles": list(roles), "tree": {**tree, **some}}
 
 
-def _view_row(row: Row) -> dict[str, Any]:
+def _view_row(row: Row, classes: Mapping[str, str]) -> dict[str, Any]:
     each = row.each
     return {
         "name": row.name,
+        "role": role_of(Name(row.name, row.category), classes.get(row.name, "")) if row.kind == "range" else row.kind,
         "category": row.category,
         "kind": row.kind,
         "calls": row.calls,
@@ -116,6 +169,16 @@ def _view_row(row: Row) -> dict[str, Any]:
         "share": round(row.share, 6),
         "low": each.low if each else None,
         "middle": each.middle if each else None,
+        "most": each.most if each and each.count > 9 else None,
         "high": each.high if each else None,
+        "resident": row.resident,
+        "overlap": row.overlap,
+        "payload": row.payload,
+        "communication": row.communication,
+        "communication_hidden": row.communication_hidden,
+        "waited": row.waited,
+        "queued": row.queued,
+        "launches": row.launches,
+        "peak": row.peak,
         "skew": None if row.skew is None else round(row.skew, 6),
     }

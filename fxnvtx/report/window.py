@@ -67,13 +67,15 @@ class Window:
     """requests, steps: which count, by their order within a process and within a request; None: all. first: leave out
     so many of the first requests. compiling: keep what compiles (otherwise requests in which something was compiled are
     left out, where there are others). between: from and to (None: the end), in ns after the process's first range:
-    ranges are cut to it, and what was launched in it counts."""
+    ranges are cut to it, and what was launched in it counts. timeline: keep every range of one step (`Part.timeline`).
+    """
 
     requests: Numbers | None = None
     steps: Numbers | None = None
     first: int = 0
     compiling: bool = False
     between: tuple[int, int | None] | None = None
+    timeline: bool = False
 
     @property
     def whole(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -11,7 +12,10 @@ from pathlib import Path
 import pytest
 
 from fxnvtx.recording import Range
-from fxnvtx.report import from_recording, load, render_html
+from fxnvtx.report import Report, from_recording, load, render_html, render_text
+from fxnvtx.report.findings import findings
+from fxnvtx.report.labels import Name, role_of
+from fxnvtx.report.window import Window
 
 from .browser import Browser, find_chromium
 from .captures import Capture
@@ -281,3 +285,132 @@ def test_the_page_is_one_file_that_refers_to_nothing(page: Path) -> None:
     parents = data["tree"]["parent"]
     assert all(parent < index for index, parent in enumerate(parents) if index), "a parent stands before its children"
     assert {len(column) for column in data["tree"].values()} == {len(parents)}
+
+
+@pytest.fixture(scope="module")
+def rich(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
+    """A page with a bit of everything."""
+    folder = tmp_path_factory.mktemp("rich")
+    capture = pipeline(folder / "rich.sqlite")
+    capture.kernel(2_000_000, 2_040_000, capture.call(1_100_000, 1_101_000), "ncclDevKernel_AllReduce", stream=9)
+    capture.call(1_150_000, 1_190_000, name="cudaStreamSynchronize_v3020")
+    capture.memory(1_120_000, capture.call(1_120_000, 1_120_500, name="cudaMalloc_v3020"), 50 << 20)
+    report = load(capture.close(), window=Window(compiling=True, timeline=True))
+    report.classes.update({"transformer": "FluxTransformer", "transformer.blocks.0.attn": "Attention"})
+    path = folder / "rich.html"
+    path.write_text(render_html(report), encoding="utf-8")
+    return path, report
+
+
+@needs_browser
+def test_the_legend_tells_what_the_colours_are(browser: Browser, rich: tuple[Path, Report]) -> None:
+    browser.open(rich[0])
+    legend = browser.run("[...document.querySelectorAll('#legend li')].map((li) => li.textContent)")
+    assert legend == ["request", "step", "block", "module", "attention", "norm", "fused", "residency"]
+    for theme in ("light", "dark"):
+        colors = browser.run(f"Object.entries(palette.{theme}).filter(([n]) => n in roleText).map(([, c]) => c)")
+        assert len({*colors}) == len(colors), "no two share a colour"
+    shown = browser.run(
+        "fillOf(roleOf(fxnvtx.tree.name.findIndex((n) => fxnvtx.data.names[n].endsWith('blocks.1.attn'))))"
+    )
+    assert shown in browser.run("Object.values(palette).map((p) => p.attention)")
+    for text, kind, role in (
+        ("blocks.3", "", "block"), ("blocks.3.attn.to_q", "", "attention"), ("blocks.3.attn.norm_q", "", "norm"),
+        ("layers.0.mlp.gate_proj", "", "mlp"), ("net.2", "FeedForward", "mlp"), ("vae.decoder", "", "module"),
+        ("fused(norm1, attn.to_q)", "", "fused"), ("blocks.3.norm2", "", "norm"),
+        ("attn_blocks.0", "", "block"),
+    ):  # fmt: skip
+        assert role_of(Name(text, "module"), kind) == role, text
+
+
+@needs_browser
+def test_a_fused_box_is_explained_on_hover(browser: Browser, rich: tuple[Path, Report]) -> None:
+    browser.open(rich[0])
+    fused = next(i for i, text in enumerate(browser.run("fxnvtx.data.names")) if text.startswith("fused("))
+    index = browser.run(f"fxnvtx.tree.name.findIndex((n) => n === {fused})")
+    browser.run(f"fxnvtx.icicle.zoom(fxnvtx.tree.parent[{index}])")
+    settled(browser)
+    x, y = center(browser, index)
+    browser.hover(x, y)
+    text = browser.run("document.getElementById('tip').textContent")
+    assert "the compiler made one kernel of" in text
+    assert " and " in text
+    assert not browser.run("document.getElementById('tip').hidden")
+
+
+@needs_browser
+def test_findings_come_first(browser: Browser, rich: tuple[Path, Report]) -> None:
+    path, report = rich
+    browser.open(path)
+    said = browser.run("[...document.querySelectorAll('#findings > li > span')].map((e) => e.textContent)")
+    found, silent = findings(report)
+    assert said == [finding.text for finding in found]
+    assert said
+    assert browser.run("document.querySelectorAll('#unsaid-list li').length") == len(silent)
+    above = "document.getElementById('advice').compareDocumentPosition(document.getElementById('icicle')) & 4"
+    assert browser.run(above) == 4
+
+
+@needs_browser
+def test_columns_are_named_as_in_text(browser: Browser, rich: tuple[Path, Report]) -> None:
+    path, report = rich
+    browser.open(path)
+    shown = browser.run("[...document.querySelectorAll('#head button')].map((e) => e.textContent)")
+    text = render_text(report, width=400).splitlines()[0]
+    for name in shown:
+        assert name == "class" or f" {name} " in f" {text} ", name
+    assert {"hidden", "bytes", "exposed", "wait", "queue", "memory", "class"} <= {*shown}
+    row = browser.run(
+        "[...document.querySelectorAll('.row')].find((r) => r.textContent.includes('residency')).textContent"
+    )
+    assert "1.0 MiB" in row
+    browser.run("document.querySelector('#views [data-key=step]').click()")
+    steps = browser.run("[...document.querySelectorAll('#head button')].map((e) => e.textContent)")
+    assert {"total", "self", "gpu", "gap", "share"} <= {*steps}
+
+
+@needs_browser
+def test_a_step_as_it_ran(browser: Browser, rich: tuple[Path, Report]) -> None:
+    path, report = rich
+    browser.open(path)
+    kept = report.parts[0].timeline
+    assert kept is not None
+    assert kept.title.startswith("denoising_step_")
+    assert len(kept.work) == 9
+    assert {name.text.partition("transformer.blocks.")[2] for *_rest, name in kept.spans} >= {"0.attn", "2.norm"}
+    lanes = browser.run("fxnvtx.data.timeline.lanes")
+    assert lanes == ["thread 1", "GPU 0, stream 7"]
+    every = browser.run("fxnvtx.timeline.drawn")
+    assert every == len(kept.spans) + len(kept.work)
+    browser.run("document.getElementById('timeline').focus()")
+    browser.key("+")
+    start, end = browser.run("fxnvtx.timeline.view")
+    assert end - start < browser.run("Math.max(...fxnvtx.data.timeline.boxes.map((b) => b[3]))")
+    browser.key("Escape")
+    assert browser.run("fxnvtx.timeline.drawn") == every
+
+
+@needs_browser
+def test_what_it_looks_like(browser: Browser, rich: tuple[Path, Report], tmp_path: Path) -> None:
+    """Pictures at three widths, dark and light, are left for people (FXNVTX_PICTURES names a folder that stays)."""
+    folder = Path(os.environ.get("FXNVTX_PICTURES") or tmp_path)
+    folder.mkdir(exist_ok=True)
+    try:
+        for width in (390, 1440, 2560):
+            browser.resize(width)
+            for theme in ("light", "dark"):
+                browser.theme(theme)
+                browser.open(rich[0])
+                settled(browser)
+                browser.screenshot(folder / f"report-{width}-{theme}.png")
+                assert browser.run("document.documentElement.scrollWidth") <= width, "nothing sticks out"
+                assert browser.run("document.documentElement.dataset.theme") == theme
+                for canvas in ("icicle", "timeline", "steps"):
+                    assert browser.run(
+                        f"(() => {{ const c = document.getElementById('{canvas}');"
+                        " const p = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;"
+                        " return new Set(new Uint32Array(p.buffer)).size; })()"
+                    ) > 3, f"the {canvas} is painted"  # fmt: skip
+        assert len(list(folder.glob("report-*.png"))) == 6
+    finally:
+        browser.resize(1400)
