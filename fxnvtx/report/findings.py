@@ -310,8 +310,8 @@ def late_allocation(report: Report) -> Answer:
         return None
     return Finding(
         "late_allocation",
-        f"{readable_bytes(sum(late.values()))} of device memory are allocated in steps after the first ({len(late)} of them):"
-        " cudaMalloc waits for the device",
+        f"{readable_bytes(sum(late.values()))} of device memory are allocated in steps after the first"
+        f" ({len(late)} of them): cudaMalloc waits for the device",
         sum(_measure(report, row) for row in steps[1:] if row.allocated),
         _largest({row.name: _measure(report, row) for row in steps[1:] if row.allocated}),
     )
