@@ -160,8 +160,8 @@ def run_chains(nodes: Sequence[fx.Node]) -> list[tuple[fx.Node, tuple[Owner, ...
     """(node, chain) of every node that computes; placeholders, attribute reads and the output belong to nobody."""
     computing = [n for n in nodes if n.op in {"call_function", "call_method", "call_module"}]
     # where there is metadata, a call_module node without it is no module of the model (torch.export adds its guards so)
-    told = any(n.meta.get("nn_module_stack") for n in computing)
-    return [(n, () if told and not n.meta.get("nn_module_stack") else owner_chain(n)) for n in computing]
+    recorded = any(n.meta.get("nn_module_stack") for n in computing)
+    return [(n, () if recorded and not n.meta.get("nn_module_stack") else owner_chain(n)) for n in computing]
 
 
 def _labels_by_selection(

@@ -138,7 +138,7 @@ def diffusers_runner(class_name: str, job: Job) -> Run:
     def run(is_warmup: bool, on_step: OnStep | None) -> Picture:
         given = dict(arguments, generator=torch.Generator().manual_seed(job.seed))
         if on_step is not None and "callback_on_step_end" in accepted:
-            given["callback_on_step_end"] = _telling(on_step, job.steps)
+            given["callback_on_step_end"] = _callback(on_step, job.steps)
         diffusers.set_enabled(pipe, not is_warmup)
         try:
             made = pipe(**given)
@@ -151,12 +151,12 @@ def diffusers_runner(class_name: str, job: Job) -> Run:
     return run
 
 
-def _telling(on_step: OnStep, steps: int) -> Callable[..., dict[str, Any]]:
-    def told(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+def _callback(on_step: OnStep, steps: int) -> Callable[..., dict[str, Any]]:
+    def on_step_end(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         on_step(step + 1, steps)
         return tensors
 
-    return told
+    return on_step_end
 
 
 def _library() -> Any:

@@ -3,7 +3,7 @@
 Children come and go by `setattr`, `del`, ModuleList edits, or a plain write into `_modules`, and torch tells of the
 first only. So the outermost call compares: per module with children one hash over their names and identities, per
 module without any whether that still holds. About 50 ns a module, a few per cent of an instrumented call that does
-nothing. Nothing here keeps a module alive, and a recycled id() cannot pass for its predecessor: deaths are told.
+nothing. Nothing here keeps a module alive, and a recycled id() cannot pass for its predecessor: deaths are noted.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Structure:
             self._read(model)
 
     def _read(self, model: nn.Module) -> None:
-        told = self.news.append  # bound: it works at interpreter exit, when globals are gone
+        forget = self.news.append  # bound: it works at interpreter exit, when globals are gone
         # (module, None) to enter, (module, where it began) to leave
         todo: list[tuple[nn.Module, tuple[int, int] | None]] = [(model, None)]
         seen: set[int] = set()
@@ -47,7 +47,7 @@ class Structure:
                 continue
             seen.add(id(module))
             todo.append((module, (len(self._branches), len(self._leaves))))
-            self._alive.append(weakref.ref(module, told))
+            self._alive.append(weakref.ref(module, forget))
             children = module._modules
             if children:
                 self._branches.append((weakref.ref(module), _mark(children)))

@@ -17,10 +17,10 @@ _VARIABLE = "FXNVTX_RUN"
 _WITH_TORCH = frozenset(
     [
         "compile",
+        "attachments",
         "control",
         "everything",
         "explain",
-        "family",
         "graph",
         "hooks",
         "instrument",

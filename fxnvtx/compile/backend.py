@@ -9,10 +9,9 @@ from ..errors import CompileError
 from ..ranges import label, pop, push
 from . import dynamo, inductor
 from .explain import CompiledRegion, note
-from .nodes import with_range_nodes
 from .notices import warn_once
 from .owners import Owners
-from .pieces import cut, has_subgraphs
+from .partition import cut, has_subgraphs, with_range_nodes
 from .ranged import ranged, watched
 from .region import Region, remember
 from .roots import digest, read_graph

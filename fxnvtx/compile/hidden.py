@@ -56,11 +56,11 @@ def reads_none(module: Any) -> bool:
 
 @functools.cache  # once: the patch is harmless where nothing is instrumented any more
 def hide_slots() -> None:
-    """Have Dynamo told, now or when it gets imported."""
-    when_imported(_WHERE, _tell)
+    """Patch Dynamo, now or when it gets imported."""
+    when_imported(_WHERE, _patch)
 
 
-def _tell(namespace: types.ModuleType) -> None:
+def _patch(namespace: types.ModuleType) -> None:
     kinds = [getattr(namespace, name, None) for name in _KINDS]
     name = next((read for read in _READ if all(read in getattr(kind, "__dict__", ()) for kind in kinds)), None)
     if name is None:

@@ -61,7 +61,7 @@ class Group:
         if self.cfg_size < 1 or self.size % self.cfg_size:
             raise PipelineError(f"cfg_size={cfg_size} does not divide the number of ranks, {self.size}")
         self.cfg_rank = self.rank % self.cfg_size
-        self._told: BaseException | None = None  # what an exchange raised on every rank since `together` began
+        self._raised: BaseException | None = None  # what an exchange raised on every rank since `together` began
         self._timeout = timedelta(seconds=timeout_s)
         # apart from anybody else's traffic; control messages are small and on the CPU whatever the data's backend is
         self._control: Any = self._guarded(lambda: dist.new_group(backend="gloo", timeout=self._timeout))
@@ -76,15 +76,15 @@ class Group:
 
     def together(self, work: Callable[[], T]) -> T:
         """Run `work` on this rank; where it fails on any rank, every rank raises what the first of them raised."""
-        self._told = None
+        self._raised = None
         try:
             result = work()
         except BaseException as error:
-            if self._told is not None:  # it came out of an exchange inside `work`: everybody knows
+            if self._raised is not None:  # it came out of an exchange inside `work`: everybody knows
                 raise
             self.fail(error)
-        if self._told is not None:  # `work` made nothing of it, but the other ranks are not where it believes
-            raise self._told
+        if self._raised is not None:  # `work` made nothing of it, but the other ranks are not where it believes
+            raise self._raised
         self._meet("agree")
         return result
 
@@ -151,7 +151,7 @@ class Group:
             self._raise_everywhere(operations.index("error"), [int(row[1]) for row in found], data, error)
         if len(set(operations)) > 1:
             listed = ", ".join(operations)
-            raise self._tell(
+            raise self._note(
                 PipelineError(f"the ranks do different things ({listed}): give all of them the same pipeline")
             )
         return [int(row[1]) for row in found]
@@ -163,18 +163,18 @@ class Group:
         self._guarded(lambda: dist.broadcast(buffer, group=self._control, group_src=source))
         error: BaseException = pickle.loads(_bytes(buffer))
         if own and mine is not None and same(error, mine):
-            raise self._tell(mine)
-        raise self._tell(error) from mine
+            raise self._note(mine)
+        raise self._note(error) from mine
 
-    def _tell(self, error: BaseException) -> BaseException:
-        self._told = error
+    def _note(self, error: BaseException) -> BaseException:
+        self._raised = error
         return error
 
     def _guarded(self, call: Callable[[], T]) -> T:
         try:
             return call()
         except RuntimeError as error:
-            raise self._tell(
+            raise self._note(
                 PipelineError(f"rank {self.rank} lost the others ({str(error).splitlines()[0]}): start all ranks again")
             ) from error
 
@@ -195,10 +195,10 @@ def same(one: BaseException, other: BaseException) -> bool:
 
 
 def _unpacked(buffer: Tensor) -> Any:
-    return torch.load(io.BytesIO(_bytes(buffer)), map_location=_here, weights_only=False)
+    return torch.load(io.BytesIO(_bytes(buffer)), map_location=_to_this_rank, weights_only=False)
 
 
-def _here(storage: Any, location: str) -> Any:
+def _to_this_rank(storage: Any, location: str) -> Any:
     """Tensors that lay on rank 0's GPU go to this rank's own."""
     return storage if location == "cpu" else storage.cuda()
 

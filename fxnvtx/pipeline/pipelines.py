@@ -120,12 +120,12 @@ def two_stage_defaults(
     open_ones = [name for name, kind in auxiliary.items() if not args.is_arg_explicitly_set(f"{kind}_cpu_offload")]
     wanted["layerwise_offload_components"] = None if resident else open_ones
     changed = args.with_defaults(**wanted)
-    told = [f"{k}={getattr(changed, k)}" for k in wanted if getattr(changed, k) != getattr(args, k)]
+    decided = [f"{k}={getattr(changed, k)}" for k in wanted if getattr(changed, k) != getattr(args, k)]
     kept = [k for k in wanted if args.is_arg_explicitly_set(k)]
-    if told:
+    if decided:
         size = f"{device.total_bytes / GIB:.1f} GiB" if device.cuda else "no CUDA"
         left = f"; set explicitly and kept: {', '.join(kept)}" if kept else ""
-        log.info("two-stage device mode %s (%s, %s): %s%s", mode, device.name, size, ", ".join(told), left)
+        log.info("two-stage device mode %s (%s, %s): %s%s", mode, device.name, size, ", ".join(decided), left)
     return changed
 
 
@@ -277,13 +277,13 @@ def run(
     total = steps + (batch.refine_steps if "refinement" in built.stages else 0)
     done = 0
 
-    def told() -> None:
+    def count_step() -> None:
         nonlocal done
         done += 1
         if on_step is not None:
             on_step(done, total)
 
-    with running_with(on_step=told):
+    with running_with(on_step=count_step):
         batch = built(batch)
     account = built.residency.account
     return Result(batch.image, batch.video, batch.metrics, account.peak_bytes, built.residency.bound_bytes, built)

@@ -145,7 +145,7 @@ class DenoisingStage(PipelineStage):
         else:
             timesteps = scheduler.set_timesteps(batch.steps)
         guidance = Guidance(batch.guidance_scale if self.guided else 1.0, args.guidance_interval)
-        told = running().on_step
+        on_step = running().on_step
         with self.use_component(self.component) as dit, self.ranged("denoising_loop", "loop", len(timesteps)):
             for index, timestep in enumerate(timesteps.tolist()):
                 with self.step(step_label(index, timestep), index):
@@ -153,8 +153,8 @@ class DenoisingStage(PipelineStage):
                     velocity = self.predict_noise(dit, latent, now, batch, guidance, index)
                     with self.ranged("scheduler_step"):
                         latent = scheduler.step(velocity, index, latent)
-                if told is not None:
-                    told()
+                if on_step is not None:
+                    on_step()
         batch.latent = latent
         return batch
 

@@ -67,5 +67,5 @@ def test_a_module_compiled_in_place_is_inlined_as_it_is_without_us():
 def test_a_torch_without_the_place_is_left_alone_and_said(missing, caplog, monkeypatch):
     monkeypatch.setattr(notices, "_told", set())
     caplog.set_level(logging.WARNING, logger="fxnvtx")
-    hidden._tell(types.SimpleNamespace(**missing))
+    hidden._patch(types.SimpleNamespace(**missing))
     assert "graph breaks" in caplog.text

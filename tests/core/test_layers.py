@@ -7,6 +7,7 @@ what it costs, and says nothing about who may know whom.
 from __future__ import annotations
 
 import ast
+import re
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -39,6 +40,7 @@ PARTS = {
     "ranges": ["events", "labels", "ranges", "stack", "window"],
     "recording": ["recording", "spool"],
     "modules": [
+        "attachments",
         "control",
         "deferred",
         "compile/explain",
@@ -63,7 +65,6 @@ EXCEPTIONS = {
     ("report/gather", "report/load"): "reads one file in a worker",
     ("report/nsys", "report/attribution/captures"): "numpy is imported when a capture is read",
     ("integrations/sglang/options", "pipeline/steps"): "SGLang's server shares the syntax of step windows",
-    ("integrations/sglang/layers", "pipeline/residency/attach"): "SGLang's components attach as the pipeline's do",
 }
 
 
@@ -156,3 +157,15 @@ def _reaches(start: str, goal: str) -> bool:
             found.add(name)
             todo += imports()[name]
     return goal in found
+
+
+def test_the_document_of_the_house_names_what_is_there():
+    text = (ROOT.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = {name for name in re.findall(r"`([\w/]+\.py)`", text) if "<" not in name}
+    there = [
+        path.relative_to(ROOT.parent).as_posix()
+        for folder in (ROOT, ROOT.parent / "tests")
+        for path in folder.rglob("*.py")
+    ]
+    assert len(named) > 60
+    assert [name for name in sorted(named) if not any(f"/{path}".endswith(f"/{name}") for path in there)] == []

@@ -14,10 +14,10 @@ from torch import nn
 
 import fxnvtx
 from fxnvtx import doctor
+from fxnvtx.attachments import Attachments
 from fxnvtx.integrations.sglang import missing_targets, register
 from fxnvtx.integrations.sglang.options import Options, read_options
 from fxnvtx.integrations.sglang.targets import TARGETS, lacking
-from fxnvtx.pipeline.residency.attach import Attachments
 from fxnvtx.recording import Recording
 
 DOUBLE = Path(__file__).parent / "double"

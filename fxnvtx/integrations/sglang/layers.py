@@ -11,7 +11,7 @@ from .options import Options, guarded
 if TYPE_CHECKING:
     from torch import nn
 
-    from ...pipeline.residency.attach import Attachments
+    from ...attachments import Attachments
 
 __all__ = ["Layers", "hooks_class"]
 
@@ -30,7 +30,7 @@ class Layers:
     @property
     def attachments(self) -> Attachments:
         if self._attachments is None:
-            from ...pipeline.residency.attach import Attachments
+            from ...attachments import Attachments
 
             self._attachments = Attachments()
         return self._attachments
@@ -124,7 +124,7 @@ class Layers:
         """`compiled`, which runs a method of `target`, inside the range of that component."""
         from torch import nn
 
-        from ...pipeline.residency.attach import with_root
+        from ...attachments import with_root
 
         return with_root(target, compiled) if isinstance(target, nn.Module) else compiled
 

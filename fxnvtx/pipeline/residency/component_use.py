@@ -157,7 +157,7 @@ class Requests:
             _begun.set(request.outer)
         self._fewer.notify_all()
 
-    def here(self) -> Request | None:
+    def current(self) -> Request | None:
         """The innermost one that this context has begun, else the only one there is."""
         found = _begun.get()
         while found is not None and found not in self._live:
@@ -170,7 +170,7 @@ class Requests:
         """`given`, or the one that is meant here. Raises PipelineError where there is none, or no telling which."""
         if not self._live or (given is not None and given not in self._live):
             raise PipelineError("no request is under way: call begin_request() first")
-        request = given or self.here()
+        request = given or self.current()
         if request is None:
             raise PipelineError(
                 f"{len(self._live)} requests are under way, and this thread began none of them: "

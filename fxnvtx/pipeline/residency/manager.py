@@ -11,10 +11,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from ...attachments import Attachments
 from ...errors import PipelineError
 from ...names import unwrapped
 from ..args import ServerArgs
-from .attach import Attachments
 from .component_use import Active, ComponentUse, Request, Requests, Timeline
 from .memory import ByteAccount, Place
 from .weight_store import Holdings
@@ -273,7 +273,7 @@ class ComponentResidencyManager:
     @property
     def current_stage_name(self) -> str | None:
         """The stage that the request of this context has come to."""
-        request = self._requests.here()
+        request = self._requests.current()
         return request.stage if request is not None else None
 
     @property
@@ -419,12 +419,12 @@ class ComponentResidencyManager:
         )
 
     def _args_here(self) -> ServerArgs:
-        request = self._requests.here()
+        request = self._requests.current()
         return self.args if request is None else request.args
 
     def _shows_moves(self) -> bool:
         """Whether weights that move now show it: as the request wants for which they move."""
-        request = self._requests.here()
+        request = self._requests.current()
         return request is not None and request.use_nvtx
 
 

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ... import control, ranges
-from ...compile.invisible import dynamo_active
-from ...control import controls_of, rename
-from ...instrument import instrument, is_enabled, label_of, set_enabled, uninstrument
-from ...names import unwrapped
-from ...slot import SLOT, slot_of
+from . import control, ranges
+from .compile.invisible import dynamo_active
+from .control import controls_of, rename
+from .instrument import instrument, is_enabled, label_of, set_enabled, uninstrument
+from .names import unwrapped
+from .slot import SLOT, slot_of
 
 __all__ = ["METHODS", "Attachments", "unwrap_methods", "with_root", "wrap_methods"]
 
