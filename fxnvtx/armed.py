@@ -9,6 +9,7 @@ from pathlib import Path
 from . import ranges as _ranges
 from .compile.invisible import hide_module
 from .everything import Everything
+from .integrations.sglang import patch_older_releases
 from .spool import Spool
 from .tracebacks import show_only_the_programs_frames
 from .window import Window, read_steps
@@ -37,5 +38,6 @@ def arm(options: dict[str, str]) -> None:
     kept = Spool(folder, "first" in options, shown)
     show_only_the_programs_frames()
     met.start()
+    patch_older_releases()
     _ranges.add_sink(kept)
     os.register_at_fork(after_in_child=kept.forked)

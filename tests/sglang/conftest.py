@@ -27,13 +27,20 @@ class Run:
 
 
 @pytest.fixture(scope="session")
-def run_sglang(tmp_path_factory):
-    """run(name, *server arguments, requests=, env=, around=) -> Run; skips without an environment."""
+def sglang_python():
+    """The Python of the environment; skips without one."""
     python = os.environ.get("FXNVTX_SGLANG_PYTHON")
     if not python:
         pytest.skip(
             os.environ.get("FXNVTX_SGLANG_MISSING", "FXNVTX_SGLANG_PYTHON names no Python with SGLang-Diffusion")
         )
+    return python
+
+
+@pytest.fixture(scope="session")
+def run_sglang(sglang_python, tmp_path_factory):
+    """run(name, *server arguments, requests=, env=, around=) -> Run."""
+    python = sglang_python
     beside = Path(python).parents[2] / "models" / "Z-Image-Turbo"
     model = os.environ.get("FXNVTX_SGLANG_MODEL", str(beside))
     cache = tmp_path_factory.mktemp("inductor")

@@ -4,20 +4,23 @@ import copy
 import importlib
 import logging
 import pickle
+import shutil
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 import fxnvtx
-from fxnvtx import doctor
+from fxnvtx import doctor, ranges
 from fxnvtx.attachments import Attachments
+from fxnvtx.compile import imports
 from fxnvtx.integrations.sglang import missing_targets, register
 from fxnvtx.integrations.sglang.options import Options, read_options
-from fxnvtx.integrations.sglang.targets import TARGETS, lacking
+from fxnvtx.integrations.sglang.plugin import patch_older_releases
+from fxnvtx.integrations.sglang.targets import TARGETS, found_in
 from fxnvtx.recording import Recording
 
 DOUBLE = Path(__file__).parent / "double"
@@ -75,7 +78,9 @@ class Server:
         self.at = at
         torch.manual_seed(0)
         self.dit, self.vae = Dit(), Vae()
-        strategies = at("managers.memory_managers.component_residency_strategies")
+        memory = "managers.memory_managers.component_"
+        older = importlib.util.find_spec(ROOT + memory + "residency_strategies") is None
+        strategies = at(memory + ("resident_strategies" if older else "residency_strategies"))
         self.args = at("server_args").ARGS
         stages, policy = at("pipelines_core.stages.denoising"), at("distributed.cfg_policy")
         made = [policy.CFGBranch(name, name != "negative") for name in branches]
@@ -102,20 +107,38 @@ class Server:
         return recording
 
 
+def older_release(folder):
+    """The stand-in as a release that loads no plugins (before 0.5.21) would be."""
+    runtime = Path("sglang", "multimodal_gen", "runtime")
+    shutil.copytree(DOUBLE, folder)
+    shutil.copytree(DOUBLE.parent / "older", folder / runtime, dirs_exist_ok=True)
+    (folder / runtime / "platforms" / "plugins.py").unlink()
+    (folder / runtime / "managers" / "memory_managers" / "component_residency_strategies.py").unlink()
+    return str(folder)
+
+
 @pytest.fixture
-def start(monkeypatch):
-    """start(flag=True, VARIABLE=..., server arguments) -> Server."""
+def start(monkeypatch, tmp_path):
+    """start(flag=True, old=False, VARIABLE=..., server arguments) -> Server."""
 
     def forget():
         for name in [n for n in sys.modules if n == "sglang" or n.startswith("sglang.")]:
             del sys.modules[name]
+        for name in [n for n in imports._finder.waiting if n.startswith("sglang.")]:
+            del imports._finder.waiting[name]
 
-    def run(flag=True, branches=("positive", "negative"), strategy="ResidentStrategy", dtype=None, **variables):
+    def run(
+        flag=True, branches=("positive", "negative"), strategy="ResidentStrategy", dtype=None, old=False, **variables
+    ):
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        register()
-        plugins = importlib.import_module(ROOT + "platforms.plugins")
-        plugins.HookRegistry.apply_hooks()
+        if old:
+            monkeypatch.syspath_prepend(older_release(tmp_path / "old"))
+            importlib.invalidate_caches()
+            patch_older_releases()
+        else:
+            register()
+            importlib.import_module(ROOT + "platforms.plugins").HookRegistry.apply_hooks()
         server = Server(branches, strategy, dtype)
         server.args.enable_layerwise_nvtx_marker = flag
         return server
@@ -394,9 +417,7 @@ def test_direct_calls_of_torch_compile(start):
 
 
 def test_a_release_without_some_places(start, tmp_path, monkeypatch, caplog):
-    import shutil
-
-    old = tmp_path / "old"
+    old = tmp_path / "some"
     shutil.copytree(DOUBLE, old)
     runtime = old / "sglang" / "multimodal_gen" / "runtime"
     (runtime / "distributed" / "cfg_policy.py").unlink()
@@ -415,14 +436,126 @@ def test_a_release_without_some_places(start, tmp_path, monkeypatch, caplog):
     assert lines == ["this release of SGLang has no place for: names of more than two passes"]
     hooked = {target for target, *_ in importlib.import_module(ROOT + "platforms.plugins").HookRegistry.hooks}
     assert len(hooked) == len(TARGETS) - 2
-    (runtime / "platforms" / "plugins.py").unlink()
-    assert "0.5.23 is the first release" in missing_targets()[0]
 
 
 def test_targets_of_the_stand_in_are_all_there(start):
     assert missing_targets() == []
     assert [f.state for f in doctor.findings() if f.what == "SGLang"] == ["ok"]
-    assert len(lacking(TARGETS, None)) == len(TARGETS)
+    assert len(found_in(None)[1]) == len(TARGETS)
+
+
+@pytest.mark.parametrize(
+    "strategy", ["ResidentStrategy", "VanillaD2HStrategy", "SnapshotStrategy", "LayerwiseOffloadStrategy"]
+)
+def test_an_older_release_shows_the_same(start, strategy):
+    """Its classes are patched as they are imported; `fxnvtx run` asks for that in every process."""
+    server = start(old=True, strategy=strategy, dtype=torch.bfloat16)
+    assert missing_targets()[0].startswith("it loads no plugins")
+    assert [t.split(":")[0] for t in missing_targets()[1:]] == ["the root of a compiled vae.decode"]
+    before = traces(server.dit)
+    (request,) = server.recorded().tree()
+    labels_of = {n.category: [] for n in request.walk()}
+    for n in request.walk():
+        labels_of[n.category].append(n.label)
+    assert labels_of["request"] == ["request#0"]
+    assert labels_of["stage"] == ["stage_denoising", "stage_decoding"]
+    assert labels_of["op"][:3] == ["predict_noise", "predict_noise.conditional", "predict_noise.unconditional"]
+    assert labels_of["module"][:2] == ["denoising.dit", "denoising.dit.layers.0"]
+    assert labels_of["module"][-1] == "decoding.vae.decode.decoder"
+    offload = [] if strategy == "ResidentStrategy" else ["residency.offload vae"]
+    assert labels_of["residency"] == ["residency.load dit", "residency.load vae", *offload]
+    patch_older_releases()  # the second time it changes nothing
+    assert labels(server.recorded(), "request") == ["request#1"]
+    server.args.enable_layerwise_nvtx_marker = False
+    assert not server.recorded().ranges
+    for _, hooks in server.manager.hooks.values():
+        hooks.remove_hooks()
+    assert traces(server.dit) == before
+
+
+def test_an_older_release_takes_our_backend(start):
+    server = start(old=True)
+    stage = server.stages[0]
+    stage.server_args = SimpleNamespace(enable_layerwise_nvtx_marker=True, enable_torch_compile=True)
+    asked = []
+    compile = torch.compile
+    try:
+        torch.compile = lambda *args, **kwargs: asked.append(kwargs) or compile(*args, **kwargs)
+        stage._maybe_enable_torch_compile(server.dit)
+        stage.server_args.enable_layerwise_nvtx_marker = False
+        stage._maybe_enable_torch_compile(Dit())
+    finally:
+        torch.compile = compile
+    assert [a.get("backend") for a in asked] == ["fxnvtx", None]
+    torch._dynamo.reset()
+
+
+def test_hook_objects_are_sglangs_own(start):
+    """Whoever asks them, or inherits from their class, finds what he knows."""
+    server = start()
+    kind = server.at("utils.nvtx_pytorch_hooks").DiffusionNvtxHooks
+    assert kind.__module__ == ROOT + "utils.nvtx_pytorch_hooks"
+
+    class Mine(kind):
+        pass
+
+    hooks = Mine()
+    assert hooks.register_hooks(server.dit, "denoising.dit") == len(hooks._module_to_name_map) == 6
+    assert hooks._module_to_name_map[server.dit.layers[1].fc] == "denoising.dit.layers.1.fc"
+    hooks.set_enabled(True)
+    assert hooks._enabled
+    server.dit.layers[1].fc = None
+    assert len(hooks._module_to_name_map) == 5, "a layer that was replaced is not kept alive"
+    hooks.remove_hooks()
+    assert hooks._module_to_name_map == {}
+    assert hooks.register_hooks(server.dit) == 5, "and may be used again"
+    hooks.remove_hooks()
+
+
+@pytest.fixture
+def torch_nvtx(monkeypatch, start):
+    """torch.cuda.nvtx as it is in a fresh process."""
+    module = torch.cuda.nvtx
+    yield module
+    module.__class__ = ModuleType
+
+
+def test_who_takes_the_place_of_torchs_nvtx_functions_hears_every_range(start, torch_nvtx, monkeypatch):
+    server = start()
+    heard = []
+    server.serve()
+    assert not ranges.sinks
+    with monkeypatch.context() as patch:
+        patch.setattr(torch_nvtx, "range_push", lambda text: heard.append(text))
+        patch.setattr(torch_nvtx, "range_pop", lambda: heard.append(None))
+        assert ranges.listening()
+        recording = server.recorded()
+        assert [text for text in heard if text] == labels(recording)
+        assert heard.count(None) == len(recording.ranges)
+        depth = 0
+        for text in heard:
+            depth += 1 if text else -1
+            assert depth >= 0
+        patch.setattr(torch_nvtx, "range_push", lambda text: 1 / 0)
+        assert server.serve().image is not None
+        assert heard.count(None) == len(recording.ranges), "what was not pushed is not popped"
+    assert not ranges.sinks
+
+
+def test_on_rocm_ranges_go_to_roctx(start, torch_nvtx, monkeypatch):
+    heard = []
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    roctx = SimpleNamespace(rangePushA=heard.append, rangePop=lambda: heard.append(None), markA=heard.append)
+    monkeypatch.setattr(torch_nvtx, "_nvtx", roctx)
+    server = start()
+    try:
+        server.serve()
+    finally:
+        for sink in list(ranges.sinks):
+            ranges.remove_sink(sink)
+    assert "denoising.dit.layers.1.fc" in heard
+    assert "denoising.dit.layers.1.fc in=[[1, 4]]" in heard
+    assert heard.count(None) == sum(text is not None and " in=[" not in text for text in heard)
 
 
 def test_without_sglang(monkeypatch):

@@ -3,10 +3,13 @@
 About 25 s a run and 60 s a compiled one; with an environment (see conftest.py) all of it takes some four minutes.
 """
 
+import os
 import re
 import shutil
 import sqlite3
+import subprocess
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +18,15 @@ from fxnvtx.recording import Recording
 pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 FLAG = "enable_layerwise_nvtx_marker=true"
 RECORD = {"FXNVTX_SGLANG_RECORD": "FOLDER"}
+# SGLang's own tests of what the plugin takes the place of
+UNIT_TESTS = (
+    "test_nvtx_pytorch_hooks.py",
+    "test_pipeline_stage_profiling.py",
+    "test_component_residency.py",
+    "test_component_residency_report.py",
+    "test_pipeline_executor.py",
+    "test_pipeline_residency_manager_install.py",
+)
 COMPILE = ("enable_torch_compile=true", "offload_during_compile=false")
 
 
@@ -184,3 +196,33 @@ def test_stages_only_and_windows_of_steps(run_sglang, plain, mode):
         assert "decoding_stage.vae" in modules
         assert "denoising_stage.transformer.layers.0" in modules
         assert not [m for m in modules if m.startswith("denoising_stage.transformer.layers.0.")]
+
+
+def test_sglangs_own_tests_hold_with_the_plugin(sglang_python, tmp_path):
+    """All but one, which counts forward hooks: there are none (docs/servers.md)."""
+    where = [sglang_python, "-c", "import importlib.util as i; print(i.find_spec('sglang').origin)"]
+    sglang = Path(subprocess.run(where, check=True, capture_output=True, text=True).stdout.strip()).parent
+    unit = sglang / "multimodal_gen" / "test" / "unit"
+    if not unit.is_dir():
+        pytest.skip("this SGLang comes without its tests")
+    here = Path(__file__).parent
+    done = subprocess.run(
+        [sglang_python, "-m", "pytest", "-p", "no:cacheprovider", "-p", "plugin_active", "-q", "--tb=line", "-rf"]
+        + [str(unit / name) for name in UNIT_TESTS],
+        env={
+            **{k: v for k, v in os.environ.items() if not k.startswith(("FXNVTX", "NVTX", "PYTEST"))},
+            "PYTHONPATH": os.pathsep.join([str(here / "active"), str(here.parents[1])]),
+            "HF_HUB_OFFLINE": "1",
+        },
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    output = done.stdout[-4000:] + done.stderr[-2000:]
+    assert set(re.findall(r"^FAILED \S+::(\w+)", done.stdout, re.MULTILINE)) == {
+        "test_register_hooks_counts_non_skipped_submodules"
+    }, output
+    (passed,) = re.findall(r"\b(\d+) passed", done.stdout)
+    assert int(passed) >= 90, output
+    assert "error" not in done.stdout.splitlines()[-1], output

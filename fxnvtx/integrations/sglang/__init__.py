@@ -1,7 +1,8 @@
-"""fxnvtx inside SGLang-Diffusion, through SGLang's own plugin entry point (0.5.23 and later).
+"""fxnvtx inside SGLang-Diffusion, through SGLang's own plugin entry point (0.5.21 and later).
 
-`pip install fxnvtx` beside SGLang is all: SGLang calls `register` in its main, HTTP and worker processes. With SGLang's
-flag `--enable-layerwise-nvtx-marker` its markers are then fxnvtx's: request, stage, loop, step, guidance pass and
+`pip install fxnvtx` beside SGLang is all: SGLang calls `register` in its main, HTTP and worker processes. Releases from
+0.5.13 on that load no plugins are started with `fxnvtx run`, which patches the same places as they are imported. With
+SGLang's flag `--enable-layerwise-nvtx-marker` its markers are then fxnvtx's: request, stage, loop, step, guidance pass and
 scheduler; layers, inside torch.compile too; the root of `vae.decode` and `vae.encode`; weights that move, with bytes.
 Without the flag everything is as it was.
 
@@ -18,12 +19,20 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["missing_targets", "register"]
+__all__ = ["missing_targets", "patch_older_releases", "register"]
 
 
 def register() -> None:
     """What SGLang calls in each of its processes. Registers hooks and imports nothing of SGLang's runtime."""
     from .plugin import register as run
+
+    run()
+
+
+def patch_older_releases() -> None:
+    """What `fxnvtx run` calls in each process: for releases that would not call `register`. Imports nothing of SGLang,
+    and does nothing where that is not installed."""
+    from .plugin import patch_older_releases as run
 
     run()
 

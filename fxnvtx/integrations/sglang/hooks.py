@@ -16,7 +16,7 @@ from typing import Any
 
 from ... import ranges
 from ...labels import Label, label
-from .layers import Layers, hooks_class
+from .layers import Layers
 from .moves import bytes_of
 from .options import Options, guarded, log
 
@@ -35,6 +35,9 @@ def handlers(options: Options) -> dict[str, Any]:
         name: getattr(plugin, name)
         for name in (
             "maybe_range",
+            "hooks_register",
+            "hooks_enable",
+            "hooks_remove",
             "request",
             "requests_in_turn",
             "guidance",
@@ -42,11 +45,12 @@ def handlers(options: Options) -> dict[str, Any]:
             "guidance_pass",
             "use_begins",
             "compile_arguments",
+            "module_compiles",
+            "stage_compiles",
             "compiles_directly",
             "compiled_method",
         )
     }
-    found["Hooks"] = hooks_class(plugin.layers)
     for what in ("load", "wait", "prefetch", "offload"):
         found[f"residency_{what}"] = plugin.residency(what)
     return found
@@ -164,7 +168,8 @@ class Plugin:
         """Around a residency strategy's method. What a method of a strategy calls of the same strategy is its own."""
 
         def moves(original: Call, strategy: Any, module: Any, use: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
-            if not ranges.listening() or self._moving.get() or not self._shows_moves(state):
+            idle = what == "offload" and type(strategy).__name__ == "ResidentStrategy"  # by its base class's method
+            if idle or not ranges.listening() or self._moving.get() or not self._shows_moves(state):
                 return original(strategy, module, use, state, *args, **kwargs)
             nbytes = bytes_of(what, strategy, module, use)
             text = label(f"residency.{what} {getattr(use, 'component_name', 'component')}", "residency")
@@ -183,6 +188,23 @@ class Plugin:
 
     # --------------------------------------------------------------------------------------------------- layers
 
+    def hooks_register(self, original: Call, hooks: Any, model: Any, prefix: str = "") -> int:
+        """Around DiffusionNvtxHooks.register_hooks: with a count of 0 SGLang keeps no hooks."""
+        return self.layers.register(hooks, model, prefix) or 0
+
+    def hooks_enable(self, original: Call, hooks: Any, enabled: bool) -> Any:
+        """Around DiffusionNvtxHooks.set_enabled."""
+        result = original(hooks, enabled)
+        self.layers.set_enabled(hooks, bool(enabled))
+        return result
+
+    def hooks_remove(self, original: Call, hooks: Any) -> Any:
+        """Around DiffusionNvtxHooks.remove_hooks."""
+        try:
+            return original(hooks)
+        finally:
+            self.layers.remove(hooks)
+
     def use_begins(self, original: Call, manager: Any, use: Any, module: Any = None) -> Any:
         """Around ComponentResidencyManager._enable_nvtx_for_use: compiled layers must be silent in a warm-up."""
         result = original(manager, use, module)
@@ -200,6 +222,20 @@ class Plugin:
             self.layers.compiles(kwargs.get("module"))
             return {**result, "backend": "fxnvtx"}
         return result
+
+    def module_compiles(self, original: Call, registry: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
+        """Around CompiledModuleRegistry.compile_once."""
+        if wanted(None):
+            self.layers.compiles(module)
+        return original(registry, module, *args, **kwargs)
+
+    def stage_compiles(self, original: Call, stage: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
+        """Around DenoisingStage._maybe_enable_torch_compile (before 0.5.15), which makes its arguments itself."""
+        if not wanted(stage.server_args) or not getattr(stage.server_args, "enable_torch_compile", False):
+            return original(stage, module, *args, **kwargs)
+        self.layers.compiles(module)
+        with self.layers.compiling():
+            return original(stage, module, *args, **kwargs)
 
     def compiled_method(self, original: Call, holder: Any, target: Any, *args: Any, **kwargs: Any) -> Any:
         """Around ActiveTargetCompiledCallable.get_or_compile: `vae.decode`, compiled; its root is the component's."""

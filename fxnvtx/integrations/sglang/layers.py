@@ -1,10 +1,11 @@
-"""Layers of the components in use: SGLang's hook object by its own four methods, with fxnvtx doing the work."""
+"""Layers of the components in use. SGLang's hook objects say which those are; no forward hook of theirs is put on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from .options import Options, guarded
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
     from ...attachments import Attachments
 
-__all__ = ["Layers", "hooks_class"]
+__all__ = ["Layers"]
 
 
 class Layers:
@@ -25,7 +26,7 @@ class Layers:
         self.shown = True  # whether the present step is one whose layers were asked for
         self._attachments: Attachments | None = None
         self._active: list[tuple[nn.Module, str]] = []  # the innermost one last
-        self._registered: list[tuple[object, nn.Module]] = []
+        self._registered: WeakKeyDictionary[Any, list[tuple[nn.Module, str]]] = WeakKeyDictionary()
 
     @property
     def attachments(self) -> Attachments:
@@ -36,14 +37,28 @@ class Layers:
         return self._attachments
 
     @guarded
-    def register(self, owner: object, model: nn.Module) -> int:
-        """Note that `owner` will show `model`. How many of its modules get a range; 0 where no layers are wanted."""
+    def register(self, hooks: Any, model: nn.Module, prefix: str) -> int:
+        """Note that `hooks` will show `model`. How many of its modules get a range; 0 where no layers are wanted."""
         if not self.options.layers:
             return 0
-        from ...names import DEFAULT_EXCLUDE, Selection, name_modules, unwrapped
+        from ...names import DEFAULT_EXCLUDE, Selection, label_text, name_modules, unwrapped
 
-        self._registered.append((owner, model))
-        return len(name_modules(unwrapped(model), Selection.of(None, DEFAULT_EXCLUDE, self.options.depth)))
+        named = name_modules(unwrapped(model), Selection.of(None, DEFAULT_EXCLUDE, self.options.depth))
+        names: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # a replaced layer must not be kept alive
+        for entry in named:
+            names[entry.module] = label_text(prefix, type(entry.module), entry.fqn)
+        names.update(getattr(hooks, "_module_to_name_map", ()))
+        hooks._module_to_name_map = names  # what SGLang's code asks it for
+        self._registered.setdefault(hooks, []).append((model, prefix))
+        if getattr(hooks, "_enabled", False):
+            self.enable(model, prefix)
+        return len(named)
+
+    def set_enabled(self, hooks: Any, enabled: bool) -> None:
+        """From the next outermost call on; a call under way ends as it began."""
+        act: Callable[[Any, str], None] = self.enable if enabled else self.disable
+        for model, prefix in self._registered.get(hooks, ()):
+            act(model, prefix)
 
     @guarded
     def ahead(self, executor: Any, stages: Any, server_args: Any) -> None:
@@ -83,12 +98,14 @@ class Layers:
             self._name(model, outer)
 
     @guarded
-    def remove(self, owner: object) -> None:
-        """Take out what nobody else has registered."""
-        mine = [m for o, m in self._registered if o is owner]
-        self._registered = [(o, m) for o, m in self._registered if o is not owner]
-        for model in mine:
-            if all(m is not model for _, m in self._registered):
+    def remove(self, hooks: Any) -> None:
+        """Take out what nobody else has registered. Safe to call twice, and in the middle of a call."""
+        mine = self._registered.pop(hooks, [])
+        for model, prefix in mine:
+            self.disable(model, prefix)
+        kept = [model for others in self._registered.values() for model, _ in others]
+        for model, _ in mine:
+            if all(other is not model for other in kept):
                 self._active = [(m, p) for m, p in self._active if m is not model]
                 self.attachments.remove(model)
 
@@ -150,39 +167,3 @@ class Layers:
 
     def _name(self, model: nn.Module, prefix: str) -> None:
         self.attachments.enable(model, prefix, self.options.depth, self.shown, shapes=self.options.shapes)
-
-
-def hooks_class(layers: Layers) -> type:
-    """The class that stands in for SGLang's DiffusionNvtxHooks; its objects share `layers`."""
-
-    class DiffusionNvtxHooks:
-        """Ranges for the layers of models, by SGLang's interface. Starts switched off."""
-
-        def __init__(self, skip_types: Any = None) -> None:
-            self._models: list[tuple[Any, str]] = []
-            self._enabled = False
-
-        def register_hooks(self, model: Any, prefix: str = "") -> int:
-            """Returns how many modules get a range; with none SGLang keeps no hooks."""
-            count: int = layers.register(self, model) or 0
-            if count:
-                self._models.append((model, prefix))
-                if self._enabled:
-                    layers.enable(model, prefix)
-            return count
-
-        def set_enabled(self, enabled: bool) -> None:
-            """From the next outermost call on; a call under way ends as it began."""
-            self._enabled = bool(enabled)
-            act: Callable[[Any, str], None] = layers.enable if enabled else layers.disable
-            for model, prefix in self._models:
-                act(model, prefix)
-
-        def remove_hooks(self) -> None:
-            """Take everything out again. Safe to call twice, and in the middle of a call."""
-            if self._enabled:
-                self.set_enabled(False)
-            self._models.clear()
-            layers.remove(self)
-
-    return DiffusionNvtxHooks

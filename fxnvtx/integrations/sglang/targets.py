@@ -7,20 +7,28 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-__all__ = ["ROOT", "TARGETS", "Target", "missing_targets", "present"]
+__all__ = [
+    "ROOT",
+    "TARGETS",
+    "Target",
+    "found_in",
+    "has_plugins",
+    "missing_targets",
+    "present",
+    "sglang_folder",
+]
 
 ROOT = "sglang.multimodal_gen.runtime."
 
 
 @dataclass(frozen=True)
 class Target:
-    """One function, class, or method. `module`: below ROOT. `handler`: the plugin's function for it. `shows`: what is
-    lost where a release lacks it."""
+    """One function or method. `module`: below ROOT. `handler`: the plugin's function for it. `shows`: what is lost
+    where a release lacks it. `older`: where earlier releases have it."""
 
     module: str
     name: str
@@ -28,6 +36,7 @@ class Target:
     handler: str
     shows: str
     layers: bool = False  # of use only where layers are shown
+    older: Target | None = None
 
     @property
     def path(self) -> str:
@@ -37,22 +46,30 @@ class Target:
 _NVTX = "utils.nvtx_pytorch_hooks"
 _EXECUTOR = "pipelines_core.executors.pipeline_executor"
 _STRATEGIES = "managers.memory_managers.component_residency_strategies"
+_OLDER_STRATEGIES = "managers.memory_managers.component_resident_strategies"  # up to 0.5.17
 _MANAGER = "managers.memory_managers.component_manager"
 _DENOISING = "pipelines_core.stages.denoising"
-_MOVES = (
-    ("ResidentStrategy", "prepare_for_use", "load"),
-    ("ComponentOffloadStrategy", "prepare_for_use", "load"),
-    ("ComponentOffloadStrategy", "wait_for_use", "wait"),
-    ("ComponentOffloadStrategy", "prefetch_for_use", "prefetch"),
-    ("ComponentOffloadStrategy", "finish_use", "offload"),
-    ("SnapshotOffloadStrategy", "finish_use", "offload"),
-    ("LayerwiseOffloadStrategy", "prepare_for_use", "load"),
-    ("LayerwiseOffloadStrategy", "finish_use", "offload"),
-)
+_COMPILE = "utils.torch_compile"
+
+
+def _move(kind: str, method: str, what: str, older: str) -> Target:
+    shows, handler = f"residency.{what} ({kind})", f"residency_{what}"
+    before = Target(_OLDER_STRATEGIES, f"{older}.{method}", "AROUND", handler, shows)
+    return Target(_STRATEGIES, f"{kind}.{method}", "AROUND", handler, shows, older=before)
+
+
+def _compiles(module: str, name: str, kind: str, handler: str, older: Target | None = None) -> Target:
+    return Target(module, name, kind, handler, "layers inside torch.compile", layers=True, older=older)
+
+
+_BEFORE_0_5_15 = _compiles(_DENOISING, "DenoisingStage._maybe_enable_torch_compile", "AROUND", "stage_compiles")
 
 TARGETS: tuple[Target, ...] = (
     Target(_NVTX, "maybe_nvtx_range", "REPLACE", "maybe_range", "stages, loops and steps"),
-    Target(_NVTX, "DiffusionNvtxHooks", "REPLACE", "Hooks", "layers"),
+    # The class stays SGLang's own: what else asks its objects, or inherits from it, finds what it knows.
+    Target(_NVTX, "DiffusionNvtxHooks.register_hooks", "AROUND", "hooks_register", "layers"),
+    Target(_NVTX, "DiffusionNvtxHooks.set_enabled", "AROUND", "hooks_enable", "layers"),
+    Target(_NVTX, "DiffusionNvtxHooks.remove_hooks", "AROUND", "hooks_remove", "layers"),
     Target(_EXECUTOR, "PipelineExecutor.execute_with_profiling", "AROUND", "request", "requests"),
     Target(_EXECUTOR, "PipelineExecutor.execute_group_with_profiling", "AROUND", "request", "groups of requests"),
     Target(
@@ -65,10 +82,15 @@ TARGETS: tuple[Target, ...] = (
     Target(_DENOISING, "DenoisingStage._predict_noise", "AROUND", "guidance_pass", "guidance passes"),
     Target(_DENOISING, "DenoisingStage._predict_noise_with_cfg", "AROUND", "guidance", "names of more than two passes"),
     Target("distributed.cfg_policy", "CFGBranch.configure_batch", "AROUND", "branch", "names of more than two passes"),
-    *(
-        Target(_STRATEGIES, f"{kind}.{method}", "AROUND", f"residency_{what}", f"residency.{what} ({kind})")
-        for kind, method, what in _MOVES
-    ),
+    _move("ResidentStrategy", "prepare_for_use", "load", "ResidentStrategy"),
+    _move("ComponentOffloadStrategy", "prepare_for_use", "load", "VanillaD2HStrategy"),
+    _move("ComponentOffloadStrategy", "wait_for_use", "wait", "VanillaD2HStrategy"),
+    _move("ComponentOffloadStrategy", "prefetch_for_use", "prefetch", "VanillaD2HStrategy"),
+    _move("ComponentOffloadStrategy", "finish_use", "offload", "VanillaD2HStrategy"),
+    _move("SnapshotOffloadStrategy", "finish_use", "offload", "SnapshotStrategy"),
+    # the base class: up to 0.5.17 this strategy has no methods of its own for a use
+    _move("LayerwiseOffloadStrategy", "prepare_for_use", "load", "ComponentResidencyStrategy"),
+    _move("LayerwiseOffloadStrategy", "finish_use", "offload", "ComponentResidencyStrategy"),
     Target(
         _MANAGER,
         "ComponentResidencyManager._enable_nvtx_for_use",
@@ -77,16 +99,11 @@ TARGETS: tuple[Target, ...] = (
         "silence of compiled layers in warm-ups",
         layers=True,
     ),
+    _compiles(_COMPILE, "build_torch_compile_kwargs", "AFTER", "compile_arguments", _BEFORE_0_5_15),
+    # up to 0.5.19 the arguments are made without a word on the module
+    _compiles(_COMPILE, "CompiledModuleRegistry.compile_once", "AROUND", "module_compiles", _BEFORE_0_5_15),
     Target(
-        "utils.torch_compile",
-        "build_torch_compile_kwargs",
-        "AFTER",
-        "compile_arguments",
-        "layers inside torch.compile",
-        layers=True,
-    ),
-    Target(
-        "utils.torch_compile",
+        _COMPILE,
         "ActiveTargetCompiledCallable.get_or_compile",
         "AROUND",
         "compiled_method",
@@ -102,6 +119,28 @@ TARGETS: tuple[Target, ...] = (
         layers=True,
     ),
 )
+# What only earlier releases have, beside what stands above.
+OLDER_TARGETS: tuple[Target, ...] = (
+    Target(_OLDER_STRATEGIES, "SnapshotStrategy.prepare_for_use", "AROUND", "residency_load", ""),
+    Target(_OLDER_STRATEGIES, "SnapshotStrategy.wait_for_use", "AROUND", "residency_wait", ""),
+)
+
+
+def found_in(package: Path | None, layers: bool = True) -> tuple[list[Target], list[Target]]:
+    """The targets of the release in `package` (sglang's folder), each by the place it has there, and those that it
+    does not have. `layers`: whether with those that only layers need."""
+    found: dict[str, Target] = {}
+    missing = []
+    for target in TARGETS:
+        if target.layers and not layers:
+            continue
+        place = next((t for t in (target, target.older) if t is not None and present(t, package)), None)
+        if place is None:
+            missing.append(target)
+        else:
+            found[place.path] = place
+    found.update((t.path, t) for t in OLDER_TARGETS if _file(t, package).exists() and present(t, package))
+    return list(found.values()), missing
 
 
 def present(target: Target, package: Path | None) -> bool:
@@ -109,8 +148,7 @@ def present(target: Target, package: Path | None) -> bool:
     itself says then what it could not apply."""
     if package is None:
         return False
-    file = package.joinpath("multimodal_gen", "runtime", *target.module.split(".")).with_suffix(".py")
-    source = _source(file)
+    source = _source(_file(target, package))
     if source is None:
         return not (package / "multimodal_gen" / "runtime").is_dir()
     outer, _, method = target.name.partition(".")
@@ -120,6 +158,10 @@ def present(target: Target, package: Path | None) -> bool:
     # up to the next statement at the left margin; the `):` of a long class line is none
     body = re.split(r"^[A-Za-z_@]", source[found.end() :].partition("\n")[2], maxsplit=1, flags=re.MULTILINE)[0]
     return re.search(rf"^    (?:async )?def {re.escape(method)}\b", body, re.MULTILINE) is not None
+
+
+def _file(target: Target, package: Path | None) -> Path:
+    return (package or Path()).joinpath("multimodal_gen", "runtime", *target.module.split(".")).with_suffix(".py")
 
 
 @cache
@@ -140,9 +182,9 @@ def sglang_folder() -> Path | None:
     return Path(places[0]) if places else None
 
 
-def lacking(targets: Iterable[Target], package: Path | None) -> list[Target]:
-    """Those of `targets` that the release does not have."""
-    return [t for t in targets if not present(t, package)]
+def has_plugins(package: Path) -> bool:
+    """Whether the release asks the entry-point group for plugins; else its classes are patched as they are imported."""
+    return package.joinpath("multimodal_gen", "runtime", "platforms", "plugins.py").exists()
 
 
 def missing_targets() -> list[str] | None:
@@ -150,6 +192,7 @@ def missing_targets() -> list[str] | None:
     package = sglang_folder()
     if package is None:
         return None
-    if not package.joinpath("multimodal_gen", "runtime", "platforms", "plugins.py").exists():
-        return ["there is no entry point for plugins: SGLang-Diffusion 0.5.23 is the first release with one"]
-    return [f"{t.shows}: {t.path} is not there" for t in lacking(TARGETS, package)]
+    told = [f"{t.shows}: {t.path} is not there" for t in found_in(package)[1]]
+    if not has_plugins(package):
+        told.insert(0, "it loads no plugins (0.5.21 is the first release that does): start it with `fxnvtx run`")
+    return told

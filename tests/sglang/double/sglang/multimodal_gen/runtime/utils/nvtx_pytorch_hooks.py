@@ -7,4 +7,14 @@ def maybe_nvtx_range(name, enabled=True):
 
 class DiffusionNvtxHooks:
     def __init__(self):
+        self._enabled = False
+        self._module_to_name_map = {}
+
+    def register_hooks(self, model, prefix=""):
         raise RuntimeError("NVTX functions not installed")
+
+    def set_enabled(self, enabled):
+        self._enabled = enabled
+
+    def remove_hooks(self):
+        self._module_to_name_map.clear()

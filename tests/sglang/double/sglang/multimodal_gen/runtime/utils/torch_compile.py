@@ -25,3 +25,9 @@ class ActiveTargetCompiledCallable:
             self.compiled = CallableModule(fn)
             self.compiled.compile(**compile_kwargs)
         return self.compiled
+
+
+class CompiledModuleRegistry:
+    def compile_once(self, module, *, compile_kwargs):
+        module.compile(**compile_kwargs)
+        return True

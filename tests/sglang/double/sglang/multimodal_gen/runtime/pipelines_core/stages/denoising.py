@@ -37,6 +37,9 @@ class DenoisingStage(Stage):
                         batch.latent = batch.latent * 0.5
         manager.end_use(self.use)
 
+    def _maybe_enable_torch_compile(self, module):  # before 0.5.15
+        module.compile()
+
     def _predict_noise_with_cfg(self, dit, batch, cfg_policy):
         found = []
         for branch in cfg_policy.branches:
