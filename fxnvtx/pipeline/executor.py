@@ -75,9 +75,10 @@ class PipelineExecutor:
             return self._run_stage(pipeline, stage, payload, args)
 
     def _run_stage(self, pipeline: ComposedPipeline, stage: PipelineStage, payload: Any, args: ServerArgs) -> Any:
-        if isinstance(payload, list):
-            return stage.run_grouped_requests(payload, args)
-        return stage(payload, args)
+        with pipeline.residency.stage_uses(stage):
+            if isinstance(payload, list):
+                return stage.run_grouped_requests(payload, args)
+            return stage(payload, args)
 
     def _stage_payload(self) -> int | None:
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -94,12 +94,13 @@ class Guidance:
     interval: tuple[int, int] | None = None
 
     def applies(self, step: int) -> bool:
-        """Whether this step needs the unconditional pass."""
+        """Whether this step needs more than the conditional pass."""
         if self.scale == 1.0:
             return False
         return self.interval is None or self.interval[0] <= step <= self.interval[1]
 
     def combine(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
+        """The prediction of a step with the two usual passes."""
         return unconditional + self.scale * (conditional - unconditional)
 
 
@@ -107,8 +108,10 @@ class DenoisingStage(PipelineStage):
     """Takes `latent` from noise to data with the DiT named `component`.
 
     `start` below 1 refines: the latent gets noise of that level first, from the seed after the request's, and the loop
-    has `refine_steps`. `guided`: whether the request's guidance scale applies. Under a parallel executor half of the
-    ranks do the conditional pass and half the unconditional one.
+    has `refine_steps`. `guided`: whether the request's guidance scale applies. Under a parallel executor the ranks
+    share the passes of a step.
+
+    For guidance by more than two passes (an image beside the text, a degraded model) override `branches` and `combine`.
     """
 
     parallelism: ClassVar[StageParallelism] = StageParallelism.CFG_PARALLEL
@@ -158,27 +161,36 @@ class DenoisingStage(PipelineStage):
         batch.latent = latent
         return batch
 
+    def branches(self, batch: Batch) -> Sequence[tuple[str, Embedding]]:
+        """The passes of a guided step in their order, each with its name and what it is given; an unguided step has the
+        first. Every rank must answer alike."""
+        assert batch.embedding is not None
+        assert batch.negative_embedding is not None
+        return [("conditional", batch.embedding), ("unconditional", batch.negative_embedding)]
+
+    def combine(self, passes: Sequence[Tensor], guidance: Guidance) -> Tensor:
+        """The prediction of a guided step, from that of each branch in their order."""
+        return guidance.combine(*passes)
+
     def predict_noise(
         self, dit: nn.Module, latent: Tensor, timestep: Tensor, batch: Batch, guidance: Guidance, step: int
     ) -> Tensor:
-        """The velocity at one step: one pass, or two where guidance applies (shared among ranks, if there are any)."""
-        assert batch.embedding is not None
-        assert batch.negative_embedding is not None
-        guided = guidance.applies(step)
+        """The velocity at one step: one pass, or all where guidance applies (shared among ranks, if there are any)."""
+        branches = self.branches(batch)
+        if not guidance.applies(step):
+            branches = branches[:1]
         group = running().group
-        with self.ranged("predict_noise", payload=2 if guided else 1):
-            if not guided:
-                return self._pass("conditional", dit, latent, timestep, batch.embedding)
-            if group is None or group.cfg_size == 1:
-                conditional = self._pass("conditional", dit, latent, timestep, batch.embedding)
-                unconditional = self._pass("unconditional", dit, latent, timestep, batch.negative_embedding)
-                return guidance.combine(conditional, unconditional)
-            if group.cfg_rank % 2 == 0:
-                mine = self._pass("conditional", dit, latent, timestep, batch.embedding)
+        size, rank = (1, 0) if group is None else (group.cfg_size, group.cfg_rank)
+        with self.ranged("predict_noise", payload=len(branches)):
+            if len(branches) == 1 or group is None or size == 1:
+                passes = [self._pass(name, dit, latent, timestep, text) for name, text in branches]
             else:
-                mine = self._pass("unconditional", dit, latent, timestep, batch.negative_embedding)
-            passes = group.gather_cfg(mine)
-            return guidance.combine(passes[0], passes[1])
+                passes = []
+                for first in range(0, len(branches), size):
+                    # with more ranks than passes some do one that another does as well: all have to meet
+                    name, text = branches[(first + rank) % len(branches)]
+                    passes += group.gather_cfg(self._pass(name, dit, latent, timestep, text))
+            return passes[0] if len(branches) == 1 else self.combine(passes[: len(branches)], guidance)
 
     def _pass(self, name: str, dit: nn.Module, latent: Tensor, timestep: Tensor, text: Embedding) -> Tensor:
         with self.ranged(f"predict_noise.{name}"):

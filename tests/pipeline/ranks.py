@@ -24,6 +24,7 @@ from fxnvtx.pipeline import (
     pipelines,
 )
 from fxnvtx.pipeline.parallel import Group
+from fxnvtx.pipeline.stages import DenoisingStage
 
 from ..support.limits import CHILD_S
 
@@ -171,6 +172,34 @@ def images(group, _):
         "balanced": recording.balanced,
         "rank": recording.meta["rank"],
     }
+
+
+class ThreeBranches(DenoisingStage):
+    """Guidance by three passes: the text, none, and the text once more."""
+
+    def branches(self, batch):
+        return [*super().branches(batch), ("again", batch.embedding)]
+
+    def combine(self, passes, guidance):
+        conditional, unconditional, again = passes
+        return unconditional + guidance.scale * (conditional - unconditional) + (again - conditional)
+
+
+def branches_pipeline(executor=None):
+    """The reference pipeline with three passes a step."""
+    args = RANGES.with_values(guidance_interval=(0, 1))
+    pipeline = pipelines.build_reference(args, executor=executor)
+    pipeline.stages["denoising"].__class__ = ThreeBranches
+    return pipeline
+
+
+def branches(group, _):
+    """Three passes on whatever number of ranks."""
+    pipeline = branches_pipeline(ParallelExecutor(group))
+    with fxnvtx.record() as recording:
+        batch = pipeline(Batch(prompt="a fox", steps=3))
+    passes = [r.label for r in recording.ranges if r.label.startswith("predict_noise.")]
+    return {"image": batch.image.flatten().tolist(), "passes": passes}
 
 
 def lost(group, _):

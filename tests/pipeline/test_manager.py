@@ -17,8 +17,9 @@ from fxnvtx.pipeline import ComponentResidencyManager, ComponentUse, ServerArgs
 from fxnvtx.pipeline.residency import Timeline
 
 from ..support.limits import THREAD_S
-from .nets import LAYERS, STAGES, Net, Uses, labels, weight_bytes
+from .nets import LAYERS, STAGES, Net, Uses, batch, labels, pipeline_of, weight_bytes
 
+OFFLOAD_A = LAYERS.with_values(residency={"a": "component-offload"})
 OFFLOAD = LAYERS.with_values(residency={"a": "component-offload", "b": "component-offload"})
 X = torch.ones(1, 8)
 
@@ -507,6 +508,59 @@ def test_updates_are_kept_in_every_mode_in_use_and_out_of_it():
                 like = Net(seed=1)
                 double(like)
                 assert torch.equal(got, like(X)), (mode, in_use)
+
+
+def test_a_use_that_begins_at_the_stages_entry():
+    """Its weights come in before the stage does anything, stay between its blocks, and go with the stage."""
+    seen = []
+
+    def work(stage, batch):
+        manager = pipeline.residency
+        for _ in range(2):
+            with stage.use_component("a"):
+                pass
+            seen.append(manager.account.of("a") > 0)
+
+    for entry in (True, False):
+        seen.clear()
+        pipeline = pipeline_of({"a": Net()}, {"s": Uses(work, ComponentUse("a", at_stage_entry=entry))}, OFFLOAD_A)
+        with fxnvtx.record() as recording:
+            pipeline(batch())
+        assert seen == [entry, entry]
+        assert not pipeline.residency.account.of("a")
+        (stage,) = (n for root in recording.tree() for n in root.walk() if n.category == "stage")
+        moves = [n.label for n in stage.walk() if n.label in ("residency.load a", "residency.offload a")]
+        assert moves == ["residency.load a", "residency.offload a"] * (1 if entry else 2)
+
+
+@pytest.mark.parametrize("mode", ["component-offload", "layerwise-offload", "snapshot-offload"])
+def test_weights_that_are_kept_for_the_next_request(mode):
+    keep = True
+
+    class Keeps(Uses):
+        def component_uses(self, args, stage_name):
+            return [ComponentUse("a", keep_ready=keep), ComponentUse("b")]
+
+    def work(stage, batch):
+        for name in "ab":
+            with stage.use_component(name) as net:
+                batch.latent = net(X)
+
+    nets = {"a": Net(seed=1), "b": Net(seed=2)}
+    wanted, limit = Net(seed=2)(X), weight_bytes(*nets.values())
+    pipeline = pipeline_of(
+        nets, {"s": Keeps(work)}, LAYERS.with_values(residency={"a": mode, "b": "component-offload"})
+    )
+    for kept, loads in ((True, True), (True, mode == "layerwise-offload"), (False, mode == "layerwise-offload")):
+        keep = kept
+        with fxnvtx.record() as recording:
+            done = pipeline(batch())
+        assert torch.equal(done.latent, wanted)
+        moved = sum(r.payload or 0 for r in recording.ranges if r.label.startswith("residency.load a"))
+        assert bool(moved) == loads
+        assert bool(pipeline.residency.account.of("a")) == kept
+        assert not pipeline.residency.account.of("b")
+        assert pipeline.residency.account.peak_bytes <= limit
 
 
 def test_mistakes_are_told():

@@ -3,14 +3,25 @@
 import pytest
 import torch
 
+import fxnvtx
 from fxnvtx.errors import PipelineError
 from fxnvtx.models import generate
-from fxnvtx.pipeline import ParallelExecutor, StageParallelism
+from fxnvtx.pipeline import Batch, ParallelExecutor, StageParallelism
 
 from . import ranks
 
 pytestmark = pytest.mark.slow
-SCENARIOS = ["every_type", "failures", "inside", "loading", "unpicklable", "unreadable", "different", "images"]
+SCENARIOS = [
+    "every_type",
+    "failures",
+    "inside",
+    "loading",
+    "unpicklable",
+    "unreadable",
+    "different",
+    "images",
+    "branches",
+]
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -110,6 +121,22 @@ def test_shared_guidance_gives_the_same_image_to_the_bit(found):
         assert seen["labels"].count(f"predict_noise.{mine}") == 2
         assert f"predict_noise.{theirs}" not in seen["labels"]
         assert seen["labels"].count("gather_cfg") == 2
+
+
+def test_three_passes_on_any_number_of_ranks(found):
+    """An unguided step has the first pass alone, on every rank; a guided one has each pass on some rank."""
+    pipeline = ranks.branches_pipeline()
+    with fxnvtx.record() as recording:
+        wanted = pipeline(Batch(prompt="a fox", steps=3)).image.flatten().tolist()
+    guided = ["predict_noise.conditional", "predict_noise.unconditional", "predict_noise.again"]
+    alone = [r.label for r in recording.ranges if r.label.startswith("predict_noise.")]
+    assert alone == guided * 2 + guided[:1]
+    assert [r.payload for r in recording.ranges if r.label == "predict_noise"] == [3, 3, 1]
+    world = len(found)
+    for rank, result in enumerate(found):
+        assert result["branches"]["image"] == wanted
+        mine = [guided[(first + rank) % 3] for first in range(0, 3, world)]
+        assert result["branches"]["passes"] == mine * 2 + guided[:1]
 
 
 def test_guidance_groups_smaller_than_the_world(tmp_path):

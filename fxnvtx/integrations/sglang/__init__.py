@@ -1,10 +1,11 @@
 """fxnvtx inside SGLang-Diffusion, through SGLang's own plugin entry point (0.5.21 and later).
 
 `pip install fxnvtx` beside SGLang is all: SGLang calls `register` in its main, HTTP and worker processes. Releases from
-0.5.13 on that load no plugins are started with `fxnvtx run`, which patches the same places as they are imported. With
-SGLang's flag `--enable-layerwise-nvtx-marker` its markers are then fxnvtx's: request, stage, loop, step, guidance pass and
-scheduler; layers, inside torch.compile too; the root of `vae.decode` and `vae.encode`; weights that move, with bytes.
-Without the flag everything is as it was.
+0.5.13 on that load no plugins are started with `fxnvtx run`, which patches the same places as they are imported.
+
+With SGLang's flag `--enable-layerwise-nvtx-marker` its markers are then fxnvtx's: request, stage, loop, step, guidance
+pass and scheduler; layers, inside torch.compile too; the root of `vae.decode` and `vae.encode`; weights that move, with
+bytes. Without the flag everything is as it was.
 
 Environment variables (a value without meaning is told once and ignored):
 

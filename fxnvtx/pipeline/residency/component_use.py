@@ -26,7 +26,9 @@ class ComponentUse:
     """One stage needs one component, for one phase of its work.
 
     `dtype`: convert floating-point weights to it for the use (None: as they are). `prefetch`: the weights may be
-    brought in ahead of the use. `heavy`: worth bringing in ahead. `stage` is filled in by the pipeline.
+    brought in ahead of the use. `heavy`: worth bringing in ahead. `at_stage_entry`: the use begins with the stage and
+    ends with it, whatever the stage does in between. `keep_ready`: the weights stay when the use ends, for the next
+    request, until a use without it ends. `stage` is filled in by the pipeline.
     """
 
     component: str
@@ -34,6 +36,8 @@ class ComponentUse:
     dtype: torch.dtype | None = None
     prefetch: bool = True
     heavy: bool = True
+    at_stage_entry: bool = False
+    keep_ready: bool = False
     stage: str = ""
 
     @property
@@ -63,6 +67,10 @@ class Timeline:
             if self.uses[index].stage == stage:
                 self._position = index - 1
                 return
+
+    def of(self, stage: str) -> list[ComponentUse]:
+        """The first use of each key that `stage` declares, in their order."""
+        return list({u.key: u for u in reversed(self.uses) if u.stage == stage}.values())[::-1]
 
     def find(self, key: tuple[str, str, str | None]) -> ComponentUse | None:
         """The declared use with this key: the next one to come, else the last one that was."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -101,6 +101,16 @@ class ComponentResidencyManager:
             request.stage = stage.component_name
             request.timeline.stage_begins(stage.component_name)
 
+    @contextmanager
+    def stage_uses(self, stage: UsesComponents) -> Iterator[None]:
+        """The uses of `stage` that begin at its entry, for the length of a block. Does nothing without a request."""
+        with ExitStack() as stack:
+            if self.in_request:
+                for use in self._requests.require().timeline.of(stage.component_name):
+                    if use.at_stage_entry:
+                        stack.enter_context(self.use_component(use))
+            yield
+
     def finish_request(self, request: Request | None = None) -> None:
         """End every use that is left, drop what was prefetched in vain. Does nothing without a request."""
         with self._lock:
@@ -130,7 +140,8 @@ class ComponentResidencyManager:
                 if isinstance(module, nn.Module) and not self._in_use(module):
                     strategy = self.holdings.strategy(name, module)
                     strategy.refresh(unwrapped(module))
-                    strategy.finish_use(unwrapped(module))
+                    if not strategy.kept:
+                        strategy.finish_use(unwrapped(module))
 
     # ----------------------------------------------------------------------------------------------------- uses
 
@@ -327,11 +338,13 @@ class ComponentResidencyManager:
             strategy.wait_for_use(inner, use.dtype)
             return
         strategy.refresh(inner)
+        strategy.kept = use.keep_ready
         self.holdings.make_room(strategy, self.components)
         try:
             strategy.before_use(inner, use.dtype)
             strategy.wait_for_use(inner, use.dtype)
         except BaseException:
+            strategy.kept = False
             strategy.give_up(inner)
             raise
 
@@ -362,7 +375,7 @@ class ComponentResidencyManager:
         outer = next(((r, a) for r in reversed(self._requests) for a in reversed(r.active) if a.module is module), None)
         strategy = self.holdings.of(module)
         if outer is None:
-            if strategy is not None:
+            if strategy is not None and not strategy.kept:
                 strategy.finish_use(unwrapped(module))
             return
         if strategy is not None and outer[1].use.dtype != active.use.dtype:

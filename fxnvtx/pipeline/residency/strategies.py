@@ -28,6 +28,12 @@ class Strategy(ABC):
 
     mode: ClassVar[str]
     offloads: ClassVar[bool] = True
+    kept = False  # the last use wants the weights to stay, whatever the mode
+
+    @property
+    def stays(self) -> bool:
+        """Whether the weights remain in compute memory between uses."""
+        return self.kept or not self.offloads
 
     def __init__(self, component: str, place: Place, account: ByteAccount, ranges: ResidencyRanges) -> None:
         self.component = component

@@ -92,8 +92,8 @@ class Holdings:
         """All components that stay, and the largest one of those that do not (layer-wise: two blocks and what lies
         outside the blocks)."""
         found = [self.strategy(name, m) for name, m in components.items() if isinstance(m, nn.Module)]
-        stay = sum(s.bound_bytes for s in found if not s.offloads)
-        return stay + max((s.bound_bytes for s in found if s.offloads), default=0)
+        stay = sum(s.bound_bytes for s in found if s.stays)
+        return stay + max((s.bound_bytes for s in found if not s.stays), default=0)
 
     def prefetch(self, strategy: Strategy, module: nn.Module, dtype: Any, components: Mapping[str, Any]) -> None:
         """Begin to bring in what a coming use needs first, if it fits beside what is there and is still to come."""
