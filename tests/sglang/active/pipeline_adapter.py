@@ -15,7 +15,7 @@ from fxnvtx.hooks import DiffusionNvtxHooks
 from fxnvtx.instrument import is_enabled, label_of
 from fxnvtx.integrations.sglang.torch_nvtx import also_through_torch
 from fxnvtx.names import Selection, input_shapes, label_text, name_modules
-from fxnvtx.pipeline.profiler import RequestMetrics
+from fxnvtx.pipeline.request import RequestMetrics
 from fxnvtx.ranges import maybe_nvtx_range
 
 RUNTIME = "sglang.multimodal_gen.runtime."
