@@ -310,6 +310,30 @@ def test_weights_that_move(start, strategy):
     assert again == [(text, 0) for text, _ in moves], "it is there, in this precision"
 
 
+def test_layers_that_come_and_go_one_by_one(start):
+    server = start()
+    layerwise = server.at("managers.memory_managers.layerwise_offload").LayerwiseOffloadManager(server.dit)
+    nbytes = 4 * 20
+
+    def moves(**batch):
+        asked = server.batch()
+        asked.is_warmup = bool(batch)
+        return [(r.label, r.payload) for r in server.recorded(asked).ranges if " layers." in r.label]
+
+    first = [("residency.load layers.0", nbytes)]
+    forward = [
+        ("residency.prefetch layers.1", nbytes),
+        ("residency.offload layers.0", nbytes),
+        ("residency.prefetch layers.0", nbytes),
+        ("residency.offload layers.1", nbytes),
+    ]
+    assert moves() == first + forward * 6
+    assert moves() == forward * 6, "the first one is there from before"
+    assert moves(is_warmup=True) == []
+    layerwise._retained_set = frozenset({0, 1})
+    assert moves() == forward[:1], "what stays does not move"
+
+
 def test_a_hook_that_raises_before_ours_closes_nobodys_range(start):
     server = start()
 

@@ -9,7 +9,7 @@ import itertools
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from ... import ranges
 from ...labels import Label, label
 from .layers import Layers
-from .moves import bytes_of
+from .moves import bytes_of, layer_bytes
 from .options import Options, guarded, log
 
 __all__ = ["Plugin", "handlers"]
@@ -43,6 +43,8 @@ def handlers(options: Options) -> dict[str, Any]:
             "guidance",
             "branch",
             "guidance_pass",
+            "layer_comes",
+            "layer_goes",
             "use_begins",
             "compile_arguments",
             "module_compiles",
@@ -65,6 +67,7 @@ class Plugin:
         self._numbers = itertools.count()
         self._branches: ContextVar[tuple[Any, ...]] = ContextVar("fxnvtx_sglang_branches", default=())
         self._branch: ContextVar[Any] = ContextVar("fxnvtx_sglang_branch", default=None)
+        self._in_request: ContextVar[bool] = ContextVar("fxnvtx_sglang_request", default=False)
         self._moving: ContextVar[bool] = ContextVar("fxnvtx_sglang_moving", default=False)
 
     # ------------------------------------------------------------------------------ stages, loops and steps
@@ -132,7 +135,11 @@ class Plugin:
                 stack.enter_context(ranges.range(label(f"rank_{rank}", "request"), payload=rank))
             numbered = label(text if number < DISTINCT_REQUEST_LABELS else text.partition("#")[0], "request")
             stack.enter_context(ranges.range(numbered, payload=len(batch) if group else number))
-            yield
+            token = self._in_request.set(True)
+            try:
+                yield
+            finally:
+                self._in_request.reset(token)
 
     # ------------------------------------------------------------------------------------------ guidance passes
 
@@ -181,6 +188,32 @@ class Plugin:
                 self._moving.reset(token)
 
         return moves
+
+    def layer_comes(
+        self, original: Call, manager: Any, layer_idx: int, non_blocking: bool = True, *rest: Any, **kwargs: Any
+    ) -> Any:
+        """Around LayerwiseOffloadManager.prefetch_layer, which does nothing for a layer that is there or on its way."""
+        there = layer_idx in getattr(manager, "_gpu_layers", ()) or layer_idx in getattr(
+            manager, "_courier_inflight", ()
+        )
+        with self._layer_moves("prefetch" if non_blocking else "load", manager, layer_idx, there):
+            return original(manager, layer_idx, non_blocking, *rest, **kwargs)
+
+    def layer_goes(self, original: Call, manager: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Around LayerwiseOffloadManager.release_layer, which drops what has a copy and is not to stay."""
+        stays = layer_idx in getattr(manager, "_retained_set", ()) and not (args or kwargs.get("force"))
+        kept = layer_idx not in getattr(manager, "_gpu_layers", ()) or layer_idx in getattr(
+            manager, "_permanent_set", ()
+        )
+        with self._layer_moves("offload", manager, layer_idx, kept or stays):
+            return original(manager, layer_idx, *args, **kwargs)
+
+    def _layer_moves(self, what: str, manager: Any, index: int, nothing: bool) -> AbstractContextManager[Any]:
+        if nothing or not ranges.listening() or not self._in_request.get():
+            return nullcontext()
+        nbytes = layer_bytes(manager, index)
+        text = f"residency.{what} {getattr(manager, 'layers_attr_str', 'layers')}.{index}"
+        return ranges.range(label(text, "residency"), payload=nbytes, enabled=nbytes != 0)
 
     @staticmethod
     def _shows_moves(state: Any) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-__all__ = ["bytes_of"]
+__all__ = ["bytes_of", "layer_bytes"]
 
 
 def bytes_of(what: str, strategy: Any, module: Any, use: Any) -> int | None:
@@ -21,6 +22,15 @@ def bytes_of(what: str, strategy: Any, module: Any, use: Any) -> int | None:
             return sum(_nbytes(t) for t in parked.values()) or None  # the layers follow one by one
         device, dtype = _device(), use.target_dtype
         return sum(_nbytes(t) for t in tensors if _moves(t, device, dtype))
+    except Exception:  # a release that keeps its weights another way
+        return None
+
+
+def layer_bytes(manager: Any, index: int) -> int | None:
+    """Bytes of one layer that a layer-wise manager moves; None where there is no telling."""
+    try:
+        weights = manager._weight_metadata[index].values()
+        return sum(math.prod(w["shape"]) * w["dtype"].itemsize for w in weights)
     except Exception:  # a release that keeps its weights another way
         return None
 

@@ -48,6 +48,7 @@ _EXECUTOR = "pipelines_core.executors.pipeline_executor"
 _STRATEGIES = "managers.memory_managers.component_residency_strategies"
 _OLDER_STRATEGIES = "managers.memory_managers.component_resident_strategies"  # up to 0.5.17
 _MANAGER = "managers.memory_managers.component_manager"
+_LAYERS = "managers.memory_managers.layerwise_offload"
 _DENOISING = "pipelines_core.stages.denoising"
 _COMPILE = "utils.torch_compile"
 
@@ -91,6 +92,8 @@ TARGETS: tuple[Target, ...] = (
     # the base class: up to 0.5.17 this strategy has no methods of its own for a use
     _move("LayerwiseOffloadStrategy", "prepare_for_use", "load", "ComponentResidencyStrategy"),
     _move("LayerwiseOffloadStrategy", "finish_use", "offload", "ComponentResidencyStrategy"),
+    Target(_LAYERS, "LayerwiseOffloadManager.prefetch_layer", "AROUND", "layer_comes", "layers that are offloaded"),
+    Target(_LAYERS, "LayerwiseOffloadManager.release_layer", "AROUND", "layer_goes", "layers that are offloaded"),
     Target(
         _MANAGER,
         "ComponentResidencyManager._enable_nvtx_for_use",
