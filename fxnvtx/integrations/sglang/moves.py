@@ -30,7 +30,7 @@ def layer_bytes(manager: Any, index: int) -> int | None:
     """Bytes of one layer that a layer-wise manager moves; None where there is no telling."""
     try:
         weights = manager._weight_metadata[index].values()
-        return sum(math.prod(w["shape"]) * w["dtype"].itemsize for w in weights)
+        return int(sum(math.prod(w["shape"]) * w["dtype"].itemsize for w in weights))
     except Exception:  # a release that keeps its weights another way
         return None
 
