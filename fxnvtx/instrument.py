@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import sys
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import TypeVar, cast
 
 from torch import fx, nn
@@ -171,5 +172,12 @@ def _at_exit() -> None:
         _ranges.log.warning("%d modules were instrumented but no range was emitted: %s", modules, _ranges.why_silent())
 
 
+def _metering() -> AbstractContextManager[None]:
+    from .compile.metering import metering
+
+    return metering()
+
+
 recording.explain_silence = _silence
+recording.metering = _metering
 atexit.register(_at_exit)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter_ns
@@ -17,6 +17,7 @@ from .events import Range, RangeMark, read_events
 from .labels import Label
 from .output import writing
 from .stack import Log
+from .work import carried
 
 __all__ = ["Node", "Range", "RangeMark", "Recording", "build_tree", "record"]
 
@@ -68,7 +69,9 @@ class Recording:
         if not self._stopped:
             self._stopped = True
             self._logs = {n: (thread, [[e for log in logs for e in log]]) for n, (thread, logs) in self._logs.items()}
-            self.meta["classes"] = _ranges.classes_of(self._labels())  # now: a model may be gone when somebody reads
+            labels = self._labels()
+            self.meta["classes"] = _ranges.classes_of(labels)  # now: a model may be gone when somebody reads
+            self.meta["work"] = carried({known.text for known in labels})
 
     def fill(self, ranges: list[Range], marks: list[RangeMark], meta: dict[str, Any]) -> None:
         """Make this the recording of what was collected elsewhere; `ranges` by start."""
@@ -231,13 +234,25 @@ def build_tree(ranges: list[Range]) -> list[Node]:
 explain_silence: Callable[[], str | None] = lambda: None  # noqa: E731
 
 
+def _no_meter() -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+# set by instrument.py, which knows the models: counts the work of their eager calls while the block runs
+metering: Callable[[], AbstractContextManager[None]] = _no_meter
+
+
 @contextmanager
-def record() -> Iterator[Recording]:
+def record(*, work: bool = False) -> Iterator[Recording]:
     """Collect every range of every thread while the block runs.
 
     >>> with record() as recording:
     ...     model(x)
     >>> recording.tree()
+
+    work: count the FLOPs and bytes of eager layers, too, at the first call with each set of input shapes (which takes
+    longer; time another one). Compiled layers carry theirs without being asked. What is counted once is carried by all
+    later recordings and captures of the process.
     """
     recording = Recording()
     recording.meta = {"pid": os.getpid(), "clock": "perf_counter_ns"}
@@ -245,7 +260,8 @@ def record() -> Iterator[Recording]:
         recording.meta["rank"] = int(os.environ["RANK"])
     _ranges.add_sink(recording)
     try:
-        yield recording
+        with metering() if work else nullcontext():
+            yield recording
     finally:
         _ranges.remove_sink(recording)
         recording.stop()

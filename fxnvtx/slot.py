@@ -30,6 +30,8 @@ from .ranges import HANDLE, Entry, Label, attend, close_deep, local, mark_now, n
 __all__ = ["SLOT", "Around", "Inside", "Naming", "OuterSlot", "Slot", "calls_plainly", "in_range", "slot_of", "tracing"]
 
 SLOT = "_compiled_call_impl"
+# Set by compile/metering.py while a recorder wants to know the work of what it records: calls a slot's body.
+metered: Callable[[Slot, nn.Module, tuple[Any, ...], dict[str, Any]], Any] | None = None
 Around = Callable[[tuple[Any, ...], dict[str, Any]], "tuple[Label, object] | None"]
 Body = Callable[..., Any]  # (module, *its arguments)
 
@@ -290,6 +292,8 @@ class Slot:
         outermost = None if outer is None else push(*outer)
         entry = push(self.naming.now(stack), None, gate)
         try:
+            if metered is not None:
+                return metered(self, module, args, kwargs)
             return self.body(module, *args, **kwargs)
         finally:
             pop(entry)
@@ -369,6 +373,8 @@ def in_range(module: Any, label: Label, /, *args: Any, **kwargs: Any) -> Any:
     if type(slot) is Slot:
         entry = push(label)
         try:
+            if metered is not None:
+                return metered(slot, module, args, kwargs)
             return slot.body(module, *args, **kwargs) if kwargs else slot.body(module, *args)
         finally:
             pop(entry)

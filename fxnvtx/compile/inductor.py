@@ -20,6 +20,7 @@ import torch
 
 from .launches import FLOW, LAUNCHING, Compilation, attributed
 from .owners import owners_of
+from .work import Work, summed
 
 __all__ = ["Compilation", "compile_graph", "compile_plain", "config_of", "hindrance", "missing"]
 
@@ -282,6 +283,8 @@ def _with_ranges(base: Any) -> Any:
         self.fxnvtx_backward = compilation.backward
         self.fxnvtx_rows = {}
         self.fxnvtx_shapes = []
+        self.fxnvtx_work = []  # for each time that the code moves to an owner, its row and what is launched there
+        self.fxnvtx_branches = False
         self.fxnvtx_calling = False
         self.fxnvtx_here = None
         self.fxnvtx_ready = True
@@ -295,8 +298,12 @@ def _with_ranges(base: Any) -> Any:
                 if launch.shapes not in self.fxnvtx_shapes:
                     self.fxnvtx_shapes.append(launch.shapes)
                 base.writeline(self, owner_line(number, self.fxnvtx_shapes.index(launch.shapes)))
+                self.fxnvtx_work.append((number, []))
+            if launch is not None:
+                self.fxnvtx_work[-1][1].append(launch.work)
             if type(line).__name__ in FLOW:
                 self.fxnvtx_here = _ANY
+                self.fxnvtx_branches = True
         base.writeline(self, line)
 
     def run_wrapper_ir_passes(self: Any, is_inference: bool) -> None:
@@ -306,7 +313,8 @@ def _with_ranges(base: Any) -> Any:
         self.header.writeline("import fxnvtx.ranges as _fxnvtx_ranges")
         self.header.writeline("from fxnvtx.compile.runtime import Table as _fxnvtx_Table")
         below = hasattr(self, "subgraph_name") and getattr(self, "partition_signatures", None) is None
-        arguments = f"{self.fxnvtx.key!r}, {self.fxnvtx_backward}, {rows!r}, {self.fxnvtx_shapes!r}, {below}"
+        work = _work_of(self)
+        arguments = f"{self.fxnvtx.key!r}, {self.fxnvtx_backward}, {rows!r}, {self.fxnvtx_shapes!r}, {below}, {work!r}"
         self.header.writeline(f"{name} = _fxnvtx_Table({arguments})")
         self.lines.insert(0, begin_line(name, _telling(self, below)))
 
@@ -322,6 +330,15 @@ def _with_ranges(base: Any) -> Any:
         if hasattr(base, name):
             methods[name] = _calling_below(base, name, owner_line)
     return type(f"{base.__name__}WithRanges", (base,), methods)
+
+
+def _work_of(wrapper: Any) -> list[tuple[Any, ...]]:
+    """(row, flops, bytes, why unknown) of every segment, as a literal. Where branches are in the same code, which of
+    it runs how often is not known."""
+    found = [(row, *summed(works)) for row, works in wrapper.fxnvtx_work]
+    if wrapper.fxnvtx_branches:
+        return [(row, *Work(unknown="control flow")) for row, *_ in found]
+    return found
 
 
 def _telling(wrapper: Any, below: bool) -> list[str]:

@@ -20,6 +20,7 @@ from .computed import Lowered
 from .explain import CompiledRegion
 from .notices import warn_once
 from .owners import Before, Owners, Row, input_shapes
+from .work import NOTHING, Work, launch_work
 
 __all__ = ["FLOW", "LAUNCHING", "QUIET", "Compilation", "Launch", "attributed", "unknown_forms"]
 
@@ -92,10 +93,11 @@ unknown_forms: dict[str, None] = {}  # of lines, the first hundred met in this p
 
 
 class Launch(NamedTuple):
-    """One launch site: who owns it, and the shapes it reads."""
+    """One launch site: who owns it, the shapes it reads, and its work."""
 
     row: Row
     shapes: list[list[int]]
+    work: Work = NOTHING
 
 
 class Compilation:
@@ -112,6 +114,7 @@ class Compilation:
         self.provenance_level = 0  # the user's own setting
         self._lowered: dict[int, Lowered] = {}
         self._weights: set[Node] = set()
+        self._counted: set[Node] = set()  # nodes whose work an earlier launch does
 
     def look_at(self, graph: Any, static: Iterable[int]) -> None:
         """Before the passes: `static` are the positions of weights among the graph's inputs."""
@@ -125,6 +128,7 @@ class Compilation:
         self.announced = (None, [])
         self._lowered.clear()
         self._weights.clear()
+        self._counted.clear()
         self.owners.forget()
 
     def lowered(self, graph: Any) -> Lowered:
@@ -134,13 +138,19 @@ class Compilation:
             found = self._lowered[id(graph)] = Lowered(graph)
         return found
 
-    def launch(self, nodes: Iterable[Node], lowered: Lowered) -> Launch:
-        """Sets of nodes have no order that repeats; the graph's order does, and generated code must repeat."""
+    def launch(self, nodes: Iterable[Node], lowered: Lowered, parts: Iterable[Any] = ()) -> Launch:
+        """`parts`: the scheduler nodes that its code is made of, none where it is ready-made. Sets of nodes have no
+        order that repeats; the graph's order does, and generated code must repeat."""
         nodes = sorted(nodes, key=lambda n: (lowered.position.get(n, -1), n.name))
         row = self.owners.row(nodes, self.before)
         self.about.launches += 1
         self.about.unknown += bool(row.unknown)
-        return Launch(row, input_shapes(nodes, self._weights))
+        try:
+            work = launch_work(nodes, parts, lowered, self._counted)
+        except Exception as error:  # a model compiles, whatever its kernels may do
+            warn_once("work", f"the work of some kernels is not known, looking it up failed: {error!r}")
+            work = Work(unknown="its work could not be looked up")
+        return Launch(row, input_shapes(nodes, self._weights), work)
 
 
 def attributed(wrapper: Any, line: Any, wrapper_line: type) -> Launch | None:
@@ -181,15 +191,17 @@ def _launch_of(wrapper: Any, line: Any) -> Launch:
     from torch._inductor.virtualized import V
 
     compilation = cast(Compilation, wrapper.fxnvtx)
+    parts: list[Any] = []
     lowered = compilation.lowered(V.graph)
     name, schedule = compilation.announced
     if type(line).__name__ == "KernelCallLine" and name is not None and getattr(line, "kernel_name", name) == name:
-        nodes = lowered.of_schedule(_launched(schedule, getattr(line, "call_args", ())))
+        parts = _launched(schedule, getattr(line, "call_args", ()))
+        nodes = lowered.of_schedule(parts)
     else:
         node = lowered.node_of(getattr(line, "node", None))
         current = getattr(getattr(V.graph, "scheduler", None), "current_node", None)
         nodes = [node] if node is not None else lowered.of_schedule(() if current is None else (current,))
-    return compilation.launch(nodes, lowered)
+    return compilation.launch(nodes, lowered, parts)
 
 
 def _launched(schedule: list[Any], arguments: Any) -> list[Any]:

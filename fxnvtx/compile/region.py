@@ -41,6 +41,7 @@ class Region:
     function: str | None  # name of the compiled function, where it is no method of a module
     paths: list[str]  # of its modules, for people
     repeats: bool = False  # a subgraph in it is called more than once
+    part: str = ""  # which piece of the module's code it is: name of the code that was compiled
     replayed: bool = True  # it may run without its generated code, or has none of ours
     # by the addresses of a call's parameters; an entry goes when one of them dies, for its address may come again
     bound: dict[Any, Call] = field(default_factory=dict)

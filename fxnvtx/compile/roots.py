@@ -189,7 +189,7 @@ def _operation(node: Node) -> str:
 def _writers() -> bytes:
     """What writes into generated code. Another version of it must not find this version's cache entries."""
     found = hashlib.sha256()
-    for name in ("computed", "inductor", "launches", "owners"):
+    for name in ("computed", "inductor", "launches", "owners", "work"):
         found.update(_written(f"{__package__}.{name}"))
     return found.digest()
 
@@ -229,7 +229,8 @@ def read_graph(graph_module: GraphModule, frame: Frame, tensors: list[Any]) -> t
     paths = list(dict.fromkeys(s.path or book.anchors[s.anchor].kind.__name__ for s in book.steps()))
     book.frame = Frame(None, {}, {})  # its variables must not live as long as the compiled code
     key = digest("", graph_module, owners)
-    return Region(key, book.anchors, book.framed, function, paths, _repeats(graph_module)), owners
+    part = "" if frame.code is None else frame.code.co_name
+    return Region(key, book.anchors, book.framed, function, paths, _repeats(graph_module), part), owners
 
 
 def _repeats(graph_module: GraphModule) -> bool:

@@ -35,6 +35,7 @@ from .invisible import hide_module
 from .notices import warn_once
 from .region import Call, families
 from .shared import moved_row, moves_of
+from .tell import tell_work
 
 __all__ = ["Cursor", "Table", "current"]
 
@@ -87,13 +88,20 @@ class Table:
     """The owners of one generated function. Rows as `owners.owners_of` writes them."""
 
     def __init__(
-        self, key: str, backward: bool, rows: list[Any], shapes: list[list[list[int]]], below: bool = False
+        self,
+        key: str,
+        backward: bool,
+        rows: list[Any],
+        shapes: list[list[list[int]]],
+        below: bool = False,
+        work: list[Any] | None = None,
     ) -> None:
         self.key = key
         self.backward = backward
         self.rows = rows
         self.shapes = shapes  # input shapes of launches: the payload of the range that a launch opens
         self.below = below  # the function is a subgraph's: one for all its calls
+        self.work = work or []  # (row, flops, bytes, why unknown), in the order in which the code goes through rows
         self._resolved: dict[Any, tuple[Resolved, Any]] = {}
 
     def enter(self, *tensors: Any) -> Cursor | None:
@@ -132,6 +140,7 @@ class Table:
             names = call.names()
             found = (Resolved([names.levels(moved_row(row, moved)) for row in self.rows]), call)
             self._resolved[signature] = found
+            tell_work(self, found[0], call)
         return found[0]
 
 

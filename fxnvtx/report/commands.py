@@ -17,6 +17,7 @@ from .folder import expanded
 from .load import load
 from .options import check_options, refuse
 from .order import ORDERS
+from .peaks import parse_peaks
 from .progress import Late
 from .recording import load_recording
 from .render_csv import render_csv
@@ -68,6 +69,7 @@ _ENDINGS = (
 @click.option("--skip-first", type=ROWS, metavar="N", help="leave out the first N requests (--steps N: for steps)")
 @click.option("--between", metavar="FROM:TO", help="only this time after the first range: 1.5s:2s, or 250ms:")
 @click.option("--keep-compile", is_flag=True, help="keep requests in which something was compiled")
+@click.option("--peak", metavar="FIGURES", help="what the device can do: bf16=989T,mem=3.35T (per second)")
 @click.option("--jobs", type=click.IntRange(1, 256), help="how many files to read at once")
 @click.option("--findings", "findings_", is_flag=True, help="what is worth doing something about, before the table")
 @click.option("--exact", is_flag=True, help="keep the running numbers of torch's emit_nvtx in the names")
@@ -94,6 +96,7 @@ def report_command(
     skip_first: int | None,
     between: str | None,
     keep_compile: bool,
+    peak: str | None,
     jobs: int | None,
     findings_: bool,
     exact: bool,
@@ -120,6 +123,10 @@ def report_command(
     exposed   time of NCCL's kernels, and their like, that no other kernel hides
     wait      time in calls that wait for the device; queue: from launches to their start, on average
     memory    the most that was allocated on the device at an allocation in here
+    flops, moved   work of the layers: operations (torch.utils.flop_counter's), bytes their code reads and writes
+    TFLOP/s, GB/s  the same per second; roof: share of what the device can do (!: more than it can, so suspect)
+    bound     what is in the way: compute, memory, or launch (the device waits longer than it works)
+    headroom  time now minus time at the roof (?: work not known, +?: not of all)
     skew      how far the ranks are apart: (highest - lowest) / highest
     ~         an estimate (--split-fused)
     """
@@ -138,6 +145,7 @@ def report_command(
     window = _window(requests, steps, skip_first or int(skip_warmup), keep_compile, between)
     if form == "html":
         window = replace(window, timeline=True)
+    peaks = None if peak is None else parse_peaks(peak)
     inputs = [*captures, *([classes] if classes else [])]
     check_target(output, inputs)
     if form in ("chrome", "speedscope"):
@@ -147,7 +155,7 @@ def report_command(
         wrote(written)
         return
     with Late(f"reading {captures[0].name}") as tick:
-        found = load(*captures, exact=exact, jobs=jobs, tick=tick, window=window)
+        found = load(*captures, exact=exact, jobs=jobs, tick=tick, window=window, peak=peaks)
     if classes is not None:
         found.classes.update(load_recording(classes).classes)
     chosen = {"include": include, "exclude": exclude, "fold": fold, "kernels": kernels, "split_fused": split_fused}

@@ -336,6 +336,47 @@ def unattributed(report: Report) -> Answer:
     )
 
 
+def far_below_the_roof(report: Report) -> Answer:
+    """Layers whose work is known take, at less than half of what the device can do, more than a tenth of the time."""
+    whole = report.root.gpu if report.has_gpu else report.root.cpu
+    known = [node for node in report.root.walk() if node.parent is not None and node.rated and not node.roofless]
+    if not any(node.roof for node in known):
+        return Silence("far_below_the_roof", "no work of layers, or no peaks of the device (--peak)")
+    far: dict[str, int] = {}
+    for node in known:
+        if node.roof and 2 * node.roof < node.rated:
+            name = node.name.text
+            far[name] = far.get(name, 0) + node.rated - node.roof
+    total = sum(far.values())
+    if total * 10 <= whole:
+        return None
+    return Finding(
+        "far_below_the_roof",
+        f"layers at less than half of what the device can do have {readable_share(total / whole)} of the time to win",
+        total,
+        _largest(far),
+    )
+
+
+def above_the_roof(report: Report) -> Answer:
+    """A layer is faster than the device can be: its work, its time or the peak is wrong, or a cache held its data."""
+    nodes = [node for node in report.root.walk() if node.parent is not None and node.roof and not node.roofless]
+    if not nodes:
+        return Silence("above_the_roof", "no work of layers, or no peaks of the device (--peak)")
+    over: dict[str, int] = {}
+    for node in nodes:
+        if node.roof > node.rated > 0:
+            over[node.name.text] = over.get(node.name.text, 0) + node.roof - node.rated
+    if not over:
+        return None
+    return Finding(
+        "above_the_roof",
+        f"{len(over)} layers are faster than the peaks allow: their data is in a cache, or the peaks are not right",
+        sum(over.values()),
+        _largest(over),
+    )
+
+
 RULES: tuple[Callable[[Report], Answer], ...] = (
     first_step,
     uneven_steps,
@@ -351,6 +392,8 @@ RULES: tuple[Callable[[Report], Answer], ...] = (
     slow_launches,
     late_allocation,
     unattributed,
+    far_below_the_roof,
+    above_the_roof,
 )
 
 

@@ -17,6 +17,7 @@ from .folder import expanded
 from .gather import gather
 from .nsys import read_sqlite
 from .part import Part
+from .peaks import Peaks
 from .recording import load_recording, read_recording
 from .report import Report
 from .trace import converted, is_gzip
@@ -27,9 +28,9 @@ __all__ = ["from_recording", "load", "read_file"]
 _RANK = re.compile(r"(?<![a-z])rank[-_.]?(\d+)", re.IGNORECASE)
 
 
-def from_recording(recording: Recording, source: str = "this process") -> Report:
-    """The report of what `fxnvtx.record()` collected."""
-    return Report([read_recording(recording, source, window=replace(WHOLE, timeline=True))])
+def from_recording(recording: Recording, source: str = "this process", peak: Peaks | None = None) -> Report:
+    """The report of what `fxnvtx.record()` collected. peak: what the device can do, see peaks.parse_peaks."""
+    return Report([read_recording(recording, source, window=replace(WHOLE, timeline=True))], peak)
 
 
 def read_file(
@@ -92,12 +93,14 @@ def load(
     jobs: int | None = None,
     tick: Callable[[int], None] | None = None,
     window: Window = WHOLE,
+    peak: Peaks | None = None,
 ) -> Report:
     """Read captures, traces and recordings, several at once in parallel processes, into one report.
 
     exact: keep the running numbers that torch's emit_nvtx puts into names. jobs: how many processes read (default: as
     many as pay, up to the number of cores). tick: called with the number of rows read since the last call. window:
-    which requests and steps count. Raises CaptureError, in one line, for a file that cannot be read.
+    which requests and steps count. peak: what the device can do, before what is known of it. Raises CaptureError, in
+    one line, for a file that cannot be read.
     """
     if not paths:
         raise CaptureError("no capture given: name at least one .sqlite, .nsys-rep or recording")
@@ -113,6 +116,6 @@ def load(
             again.append(path)
         else:
             files[identity] = path
-    report = Report(gather(list(files.values()), exact, jobs, tick, window=window))
+    report = Report(gather(list(files.values()), exact, jobs, tick, window=window), peak)
     report.notes.extend(f"{path} was named twice and read once" for path in again)
     return report

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 from ..categories import COMPILE, MODULE
 from ..categories import PIECE as PIECE_CATEGORY
 from ..errors import CaptureError
+from ..work import PREFIX, Entry, decoded
 from .labels import Name, clean, infer_category, numbered
 from .ops import COPY, GRAPH, KERNEL, PROCESS, PUSH_POP, START_END
 from .part import Part, Timeline
+from .peaks import Gpu
 from .schema import HOW_TO_RECORD, Schema, damaged, detect, open_capture
 from .span import PIECE, Span
 from .timeline import timeline_of
@@ -131,10 +133,12 @@ class Reader:
         if not parts:
             self.notes.append("the capture holds no push/pop range")
             parts = [Part(str(self.path), 0)]
+        work, gpus = self._work(), self._gpus()
         for index, part in enumerate(parts):
             part.notes = [*self.notes, *part.notes]
             part.rank = rank if rank is not None and len(parts) == 1 else None
             part.index = index
+            part.work, part.gpus = work, gpus
         return parts
 
     def _timeline(self, pid: int, part: Part) -> Timeline | None:
@@ -145,6 +149,20 @@ class Reader:
         )
 
     # ------------------------------------------------------------------------------------------ small tables
+
+    def _work(self) -> list[Entry]:
+        """What fxnvtx has registered about its ranges. Strings are kept from before a capture range began, too."""
+        if not self.has_strings:
+            return []
+        rows = self.connection.execute("SELECT value FROM StringIds WHERE value GLOB ? || '*'", (PREFIX,))
+        return [entry for (text,) in rows if isinstance(text, str) and (entry := decoded(text)) is not None]
+
+    def _gpus(self) -> list[Gpu]:
+        try:
+            rows = self.connection.execute("SELECT name, memoryBandwidth FROM TARGET_INFO_GPU").fetchall()
+        except sqlite3.OperationalError:  # no such table, or another form of it
+            return []
+        return [Gpu(name, width if type(width) is int else 0) for name, width in rows if isinstance(name, str)]
 
     def _enum(self, table: str) -> dict[int, str]:
         try:

@@ -34,6 +34,7 @@ _MEANING: dict[str, tuple[frozenset[str], frozenset[str] | None]] = {
     "between": (_ALL, None),
     "keep_compile": (_ALL, None),
     "jobs": (_ALL, None),
+    "peak": (_ALL, frozenset(VIEWS) - {"kernel"}),
     "findings_": (frozenset({"text", "json"}), None),
     "exact": (_ALL, frozenset(VIEWS) - {"stage", "class", "kernel"}),
     "classes": (_ALL, _NESTED),

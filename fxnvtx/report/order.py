@@ -21,6 +21,8 @@ ORDERS: dict[str, Callable[[Row], int]] = {
     "queue": lambda row: row.queued // row.launches if row.launches else 0,
     "memory": lambda row: row.peak or 0,
     "median": lambda row: row.each.middle if row.each is not None else row.gpu or row.cpu,
+    "flops": lambda row: row.flops,
+    "headroom": lambda row: row.headroom or 0,
     "max": lambda row: row.each.high if row.each is not None else row.gpu or row.cpu,
 }
 

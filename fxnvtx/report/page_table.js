@@ -20,6 +20,8 @@ const table = (() => {
     waited: ["wait", (r) => r.waited || null, time], queue: ["queue", (r) => (r.launches ? (r.queued ?? 0) / r.launches : null), time],
     peak: ["memory", (r) => r.peak ?? null, bytes], cls: ["class", (r) => data.classes[r.name] ?? null, String],
     gap: ["gap", (r) => r.gap, time], low: ["min", (r) => r.low, time], middle: ["median", (r) => r.middle, time], high: ["max", (r) => r.high, time],
+    flops: ["flops", (r) => r.flops ?? null, (n) => Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 3 }).format(n)],
+    roof: ["roof", (r) => r.roof ?? null, percent], bound: ["bound", (r) => r.bound ?? null, String], headroom: ["headroom", (r) => r.headroom ?? null, time],
     skew: ["skew", (r) => r.skew, percent], share: ["share", (r) => r.share, percent],
   };
 
@@ -38,6 +40,7 @@ const table = (() => {
     if (rare.launches && rare.queued) list.push("queue");
     if (rare.peak) list.push("peak");
     if (view === "tree" && Object.keys(data.classes).length) list.push("cls");
+    if (data.work && view !== "kernel") list.push("flops", "roof", "bound", "headroom");
     list.push("share");
     return view === "kernel" ? list.filter((name) => !name.startsWith("cpu") && name !== "gap") : list;
   }
@@ -48,7 +51,8 @@ const table = (() => {
   function record(i) {
     return { ...Object.fromEntries(RARE.map((name) => [name, tree[name]?.[i]])), name: nameOf(i), role: roleOf(i), category: categoryOf(i), kind: tree.category[i] === data.categories.indexOf("unknown") ? "unknown" : "range",
       calls: tree.calls[i], cpu: tree.cpu[i], cpu_self: tree.cpu_self[i], gpu: tree.gpu[i], gpu_self: tree.gpu_self[i],
-      kernels: tree.kernels[i], gap: tree.gap[i], share: valueOf(0) ? valueOf(i) / valueOf(0) : 0 };
+      kernels: tree.kernels[i], gap: tree.gap[i], flops: tree.flops?.[i], roof: tree.roof?.[i], bound: tree.bound?.[i],
+      headroom: tree.headroom?.[i], share: valueOf(0) ? valueOf(i) / valueOf(0) : 0 };
   }
 
   function order(list, get) {

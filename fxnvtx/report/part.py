@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ..work import Entry
 from .labels import Name
+from .peaks import Gpu
 from .tree import Tree
 
 __all__ = ["Part", "Timeline"]
@@ -40,6 +42,8 @@ class Part:
     timeline: Timeline | None = None
     has_memory: bool = False  # whether allocations on the device were recorded
     operations: int = 0
+    work: list[Entry] = field(default_factory=list)  # what ranges stand for
+    gpus: list[Gpu] = field(default_factory=list)
     # the longest times the device was idle: length, end, the range around both launches, what ended it
     gaps: list[tuple[int, int, str, str]] = field(default_factory=list)
 

@@ -10,6 +10,7 @@ from ..categories import MODULE
 from ..categories import PIECE as PIECE_CATEGORY
 from ..errors import CaptureError, FxnvtxError
 from ..recording import Range, Recording
+from ..work import read_entry
 from .labels import Name, clean, infer_category, numbered
 from .part import Part
 from .schema import one_line
@@ -29,6 +30,9 @@ def read_recording(
     classes = meta.get("classes")
     if isinstance(classes, dict):
         part.classes = {str(label): str(name) for label, name in classes.items()}
+    work = meta.get("work")
+    if isinstance(work, list):
+        part.work = [entry for row in work if (entry := read_entry(row)) is not None]
     ranges = recording.ranges
     with damaged_recording(source):
         # here, because numpy is needed for nothing else

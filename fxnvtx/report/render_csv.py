@@ -50,6 +50,17 @@ COLUMNS = (
     "skew",
     "fused",
     "flags",
+    "flops",
+    "moved_bytes",
+    "rated_ns",
+    "unrated_ns",
+    "roof_ns",
+    "tflops",
+    "gbs",
+    "roof_share",
+    "bound",
+    "headroom_ns",
+    "suspect",
 )
 
 
@@ -114,4 +125,13 @@ def _line(row: Row) -> list[object]:
         f"{row.skew:.6f}" if row.skew is not None else "",
         csv_cell("; ".join(row.fused)),
         "; ".join(row.flags),
+        row.flops,
+        row.moved,
+        row.rated,
+        row.unrated,
+        row.roof,
+        *("" if value is None else f"{value:.6g}" for value in (row.tflops, row.gbs, row.roof_share)),
+        row.bound or "",
+        "" if row.headroom is None else row.headroom,
+        int(row.suspect),
     ]

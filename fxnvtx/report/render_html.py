@@ -13,13 +13,14 @@ from .findings import findings as all_findings
 from .labels import Name, role_of
 from .report import Report
 from .tree import BELOW, Node
-from .views import VIEWS, Row
+from .views import VIEWS, Row, row_of
 
 __all__ = ["render_html"]
 
 # in this order: one scope, each builds on the ones before
 _SCRIPTS = ("page_model.js", "page_table.js", "page_icicle.js", "page_steps.js", "page_timeline.js", "page_app.js")
 _REPLAYED, _ESTIMATE, _OPEN = 1, 2, 4
+_WORK = ("flops", "moved", "roof", "bound", "headroom")
 _COLUMNS = ("calls", "cpu", "cpu_self", "gpu", "gpu_self", "gap")
 # what most captures have nothing of: left out of the page where all is zero
 _RARE = (
@@ -65,6 +66,7 @@ def render_html(
         "unsaid": [asdict(silence) for silence in silent],
         "timeline": _timeline(report),
         "classes": report.classes,
+        "work": report.has_work,
         **_columns(root, kernels, report.classes),
     }
     page = _read("page.html")
@@ -132,6 +134,7 @@ def _columns(root: Node, kernels: bool, classes: Mapping[str, str]) -> dict[str,
             tree[field].append(value)
         return len(tree["parent"]) - 1
 
+    work: list[dict[str, Any]] = []
     todo: list[tuple[Node, int]] = [(root, 0)]
     while todo:
         node, parent = todo.pop()
@@ -142,19 +145,37 @@ def _columns(root: Node, kernels: bool, classes: Mapping[str, str]) -> dict[str,
         index = add(parent, node.name, flags, below, [getattr(node, field) for field in _COLUMNS])
         for field in _RARE:
             rare[field].append(node.of(field) if field in BELOW else getattr(node, field))
+        work.append(_work_of(row_of(node, 0, None)))
         if kernels:
             for name, (count, _duration, credit) in sorted((node.ops or {}).items(), key=lambda item: -item[1][2]):
                 add(index, Name(name, "kernel"), 0, count, (count, 0, 0, credit, credit, 0))
                 for values in rare.values():
                     values.append(0)
+                work.append({})
         todo.extend((kid, index) for kid in reversed(node.ordered()))
+    if any(work):
+        rare |= {field: [of.get(field) for of in work] for field in _WORK}
     some = {field: values for field, values in rare.items() if any(values)}
     return {"names": list(names), "categories": list(categories), "roles": list(roles), "tree": {**tree, **some}}
+
+
+def _work_of(row: Row) -> dict[str, Any]:
+    if not row.measured:
+        return {}
+    share = row.roof_share
+    return {
+        "flops": row.flops,
+        "moved": row.moved,
+        "roof": None if share is None else round(share, 4),
+        "bound": row.bound,
+        "headroom": row.headroom,
+    }
 
 
 def _view_row(row: Row, classes: Mapping[str, str]) -> dict[str, Any]:
     each = row.each
     return {
+        **_work_of(row),
         "name": row.name,
         "role": role_of(Name(row.name, row.category), classes.get(row.name, "")) if row.kind == "range" else row.kind,
         "category": row.category,

@@ -1,6 +1,7 @@
 """A report as JSON: documented, versioned, for programs.
 
     {"format": "fxnvtx-report", "version": 2, "unit": "ns", "by": the view, "gpu": was device work recorded,
+     "peaks": {"flops": {type of number: per second}, "memory": bytes per second, "source"},
      "sources": [file], "ranks": [title of every process], "notes": [text], "rows": [row]}
 
 A row: name, path (list of names from the outermost range), depth, kind (range, kernel, unknown, outside, summary,
@@ -8,7 +9,10 @@ side), category, calls, cpu, cpu_self, cpu_min, cpu_max, gpu, gpu_self, gpu_sum,
 launches, gap, proj, proj_calls, resident, overlap, payload, queued, launching, waited, communication,
 communication_hidden, copying, copying_hidden, allocated, released, peak (null: no allocation), open, share (0 to 1),
 each (of single calls: null, or count, low, middle, most (the 99th percentile), high), ranks (title -> ns), skew (null,
-or 0 to 1), fused (list of owners), flags ("replayed", "estimate"). views.Row and tree.Node define them.
+or 0 to 1), fused (list of owners), flags ("replayed", "estimate"), flops, moved (bytes), rated and unrated (ns
+whose work is known, is not), roof (ns that the work takes at the device's peaks), roof_compute, roofless; made of them,
+null where not known: tflops, gbs, roof_share (1: as fast as the device can), bound (compute, memory, launch), headroom
+(ns), suspect (above its roof). views.Row and tree.Node define them.
 With findings asked for: "findings" (rule, text, ns, evidence as pairs of name and ns) and "unsaid" (rule, why).
 A change that takes a field away or changes its meaning raises `version`; new fields do not.
 """
@@ -33,6 +37,8 @@ _FIELDS = tuple(
     field.name for field in fields(Row) if field.name not in ("above", "distribution", "gpu_each", "shared", "twice")
 )
 
+_DERIVED = ("tflops", "gbs", "roof_share", "bound", "headroom", "suspect")
+
 
 _values = attrgetter(*_FIELDS)
 
@@ -40,6 +46,7 @@ _values = attrgetter(*_FIELDS)
 def row_fields(row: Row) -> dict[str, Any]:
     found = dict(zip(_FIELDS, _values(row), strict=True))
     each = row.each
+    found.update({name: getattr(row, name) for name in _DERIVED})
     return {**found, "path": list(row.path), "each": None if each is None else vars(each), "skew": row.skew}
 
 
@@ -51,6 +58,7 @@ def document(report: Report, by: str) -> dict[str, Any]:
         "unit": "ns",
         "by": by,
         "gpu": report.has_gpu,
+        "peaks": asdict(report.peaks),
         "sources": report.sources,
         "ranks": [part.title for part in report.parts],
         "notes": report.notes,

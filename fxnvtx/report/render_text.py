@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from ..printable import printable, width_of
 from .report import Report
 from .table import GAP, Column, Line, painted, table
-from .units import readable_bytes, readable_ns, readable_share, shortened
+from .units import readable_bytes, readable_count, readable_ns, readable_share, shortened
 from .views import Row
 
 __all__ = ["render_text"]
@@ -106,6 +106,13 @@ _PRIORITY = (
     "p99",
     "min",
     "gap",
+    "headroom",
+    "roof",
+    "bound",
+    "TFLOP/s",
+    "GB/s",
+    "flops",
+    "moved",
     "hidden",
     "bytes",
     "exposed",
@@ -146,10 +153,38 @@ def _columns(report: Report, rows: list[Row], by: str) -> list[tuple[str, Cell]]
         columns.append(("queue", lambda row: readable_ns(row.queued / row.launches) if row.launches else ""))
     if any(row.peak is not None for row in rows):
         columns.append(("memory", lambda row: readable_bytes(row.peak) if row.peak is not None else ""))
+    columns.extend(_work_columns(rows))
     if any(row.skew is not None for row in rows):
         columns.append(("skew", lambda row: readable_share(row.skew) if row.skew is not None else ""))
     columns.append(("share", lambda row: readable_share(row.share) if row.kind != "side" else ""))
     return columns
+
+
+def _work_columns(rows: list[Row]) -> list[tuple[str, Cell]]:
+    """What is known of the rows' work; what hangs on peaks only where there are any."""
+    if not any(row.measured for row in rows):
+        return []
+    columns: list[tuple[str, Cell]] = [
+        ("flops", lambda row: _worked(row, row.flops or row.moved or None, lambda _: readable_count(row.flops))),
+        ("moved", lambda row: _worked(row, row.flops or row.moved or None, lambda _: readable_bytes(row.moved))),
+    ]
+    if any(row.rated for row in rows):
+        columns.append(("TFLOP/s", lambda row: _worked(row, row.tflops, lambda rate: f"{rate:.3g}")))
+        columns.append(("GB/s", lambda row: _worked(row, row.gbs, lambda rate: f"{rate:.3g}")))
+    if any(row.roof for row in rows):
+        columns.append(("roof", lambda row: _worked(row, row.roof_share, readable_share) + "!" * row.suspect))
+        columns.append(("bound", lambda row: row.bound or ""))
+        columns.append(("headroom", lambda row: _worked(row, row.headroom, readable_ns)))
+    return columns
+
+
+def _worked(row: Row, value: float | None, shown: Callable[[float], str]) -> str:
+    """A figure made of a row's work: `?` where the work is not known, `+?` behind it where that of a part is not."""
+    if not row.rated and row.unrated:
+        return "?"
+    if value is None:
+        return ""
+    return shown(value) + ("+?" if row.unrated else "")
 
 
 def _estimated(row: Row, value: int) -> str:

@@ -9,6 +9,8 @@ from ..errors import ConfigError
 from .labels import Name
 from .order import ORDERS, ordered
 from .part import Part
+from .peaks import Peaks, peaks_of
+from .roof import Table, rate
 from .tree import Node, merge_into, total
 from .views import Row, Selection, rows_of, tree_of
 
@@ -21,8 +23,9 @@ class Report:
     notes: what a reader should know before believing the numbers (open ranges, damaged rows, what is missing).
     """
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    def __init__(self, parts: Sequence[Part], peak: Peaks | None = None) -> None:
         self.parts = list(parts)
+        self.peaks, about_work = _rated(self.parts, peak)
         self.has_gpu = any(part.has_gpu for part in self.parts)
         self.classes: dict[str, str] = {}
         for part in self.parts:
@@ -42,7 +45,8 @@ class Report:
                 merge_into(self.side, part.side.root)
             total(self.root)
             total(self.side)
-        self.notes = _notes(self.parts, self.root)
+        self.has_work = any(part.work for part in self.parts)
+        self.notes = [*_notes(self.parts, self.root), *about_work]
 
     @property
     def sources(self) -> list[str]:
@@ -94,6 +98,26 @@ def _outermost_unknown(root: Node) -> list[Node]:
         else:
             todo.extend(node.kids.values())
     return found
+
+
+def _rated(parts: list[Part], given: Peaks | None) -> tuple[Peaks, list[str]]:
+    """Join the parts' work with their times; the peaks to measure by, and what to say about both."""
+    peaks, said = peaks_of((gpu for part in parts for gpu in part.gpus), given)
+    if not any(part.work for part in parts):
+        return peaks, ["--peak has no effect: no capture says what work its ranges stand for"] if given else []
+    why: dict[str, int] = {}
+    whole = 0
+    for part in parts:
+        root = part.tree.root
+        for reason, time in rate(root, Table(part.work), peaks, part.has_gpu).items():
+            why[reason] = why.get(reason, 0) + time
+        total(root)
+        whole += root.gpu if part.has_gpu else root.cpu
+    notes = [said] if said else []
+    for reason, time in sorted(why.items(), key=lambda item: -item[1])[:3]:
+        if whole and peaks and time * 100 >= whole:
+            notes.append(f"the work of {time / whole:.1%} of the time is not known: {reason}")
+    return peaks, notes
 
 
 def _notes(parts: list[Part], root: Node) -> list[str]:

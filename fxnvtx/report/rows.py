@@ -40,6 +40,7 @@ class Row:
     kind: "range", "kernel" (device operations of one name), "unknown" (not attributable; `name` holds the reason),
     "outside" (what no other row of the view counts), "summary" or "side". above: in the tree, the row of the enclosing
     range. each: of single calls, GPU time (CPU time in captures without device work).
+    flops, moved, rated, unrated, roof: see Node, here of all that is inside, and the properties made of them.
     ranks: the same measure per process; skew: (highest - lowest) / highest of those. estimate: shares, not measured.
     """
 
@@ -77,6 +78,13 @@ class Row:
     released: int = 0
     peak: int | None = None
     open: int = 0
+    flops: int = 0
+    moved: int = 0
+    roof: int = 0
+    roof_compute: int = 0
+    rated: int = 0
+    unrated: int = 0
+    roofless: int = 0
     share: float = 0.0
     distribution: Calls = field(default=None, repr=False)
     shared: int = field(default=0, repr=False)  # of gpu: what counts for other rows' operations, too
@@ -116,6 +124,45 @@ class Row:
             return None
         high = max(self.ranks.values())
         return (high - min(self.ranks.values())) / high if high else 0.0
+
+    @property
+    def measured(self) -> bool:
+        """Whether the work of any of the row's time is known."""
+        return self.rated > 0 or self.flops > 0 or self.moved > 0
+
+    @property
+    def tflops(self) -> float | None:
+        """10^12 operations a second, in the time whose work is known."""
+        return self.flops / self.rated / 1000 if self.rated else None
+
+    @property
+    def gbs(self) -> float | None:
+        """10^9 bytes a second, in the time whose work is known."""
+        return self.moved / self.rated if self.rated else None
+
+    @property
+    def roof_share(self) -> float | None:
+        """How near the work comes to its roof: 1 is as fast as the device can. None where a peak is not known."""
+        return self.roof / self.rated if self.rated and self.roof and not self.roofless else None
+
+    @property
+    def headroom(self) -> int | None:
+        """Time now minus time at the roof, of what is known."""
+        return self.rated - self.roof if self.rated and not self.roofless else None
+
+    @property
+    def bound(self) -> str | None:
+        """launch: the device waits for launches longer than it works. Else what makes the roof: compute or memory."""
+        if self.roof_share is None:
+            return None
+        if self.gap > self.gpu > 0:
+            return "launch"
+        return "compute" if 2 * self.roof_compute > self.roof else "memory"
+
+    @property
+    def suspect(self) -> bool:
+        """Faster than the device can be: a wrong peak, wrong work, or data that came out of a cache."""
+        return not self.roofless and self.roof > self.rated > 0
 
     @property
     def estimate(self) -> bool:

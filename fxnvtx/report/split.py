@@ -10,7 +10,8 @@ from .tree import Node, merge_into
 
 __all__ = ["split_fused"]
 
-_SHARED = ("gpu_self", "gpu_sum", "gap_self", "cpu_self")
+_WORK = ("flops", "moved", "roof", "roof_compute", "rated", "unrated", "roofless")
+_SHARED = ("gpu_self", "gpu_sum", "gap_self", "cpu_self", *_WORK)
 # of the first owner, because these come in whole operations and calls
 _WHOLE = (
     "kernels", "copies", "copied_bytes", "queued", "launching", "waited", "communication", "communication_hidden",

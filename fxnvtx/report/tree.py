@@ -42,6 +42,13 @@ SUMS = (
     "copying_hidden",
     "allocated",
     "released",
+    "flops",
+    "moved",
+    "roof",
+    "roof_compute",
+    "rated",
+    "unrated",
+    "roofless",
 )
 
 # self counters whose sums over a node and all below it are wanted, in the order of Node.below
@@ -61,6 +68,13 @@ BELOW = (
     "copying_hidden",
     "allocated",
     "released",
+    "flops",
+    "moved",
+    "roof",
+    "roof_compute",
+    "rated",
+    "unrated",
+    "roofless",
 )
 _NOTHING = (0,) * len(BELOW)
 _sums_of, _below_of = attrgetter(*SUMS), attrgetter(*BELOW)
@@ -85,6 +99,9 @@ class Node:
     communication, copying: time of NCCL's and its like's kernels, of copies; *_hidden: how much of it passed while
     other kernels ran on the device. allocated, released: bytes of device memory. peak: the most that was allocated in
     the process at an allocation in here or below (as far as the capture saw allocations), None where there was none.
+    flops, moved: operations and bytes of the range's own work. rated, unrated: its own time, where its work is known
+    and where it is not. roof: how long the work would take at the device's peaks, roof_compute: of that, of ranges that
+    computing limits and not memory. roofless: of rated, where no peak is known. See roof.py, which fills these.
     """
 
     __slots__ = (
@@ -118,6 +135,7 @@ class Node:
         self.queued = self.launching = self.waited = self.allocated = self.released = 0
         self.communication = self.communication_hidden = self.copying = self.copying_hidden = 0
         self.peak: int | None = None
+        self.flops = self.moved = self.roof = self.roof_compute = self.rated = self.unrated = self.roofless = 0
         self.cpu_min: int | None = None
         self.cpu_max: int | None = None
         self.each: Calls = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["middle", "readable_bytes", "readable_ns", "readable_share", "shortened"]
+__all__ = ["middle", "readable_bytes", "readable_count", "readable_ns", "readable_share", "shortened"]
 
 
 def readable_ns(value: float) -> str:
@@ -24,6 +24,18 @@ def readable_bytes(value: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"
+
+
+def readable_count(value: float) -> str:
+    """A count with three significant digits and a decimal prefix: 1.50 T."""
+    size = abs(value)
+    if size < 999.5:
+        return f"{value:.0f}"
+    for divisor, unit in ((1e3, "K"), (1e6, "M"), (1e9, "G"), (1e12, "T"), (1e15, "P")):
+        if size < 999.5 * divisor or unit == "P":
+            digits = 2 if size < 9.995 * divisor else 1 if size < 99.95 * divisor else 0
+            return f"{value / divisor:.{digits}f} {unit}"
+    raise AssertionError("unreachable")
 
 
 def readable_share(value: float) -> str:

@@ -15,12 +15,13 @@ from .rows import FLAT, VIEWS, Row, Selection
 from .split import split_fused
 from .tree import BELOW, Node, merge_into, total
 
-__all__ = ["VIEWS", "Row", "Selection", "rows_of", "tree_of"]
+__all__ = ["VIEWS", "Row", "Selection", "row_of", "rows_of", "tree_of"]
 
 _SUMMED = (
     "calls", "cpu", "cpu_self", "gpu", "gpu_self", "gpu_sum", "kernels", "copies", "copied_bytes", "launches", "gap",
     "proj", "proj_calls", "resident", "overlap", "open", "queued", "launching", "waited", "communication",
     "communication_hidden", "copying", "copying_hidden", "allocated", "released",
+    "flops", "moved", "roof", "roof_compute", "rated", "unrated", "roofless",
 )  # fmt: skip
 
 
@@ -133,7 +134,7 @@ def _subtree(root: Node, chosen: Selection, top: Row | None) -> list[Row]:
     todo: list[tuple[Node, int, Row | None]] = [(kid, 0, top) for kid in reversed(root.ordered())]
     while todo:
         node, depth, above = todo.pop()
-        row = _row(node, depth, above)
+        row = row_of(node, depth, above)
         rows.append(row)
         if top is None and chosen.depth is not None and depth + 1 >= chosen.depth:
             continue
@@ -281,7 +282,8 @@ def _op_rows(node: Node, above: Row) -> list[Row]:
 # ------------------------------------------------------------------------------------------------ shared
 
 
-def _row(node: Node, depth: int, above: Row | None) -> Row:
+def row_of(node: Node, depth: int, above: Row | None) -> Row:
+    """The row of one node of the tree, with all that is inside it."""
     kind = "unknown" if node.is_unknown() else "range"
     row = Row(node.name.text, depth, kind, node.name.category, above)
     _accumulate(row, node, whole=True)

@@ -65,6 +65,16 @@ def main(group: str) -> None:
 
             say(name, chosen)
         say("graphs", graphs)
+    if group == "work":
+        from .models import Dit, Vae
+        from .work import Elementwise, work
+
+        torch.manual_seed(1)
+        say("dit", lambda: work(Dit, (torch.rand(2, 5, 6),)))
+        say("dit trained", lambda: work(Dit, (torch.rand(2, 5, 6),), grad=True))
+        say("vae", lambda: work(Vae, (torch.rand(2, 6, 16),)))
+        say("elementwise", lambda: work(Elementwise, (torch.rand(8, 128, 64), torch.rand(64))))
+        say("broadcast", lambda: work(Elementwise, (torch.rand(8, 128, 64), torch.rand(8, 1, 64))))
 
 
 if __name__ == "__main__":

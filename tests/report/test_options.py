@@ -13,6 +13,7 @@ from fxnvtx.profile import kind_of, profile_command
 from fxnvtx.report.commands import DIFF_FORMATS, FORMATS, diff_command, report_command
 from fxnvtx.report.order import ORDERS
 from fxnvtx.report.rows import VIEWS
+from fxnvtx.work import Entry, encoded
 
 from .captures import Capture
 from .samples import pipeline, recorded
@@ -26,6 +27,7 @@ GIVEN: dict[str, list[str]] = {
     "between": ["--between", "0:1us"], "keep_compile": ["--keep-compile"], "exact": ["--exact"],
     "jobs": ["--jobs", "1"],
     "findings_": ["--findings"],
+    "peak": ["--peak", "bf16=1T,mem=1T"],
     "classes": ["--classes", "CLASSES"],
 }  # fmt: skip
 SILENT = {"jobs"}  # changes the speed only
@@ -57,6 +59,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         capture.range(at, at + 900, "request", "request", payload=number)
         capture.range(at + 100, at + 200, "step", "step", payload=0)
         capture.range(at + 300, at + 400, "step", "step", payload=1)
+    for label, flops in (("transformer", 10), ("aten::mm", 1), ("transformer.blocks.0.attn", 10**9)):
+        capture.text(encoded(Entry(label, "", False, "forward", 1, (("bf16", flops),), 10**6, "", "cuda")))
     capture.close()
     classes = {"transformer.blocks.0": "A", "transformer.blocks.1": "B", "transformer": "T"}
     recorded([], classes=classes).save(made / "classes.json")

@@ -1,0 +1,226 @@
+"""The work of eager layers: equal to torch's own counter, harmless, and counted once for each set of shapes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+import fxnvtx
+from fxnvtx import slot, work
+from fxnvtx.recording import Recording
+
+from ..models import samples
+from ..support import diffusers_zoo as zoo
+from ..support.work_truth import report_of, shown_flops, true_flops
+
+ZOO = ("dit", "sd3", "flux", "ltx_video", "pixart", "sana", "vae_kl", "unet")
+
+
+@pytest.fixture(autouse=True)
+def without_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def sample(name: str) -> tuple[nn.Module, tuple[torch.Tensor, ...], dict[str, object]]:
+    if name.startswith("reference "):
+        return *getattr(samples, name.removeprefix("reference "))(), {}
+    model, arguments = zoo.build(name)
+    return model, (), arguments
+
+
+@pytest.mark.parametrize("path", ["auto", "hooks"])
+@pytest.mark.parametrize("name", ["reference dit", "reference vae", *ZOO])
+def test_every_layer_is_what_torch_counts(name: str, path: str) -> None:
+    if path == "hooks" and name not in ("reference dit", "unet"):
+        pytest.skip("the other path is the same for these")
+    model, args, kwargs = sample(name)
+    torch.manual_seed(1)
+    plain = model(*args, **kwargs)
+    truth = {label: flops for label, flops in true_flops(model, lambda: model(*args, **kwargs), "net").items() if flops}
+    fxnvtx.instrument(model, "net", path=path)
+    torch.manual_seed(1)
+    with fxnvtx.record(work=True) as counted:
+        result = model(*args, **kwargs)
+    after = torch.rand(1)
+    assert all(torch.equal(a, b) for a, b in zip(zoo.tensors_of(plain), zoo.tensors_of(result), strict=True))
+    assert shown_flops(counted) == truth
+    torch.manual_seed(1)
+    with fxnvtx.record() as later:
+        model(*args, **kwargs)
+        model(*args, **kwargs)
+    assert shown_flops(later) == {label: 2 * flops for label, flops in truth.items()}
+    torch.manual_seed(1)
+    model(*args, **kwargs)
+    assert torch.equal(torch.rand(1), after), "random numbers were drawn"
+    root = next(row for row in report_of(later).rows() if row.name == "net")
+    tops = [row for row in report_of(later).rows() if row.depth == 0]
+    assert (root.flops, root.unrated) == (2 * truth["net"], 0)
+    assert sum(row.flops for row in tops) == root.flops
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.a(x).relu()) + x
+
+
+def test_bytes_of_eager_layers_are_what_each_operator_reads_and_writes() -> None:
+    model = fxnvtx.instrument(Net(), "net")
+    with fxnvtx.record(work=True) as recording:
+        model(torch.rand(2, 4))
+    rows = {row.name: row for row in report_of(recording).rows()}
+    assert rows["net.a"].moved == 4 * (8 + 32 + 8 + 16)  # input, weight, bias, result
+    assert rows["net.b"].moved == 4 * (16 + 32 + 4 + 8)
+    assert rows["net"].moved == rows["net.a"].moved + rows["net.b"].moved + 4 * (16 + 16) + 4 * 3 * 8  # relu, sum
+
+
+def test_a_call_is_counted_once_for_each_set_of_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fxnvtx.compile import metering
+
+    model = fxnvtx.instrument(Net(), "net")
+    seen: list[object] = []
+    original = metering._Mode.__torch_dispatch__
+
+    def counting(self: object, func: object, *rest: object, **more: object) -> object:
+        seen.append(func)
+        return original(self, func, *rest, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(metering._Mode, "__torch_dispatch__", counting)
+    with fxnvtx.record(work=True):
+        model(torch.rand(2, 4))
+        first = len(seen)
+        model(torch.rand(2, 4))
+        assert first == len(seen) > 0
+        model(torch.rand(3, 4))
+        assert len(seen) == 2 * first
+    model(torch.rand(5, 4))
+    with fxnvtx.record():
+        model(torch.rand(5, 4))
+    assert len(seen) == 2 * first
+
+
+def test_recording_costs_no_call_more_for_the_work_it_carries() -> None:
+    """Whether the work is known or not, a call under a recorder runs the same functions."""
+
+    def functions_called() -> list[str]:
+        found: list[str] = []
+        sys.setprofile(lambda frame, event, _: found.append(frame.f_code.co_name) if event == "call" else None)
+        try:
+            model(x)
+        finally:
+            sys.setprofile(None)
+        return found
+
+    model, x = fxnvtx.instrument(Net(), "net"), torch.rand(2, 4)
+    with fxnvtx.record():
+        model(x)
+        before = functions_called()
+    with fxnvtx.record(work=True):
+        model(x)
+    assert slot.metered is None
+    with fxnvtx.record() as recording:
+        model(x)
+        assert functions_called() == before
+    assert recording.meta["work"]
+
+
+def test_other_shapes_make_the_work_unknown_and_not_wrong() -> None:
+    model = fxnvtx.instrument(Net(), "net")
+    with fxnvtx.record(work=True) as recording:
+        model(torch.rand(2, 4))
+        model(torch.rand(3, 4))
+    rows = {row.name: row for row in report_of(recording).rows()}
+    assert all(row.flops == 0 and row.unrated and row.headroom is None for row in rows.values())
+
+
+def test_the_work_of_a_model_that_is_gone_is_not_carried() -> None:
+    model = fxnvtx.instrument(Net(), "net")
+    with fxnvtx.record(work=True):
+        model(torch.rand(2, 4))
+    assert work.carried({"net.a"})
+    del model
+    assert not work.carried({"net.a"})
+
+
+def test_a_call_that_fails_leaves_no_half_work() -> None:
+    class Failing(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise ValueError(str(self.a(x).shape))
+
+    model = fxnvtx.instrument(Failing(), "failing")
+    with fxnvtx.record(work=True) as recording, pytest.raises(ValueError, match="2, 8"):
+        model(torch.rand(2, 4))
+    assert recording.meta["work"] == []
+    assert recording.balanced
+
+
+def test_work_survives_a_file(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    model = fxnvtx.instrument(Net(), "net")
+    with fxnvtx.record(work=True) as recording:
+        model(torch.rand(2, 4))
+    loaded = Recording.load(recording.save(tmp_path / "r.json"))
+    assert [row.flops for row in report_of(loaded).rows()] == [row.flops for row in report_of(recording).rows()]
+
+
+def test_custom_operators_are_not_guessed() -> None:
+    @torch.library.custom_op("fxnvtx_work::twice", mutates_args=())
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    class Custom(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return twice(x)
+
+    model = fxnvtx.instrument(nn.Sequential(Custom(), nn.Linear(4, 4)), "net")
+    with fxnvtx.record(work=True) as recording:
+        model(torch.rand(2, 4))
+    report = report_of(recording)
+    rows = {row.name: row for row in report.rows()}
+    assert rows["net.0"].unrated and rows["net.0"].rated == 0
+    assert rows["net"].unrated == rows["net.0"].unrated and rows["net"].flops == 2 * 2 * 4 * 4
+    assert any("fxnvtx_work.twice" in row[7] for row in recording.meta["work"])
+
+
+def test_inference_mode_and_autocast() -> None:
+    model, x = Net(), torch.rand(2, 4)
+    for mode in (torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)):
+        with mode:
+            plain = model(x)
+            fxnvtx.instrument(model, "net")
+            with fxnvtx.record(work=True) as recording:
+                assert torch.equal(model(x), plain)
+            fxnvtx.uninstrument(model)
+        assert shown_flops(recording) == {"net": 256, "net.a": 128, "net.b": 128}
+        kinds = {kind for row in recording.meta["work"] for kind in row[5]}
+        assert kinds <= {"fp32", "bf16"}
+
+
+def test_where_something_was_compiled_no_mode_is_on_around_it() -> None:
+    """Compiled blocks stay compiled, their neighbours are counted."""
+
+    class Blocks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.block, self.last = nn.Linear(4, 4), Net(), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(self.block(self.first(x)))
+
+    torch._dynamo.reset()
+    model = fxnvtx.instrument(Blocks(), "net")
+    model.block.compile(backend="eager")
+    compiled = torch._dynamo.utils.counters["frames"]
+    with fxnvtx.record(work=True) as recording:
+        model(torch.rand(2, 4))
+    assert compiled["ok"] == 1
+    carried = {row[0]: row for row in recording.meta["work"]}
+    assert carried["net.first"][5] == carried["net.last"][5] == {"fp32": 64}
+    assert "net.block" not in carried and "net.block.a" not in carried
