@@ -83,7 +83,7 @@ def work(make: Callable[[], nn.Module], inputs: tuple[torch.Tensor, ...], grad: 
     for launch in launches:
         key = _key(enclosing(recording, launch))
         if launch.name.startswith("triton"):
-            name, size = next(sizes)
+            _, size = next(sizes)
             sums[key] = sums.get(key, 0) + size
         else:
             others.add(key)

@@ -13,6 +13,8 @@ from fxnvtx.cli import cli
 from fxnvtx.recording import Range
 from fxnvtx.report import Report, from_recording, load
 from fxnvtx.report.findings import RULES, Finding, Silence, findings, findings_text
+from fxnvtx.report.peaks import parse_peaks
+from fxnvtx.work import Entry, encoded
 
 from .captures import DATA, Capture
 from .samples import pipeline, recorded
@@ -77,6 +79,15 @@ def ranks(folder: Path, scale: float) -> Report:
         pipeline(folder / f"rank{rank}.sqlite", scale=scale if rank else 1.0, requests=1).close() for rank in range(2)
     ]
     return load(*paths)
+
+
+def working(path: Path, length: int) -> Report:
+    """A layer whose work takes the device 1,000 ns at best, and took `length`."""
+    capture = Capture(path)
+    capture.text(encoded(Entry("net", "", False, "forward", 1, (("bf16", 10**6),), 10, "", "cuda")))
+    capture.range(0, 20_000, "net")
+    capture.kernel(1_000, 1_000 + length, capture.call(100, 200))
+    return load(capture.close(), peak=parse_peaks("bf16=1T,mem=1T"))
 
 
 def waiting(path: Path, communication: int = 0, wait: int = 0, call: int = 100, allocated: int | None = None) -> Report:
@@ -148,6 +159,16 @@ CASES: dict[str, tuple[Callable[[Path], Report], Callable[[Path], Report], Calla
     "unattributed": (
         lambda p: device(p / "x.sqlite", outside=9000),
         lambda p: device(p / "x.sqlite", outside=500),
+        lambda p: steps([1]),
+    ),
+    "far_below_the_roof": (
+        lambda p: working(p / "x.sqlite", 5000),
+        lambda p: working(p / "x.sqlite", 1500),
+        lambda p: steps([1]),
+    ),
+    "above_the_roof": (
+        lambda p: working(p / "x.sqlite", 500),
+        lambda p: working(p / "x.sqlite", 1500),
         lambda p: steps([1]),
     ),
 }
