@@ -6,6 +6,8 @@ The package index that pip is set up with decides which build of torch comes (th
 
 from __future__ import annotations
 
+import configparser
+
 import nox
 
 nox.options.sessions = ["lint", "fast"]
@@ -15,9 +17,7 @@ SOURCES = ["fxnvtx", "tests", "benchmarks", "noxfile.py"]
 TORCH = ["2.11.0", "2.12.1", "2.13.0", "2.14.1", "2.15.0"]
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 # what depends on torch's internals
-VERSIONED = ["tests/core", "tests/compile", "tests/pipeline", "tests/integrations"]
-# the lowest versions that setup.cfg declares
-LOWEST = ["torch==2.11.0", "nvtx==0.2.12", "click==8.1.0", "rich==13.0.0"]
+VERSIONED = ["tests/gpuless", "tests/core", "tests/compile", "tests/pipeline", "tests/integrations"]
 
 
 @nox.session
@@ -58,8 +58,24 @@ def versions(session: nox.Session, torch: str) -> None:
     session.run("pytest", *(session.posargs or VERSIONED))
 
 
-@nox.session
+def lowest_of(*groups: str) -> list[str]:
+    """The lowest versions that setup.cfg declares: of the package itself and of these extras."""
+    config = configparser.ConfigParser()
+    config.read("setup.cfg")
+    texts = [config["options"]["install_requires"], *(config["options.extras_require"][g] for g in groups)]
+    lines = [line.partition(",")[0] for text in texts for line in text.split("\n") if line]
+    return [line.replace(">=", "==") for line in lines]
+
+
+@nox.session(python=PYTHONS[0])
 def lowest(session: nox.Session) -> None:
-    """The lowest declared versions of everything that the core needs."""
-    session.install(*LOWEST, "-e", ".[test]")
-    session.run("pytest", "-m", "not slow", *(session.posargs or ["tests/core", "tests/report"]))
+    """The lowest declared versions of everything that the core and its tests need, on the lowest Python."""
+    session.install(*lowest_of("test"))
+    session.install("--no-deps", "-e", ".")
+    session.run("pytest", *(session.posargs or ["tests/core", "tests/report", "tests/compile/test_truth.py"]))
+
+
+@nox.session(python="3.12")
+def gpu(session: nox.Session) -> None:
+    """A folder of wheels for a machine with a GPU and torch alone; how it runs there is said in the script."""
+    session.run("python", "tests/gpu/elsewhere.py", "pack", *(session.posargs or ["build/wheels"]))
