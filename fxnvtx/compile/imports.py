@@ -9,7 +9,7 @@ import threading
 import types
 from collections.abc import Callable, Sequence
 
-__all__ = ["when_imported"]
+__all__ = ["no_longer_when_imported", "when_imported"]
 
 Then = Callable[[types.ModuleType], None]
 _lock = threading.Lock()
@@ -25,6 +25,16 @@ def when_imported(name: str, then: Then) -> None:
                 sys.meta_path.insert(0, _finder)
             return
     then(module)
+
+
+def no_longer_when_imported(name: str, then: Then) -> None:
+    """Take `when_imported(name, then)` back, where the module has not been imported yet."""
+    with _lock:
+        waiting = _finder.waiting.get(name, [])
+        if then in waiting:
+            waiting.remove(then)
+            if not waiting:
+                _finder.leave(name)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -60,10 +70,14 @@ class _Finder(importlib.abc.MetaPathFinder):
 
     def _done(self, name: str) -> list[Then]:
         with _lock:
-            found = self.waiting.pop(name, [])
-            if not self.waiting and self in sys.meta_path:
-                sys.meta_path.remove(self)
-            return found
+            return self.leave(name)
+
+    def leave(self, name: str) -> list[Then]:
+        """Wait for this module no longer; returns what was to be done. Called with the lock held."""
+        found = self.waiting.pop(name, [])
+        if not self.waiting and self in sys.meta_path:
+            sys.meta_path.remove(self)
+        return found
 
 
 _finder = _Finder()

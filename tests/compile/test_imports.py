@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from fxnvtx.compile import imports
-from fxnvtx.compile.imports import when_imported
+from fxnvtx.compile.imports import no_longer_when_imported, when_imported
 
 
 @pytest.fixture
@@ -57,3 +57,23 @@ def test_a_module_that_fails_may_be_imported_again(write):
     write("fails_first", "value = 3  # another size, so that no cached bytecode is taken")
     importlib.import_module("fails_first")
     assert seen == [3]
+
+
+def test_what_is_taken_back_is_not_done_and_leaves_no_finder(write):
+    write("taken_back", "value = 4")
+    seen = []
+    acts = [lambda module: seen.append(module.value), lambda module: seen.append(-module.value)]
+    before = list(sys.meta_path)
+    for act in acts:
+        when_imported("taken_back", act)
+    no_longer_when_imported("taken_back", acts[0])
+    no_longer_when_imported("taken_back", acts[0])  # once is enough, twice does no harm
+    importlib.import_module("taken_back")
+    assert seen == [-4]
+    write("taken_back_whole", "value = 5")
+    when_imported("taken_back_whole", acts[0])
+    no_longer_when_imported("taken_back_whole", acts[0])
+    assert "taken_back_whole" not in imports._finder.waiting
+    assert [f for f in sys.meta_path if f not in before] == []
+    importlib.import_module("taken_back_whole")
+    assert seen == [-4]

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
-import importlib.util
-import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
+from ...compile.imports import no_longer_when_imported, when_imported
 from ...compile.invisible import hide_module
 from ...instrument import log_once
 from .components import is_pipeline
@@ -25,48 +22,14 @@ _BUILDERS = {
 }
 
 
-class _Finder(importlib.abc.MetaPathFinder):
-    """Sees the module of a builder being imported and lets `done` know afterwards."""
-
-    def __init__(self, done: Callable[[str], None]) -> None:
-        self.done = done
-        self.looking = False
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if fullname not in _BUILDERS or self.looking:
-            return None
-        self.looking = True
-        try:
-            spec = importlib.util.find_spec(fullname)
-        finally:
-            self.looking = False
-        if spec is not None and spec.loader is not None:
-            _after_exec(spec.loader, lambda: self.done(fullname))
-        return spec
-
-
-def _after_exec(loader: Any, then: Callable[[], None]) -> None:
-    execute = loader.exec_module
-
-    def exec_module(module: types.ModuleType) -> None:
-        del loader.exec_module
-        execute(module)
-        then()
-
-    loader.exec_module = exec_module
-
-
 class _Watch:
     def __init__(self, options: Options) -> None:
         self.options = options
         self.held: list[Held] = []
-        self.finder = _Finder(self.arm)
 
-    def arm(self, module: str) -> None:
-        kind, method = _BUILDERS[module]
-        owner = getattr(sys.modules[module], kind, None)
+    def arm(self, module: types.ModuleType) -> None:
+        kind, method = _BUILDERS[module.__name__]
+        owner = getattr(module, kind, None)
         if isinstance(owner, type):
             held = methods.hold(owner, method, self.wrap)
             if held is not None:
@@ -101,9 +64,7 @@ def watch(options: Options) -> None:
         return
     _now = _Watch(options)
     for module in _BUILDERS:
-        if module in sys.modules:
-            _now.arm(module)
-    sys.meta_path.insert(0, _now.finder)
+        when_imported(module, _now.arm)
 
 
 def unwatch() -> None:
@@ -111,8 +72,8 @@ def unwatch() -> None:
     global _now
     if _now is None:
         return
-    if _now.finder in sys.meta_path:
-        sys.meta_path.remove(_now.finder)
+    for module in _BUILDERS:
+        no_longer_when_imported(module, _now.arm)
     for held in _now.held:
         methods.release(held)
     _now = None
