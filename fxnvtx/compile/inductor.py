@@ -245,12 +245,14 @@ def _lines() -> tuple[type, type, type]:
     from torch._inductor.codegen.wrapper import WrapperLine
 
     class BeginLine(WrapperLine):
-        def __init__(self, name: str, tensors: list[str]) -> None:
+        def __init__(self, name: str, tensors: list[str], wrapper: Any) -> None:
             self.name = name
             self.tensors = tensors
+            self.wrapper = wrapper
 
         def codegen(self, code: Any) -> None:
             tensors = ", ".join(self.tensors)
+            self.wrapper.fxnvtx_level = code._indent  # torch 2.11 to 2.15
             code.writeline(f"_fxnvtx_at = {self.name}.enter({tensors}) if _fxnvtx_ranges.active else None")
             code.writeline("try:")
             code.do_indent()
@@ -316,11 +318,12 @@ def _with_ranges(base: Any) -> Any:
         work = _work_of(self)
         arguments = f"{self.fxnvtx.key!r}, {self.fxnvtx_backward}, {rows!r}, {self.fxnvtx_shapes!r}, {below}, {work!r}"
         self.header.writeline(f"{name} = _fxnvtx_Table({arguments})")
-        self.lines.insert(0, begin_line(name, _telling(self, below)))
+        self.lines.insert(0, begin_line(name, _telling(self, below), self))
 
     def generate_return(self: Any, output_refs: list[str]) -> None:
         base.generate_return(self, output_refs)
-        self.wrapper_call.do_unindent()
+        # Back to where `try` stands: code for several streams leaves its blocks open at the end.
+        self.wrapper_call.do_unindent(self.wrapper_call._indent - self.fxnvtx_level)
         self.wrapper_call.writeline("finally:")
         self.wrapper_call.do_indent()
         self.wrapper_call.writeline("if _fxnvtx_at is not None: _fxnvtx_at.close()")

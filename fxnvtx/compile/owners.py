@@ -8,11 +8,12 @@ Rules, in this order:
   2. A node that came from user code (`source_fn_stack`) but has no such record belongs to the compiled frame: the empty
      chain.
   3. A node that a compiler pass put in the place of others has the owners of those it replaced.
-  4. Autograd's sum of gradients of a value used several times belongs to the nearest common ancestor of its terms.
-  5. Any other node without a record belongs to the owner of the nodes that use its result (through views that have no
+  4. What puts a result into an input, after functionalisation, belongs to the module that wrote there.
+  5. Autograd's sum of gradients of a value used several times belongs to the nearest common ancestor of its terms.
+  6. Any other node without a record belongs to the owner of the nodes that use its result (through views that have no
      record either), if they agree; else to the owner of its inputs, if they agree; else its owner is unknown: the label
      says so and why, inside the nearest module around all of them.
-  6. Views and constants launch nothing of their own: they count only in a kernel made of nothing else.
+  7. Views and constants launch nothing of their own: they count only in a kernel made of nothing else.
 """
 
 from __future__ import annotations
@@ -102,8 +103,7 @@ def is_folded(node: Node) -> bool:
     """Whether the node is a view or a constant."""
     if node.op != "call_function":
         return True
-    packet = getattr(node.target, "_opname", None) or getattr(node.target, "__name__", "")
-    return str(packet).split(".")[0] in _FOLDED
+    return _operator(node) in _FOLDED
 
 
 def stack_of(node: Node) -> Mapping[str, tuple[str, type]] | None:
@@ -114,6 +114,19 @@ def stack_of(node: Node) -> Mapping[str, tuple[str, type]] | None:
         if node.meta.get(origin):
             return {}
     return None
+
+
+def _operator(node: Node) -> str:
+    """An operator's name without its overload."""
+    target: Any = node.target
+    name = target if isinstance(target, str) else getattr(target, "_opname", None) or getattr(target, "__name__", "")
+    return str(name).split(".")[0]
+
+
+def _writes(node: Node) -> bool:
+    """Whether a node of Dynamo's graph changes a tensor in place."""
+    name = _operator(node)
+    return name == "setitem" or (name.endswith("_") and not name.endswith("__"))
 
 
 class Before:
@@ -156,12 +169,28 @@ def _replaced(node: Node) -> str | None:
     return getattr(sources[-1], "name", None) if sources else None
 
 
+def _sources(node: Node) -> Iterator[str]:
+    """The names of all nodes that this one was made of or took the place of, in this graph and in those before it."""
+    todo = list(node.meta.get("from_node") or ())
+    while todo:
+        source = todo.pop()
+        yield getattr(source, "name", "")
+        todo.extend(getattr(source, "from_node", None) or ())
+
+
 class Owners:
     """Looks up chains of nodes. `step(key, path)` turns one entry of a module stack into a Step, or None to skip it."""
 
     def __init__(self, step: Callable[[str, str], Step | None]) -> None:
         self._step = step
         self._chains: dict[Node, tuple[Chain, ...]] = {}
+        self._writers: dict[str, Chain] = {}  # nodes of Dynamo's graph, by name
+
+    def read(self, node: Node) -> None:
+        """Remember a node of Dynamo's graph that changes a tensor: AOTAutograd makes others of it, without a record."""
+        chain = self._recorded(node) if _writes(node) else None
+        if chain is not None:
+            self._writers[node.name] = chain
 
     def chains(self, node: Node, before: Before | None = None) -> tuple[Chain, ...]:
         """The node's owners: one, several where a pass merged nodes of several, none where unknown."""
@@ -189,6 +218,10 @@ class Owners:
             chains = dict.fromkeys(c for c in map(self._recorded, gone) if c is not None)
             if chains:
                 return tuple(chains)
+        if _operator(node) == "copy_" and isinstance(node.args[1], Node):
+            writers = [self._writers[name] for name in _sources(node.args[1]) if name in self._writers]
+            if writers:
+                return (common(writers),)
         inputs = self._of(node.all_input_nodes)
         if node.meta.get("is_gradient_acc") and inputs:
             return (inputs[-1] if len({_paths(c) for c in inputs}) == 1 else common(inputs),)

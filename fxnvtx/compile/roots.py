@@ -217,6 +217,7 @@ def read_graph(graph_module: GraphModule, frame: Frame, tensors: list[Any]) -> t
     for node in _all_nodes(graph_module):
         if node.op not in ("placeholder", "output", "get_attr"):
             book.read(node)
+            owners.read(node)
     names = _parameter_names(book)
     for position, tensor in enumerate(tensors):
         for index, found in enumerate(names):

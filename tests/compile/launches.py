@@ -31,6 +31,9 @@ class Launch:
     storages: frozenset[int] = frozenset()  # addresses of the memory that was handed over
 
 
+IN_PLACE = ("zero_", "fill_", "copy_")  # what generated code launches by a tensor's own methods
+
+
 class KernelError(Exception):
     """Raised in the place of a kernel."""
 
@@ -105,6 +108,16 @@ def witness(fail_at: int | None = None) -> Iterator[list[Launch]]:
 
         kind.__call__ = call
         undo.append(lambda k=kind, o=original: setattr(k, "__call__", o))
+    for name in IN_PLACE:
+        method = getattr(torch.Tensor, name)
+
+        def on_tensor(self: Any, *args: Any, __name: str = name, __method: Any = method, **kwargs: Any) -> Any:
+            if "extern_kernels" not in sys._getframe(1).f_globals:
+                return __method(self, *args, **kwargs)
+            return timing(f"Tensor.{__name}", __method)(self, *args, **kwargs)
+
+        setattr(torch.Tensor, name, on_tensor)
+        undo.append(lambda n=name: delattr(torch.Tensor, n))
     for module in generated_modules():
         for name, kernel in kernels_of(module).items():
             runs = hasattr(kernel, "run")

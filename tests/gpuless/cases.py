@@ -10,6 +10,7 @@ from .check import Case
 from .models import (
     Branching,
     Combo,
+    Copied,
     Cut,
     Deep,
     Dit,
@@ -17,6 +18,8 @@ from .models import (
     Kinds,
     Nested,
     Reductions,
+    Scan,
+    Streams,
     Vae,
     Wide,
     user_kernel,
@@ -58,6 +61,12 @@ GROUPS: dict[str, dict[str, Case]] = {
         "user": Case(user_kernel, _cut, expected=("net.before", "net.doubling", "net.after")),
         "reductions": Case(Reductions, _reduced, expected=("fused(norm, soft, self)", "net.lin")),
         "cooperative": Case(Reductions, _reduced, patches=_COOPERATIVE, expected=("fused(norm, soft)", "net.lin")),
+        "multi-kernel": Case(Reductions, _reduced, patches={"triton.multi_kernel": 1}, expected=("net.lin",)),
+        "zeroed": Case(Scan, _inputs((5, 8), (1, 100_000)), {"zero_": "scan"}, expected=("net.scan",)),
+        "copied": Case(
+            Copied, _inputs((5, 8), (5, 11)), {"Tensor.copy_": "[ob]*"}, expected=("net.out", "net.back", "net.kept")
+        ),
+        "streams": Case(Streams, _cut, expected=("net.aside", "fused(aside, gate)")),
         "partitions": Case(Cut, _cut, {"flip": "cut"}, patches={"graph_partition": True}, expected=("net.cut",)),
         "synchronised": Case(
             Dit, _dit, _BY_NAME, patches={"triton.debug_sync_kernel": True, "triton.debug_sync_graph": True}

@@ -181,7 +181,7 @@ class _Owners:
 
 
 def _is_generated(launch: Launch) -> bool:
-    return launch.name.startswith(("triton", "cpp")) or "_fused_" in launch.name
+    return launch.name.startswith(("triton", "cpp", "multi_kernel")) or "_fused_" in launch.name
 
 
 def _named(around: list[str]) -> set[str]:

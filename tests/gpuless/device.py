@@ -102,6 +102,9 @@ def _install_cuda() -> None:
         if hasattr(interface, name):
             setattr(interface, name, staticmethod(answer))
     interface.is_available = staticmethod(lambda: True)
+    objects = getattr(torch._dynamo, "graph_bytecode_inputs", None)
+    if objects is not None:  # torch 2.12 to 2.15: streams of the model's own, by number
+        objects.get_external_object_by_index = Stream
     interface.get_raw_stream = staticmethod(lambda *a: 0)
     interface.Worker.get_device_properties = staticmethod(lambda *a: HOPPER)
     interface.Worker.current_device = staticmethod(lambda: 0)
@@ -168,21 +171,63 @@ def _onto_device(value: Any) -> Any:
     return pytree.tree_map(one, value)
 
 
+_COPIES = {"fxnvtx_gpuless.to_host": torch.device("cpu"), "fxnvtx_gpuless.to_device": CUDA}
+
+
 def _move(graph_module: torch.fx.GraphModule) -> None:
-    """All that Inductor will look at."""
+    """All that Inductor will look at. What stands for a copy to another device becomes one."""
 
     def other(argument: Any) -> Any:
         return CUDA if isinstance(argument, torch.device) and argument.type == "cpu" else argument
 
     for module in graph_module.modules():
         if isinstance(module, torch.fx.GraphModule):
-            for node in module.graph.nodes:
+            for node in list(module.graph.nodes):
+                if _is_constant(node):
+                    _sent(module.graph, node)
+                    continue
                 for key in ("val", "example_value", "eager_input_vals"):
                     if key in node.meta:
                         _onto_device(node.meta[key])
                 node.args = torch.fx.node.map_aggregate(node.args, other)
                 node.kwargs = torch.fx.node.map_aggregate(node.kwargs, other)
+                target = _COPIES.get(str(node.target).removesuffix(".default"))
+                if target is not None:
+                    node.target = torch.ops.prims.device_put.default
+                    node.args = (node.args[0], target)
+                    node.meta["val"].fake_device = target
             module.recompile()
+
+
+def _is_constant(node: torch.fx.Node) -> bool:
+    """A tensor made from numbers: the real one is on the host."""
+    source = node.all_input_nodes[:1]
+    return node.target is torch.ops.aten.lift_fresh_copy.default and source[0].op == "get_attr"
+
+
+def _sent(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
+    """To the device, as torch.tensor(numbers, device="cuda") does it."""
+    with graph.inserting_after(node):
+        copy = graph.call_function(torch.ops.prims.device_put.default, (node, CUDA))
+    copy.meta = dict(node.meta)
+    copy.meta["val"] = _onto_device(node.meta["val"].clone())
+    node.replace_all_uses_with(copy, delete_user_cb=lambda user: user is not copy)
+
+
+def _scattered(original: Callable[..., Any], into: Any, source: Any, views: Any) -> Any:
+    """Writing to a fake tensor of CUDA's asks a build without CUDA for its device guard."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    fakes = [t for t in (into, source) if isinstance(t, FakeTensor)]
+    devices = [t.fake_device for t in fakes]
+    for fake in fakes:
+        fake.fake_device = torch.device("cpu")
+    try:
+        result = original(into, source, views)
+    finally:
+        for fake, device in zip(fakes, devices, strict=True):
+            fake.fake_device = device
+    return _onto_device(result) if CUDA in devices else result
 
 
 class _LibDevice:
@@ -225,6 +270,10 @@ def install(interpreted: bool = False) -> None:
         return original(graph_module, example_inputs, *args, **kwargs)
 
     compile_fx._compile_fx_inner = inner
+    from torch._inductor.fx_passes import reinplace
+
+    passes: Any = reinplace
+    passes._inplace_generalized_scatter = functools.partial(_scattered, passes._inplace_generalized_scatter)
     if interpreted:
         from torch._inductor.runtime import triton_helpers
 

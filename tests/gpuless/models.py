@@ -19,6 +19,18 @@ flip.register_fake(torch.empty_like)
 flip.register_autograd(lambda ctx, gradient: -gradient)
 
 
+def _moving(name: str) -> Any:
+    """Stands for a tensor's way to another device; device.py makes the real operation of it."""
+    operator = torch.library.custom_op(
+        f"fxnvtx_gpuless::{name}", torch.clone, mutates_args=(), schema="(Tensor x) -> Tensor"
+    )
+    operator.register_fake(torch.empty_like)
+    return operator
+
+
+to_host, to_device = _moving("to_host"), _moving("to_device")
+
+
 class Call(nn.Module):
     """A module that does one thing."""
 
@@ -225,6 +237,54 @@ class Cut(nn.Module):
 
     def forward(self, x: torch.Tensor) -> Any:
         return self.after(self.cut(self.before(x).relu())).relu()
+
+
+class Scan(nn.Module):
+    """A sum along one long line, which several blocks of threads do together: they meet in a workspace of zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.scan, self.after = nn.Linear(8, 11), Call(lambda x: x.cumsum(-1)), nn.Linear(8, 13)
+
+    def forward(self, x: torch.Tensor, line: torch.Tensor) -> Any:
+        return self.before(x), self.scan(line), self.after(x)
+
+
+class Copied(nn.Module):
+    """To the host and back, and an input that is written to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after = nn.Linear(8, 11), nn.Linear(11, 13)
+        self.out, self.back = Call(to_host), Call(to_device)
+        self.kept = Call(lambda into, x: into.copy_(x))
+
+    def forward(self, x: torch.Tensor, into: torch.Tensor) -> Any:
+        x = self.before(x)
+        self.kept(into, x)
+        return self.after(self.back(self.out(x)))
+
+
+class Streams(nn.Module):
+    """A part that runs on a stream of its own, as torch.cuda.stream() in a forward leaves it to Inductor."""
+
+    STREAM = 5  # the number that Dynamo would have given it
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.act, self.aside, self.gate, self.after = (
+            nn.Linear(8, 11),
+            nn.Tanh(),
+            nn.Linear(11, 14),
+            nn.Sigmoid(),
+            nn.Linear(11, 17),
+        )
+
+    def forward(self, x: torch.Tensor) -> Any:
+        x = self.act(self.before(x))
+        with torch.fx.traceback.annotate({"stream": self.STREAM}):
+            aside = self.gate(self.aside(x))
+        return self.after(x), aside
 
 
 class Wide(nn.Module):

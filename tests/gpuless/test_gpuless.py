@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
 ]
 ROOT = Path(__file__).resolve().parents[2]
-CASES = {"layers": 4, "launches": 12, "interpreted": 7, "templates": 3, "work": 5}
+CASES = {"layers": 4, "launches": 16, "interpreted": 7, "templates": 3, "work": 5}
 
 
 @pytest.mark.parametrize("group", CASES)
