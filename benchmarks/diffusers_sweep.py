@@ -4,8 +4,8 @@
 
 The models are those of tests/support/diffusers_zoo.py and, where FXNVTX_FOREIGN is set, of foreign_zoo.py. One process
 per model, one line of JSON each, problems in it. `--gpuless`: Inductor's code for a GPU that is not there, kernels as
-stand-ins; else the CPU's. `--product`: a folder that holds another fxnvtx to measure. `--launches`: each launch too. `--no-plain`: compare with no plain
-compilation.
+stand-ins; else the CPU's. `--product`: a folder that holds another fxnvtx to measure. `--launches`: each launch too.
+`--no-plain`: do not compare with a plain compilation.
 
 one: launches whose innermost range is one module's, the root included; below: those in a range of something below the
 root; heavy: matrix products, convolutions and attention that are library calls, by kind, and how many of them lie in
@@ -84,7 +84,7 @@ def one(name: str, gpuless: bool, listed: bool, plain: bool) -> dict[str, Any]:
         around = [r.label for r in enclosing(recording, launch)]
         kind = heavy(launch.name)
         single = bool(around) and around[-1] in paths
-        odd = not around or around[0] != "net" or "unknown" in around[-1] or "?" in around[-1]
+        odd = not around or around[0] != "net" or re.search(r"unknown|\?|one of several", around[-1]) is not None
         counts.update({"launches": 1, "one": single, "below": len(around) > 1, "odd": odd})
         if kind is not None:
             counts.update({kind: 1, f"{kind} one": single})

@@ -64,7 +64,7 @@ class Backend:
             warn_once("graph", f"a compiled region is not shown, reading its graph failed: {error!r}")
             return self._compile_unseen(graph_module, inputs, mode, options, kwargs)
         remember(region)
-        about = note(CompiledRegion(region.title, self._inner_name(), "kernels", owners=region.paths))
+        about = note(CompiledRegion(region.title, self._inner_name(), "kernels", owners=region.paths, note=region.note))
         if self.inner != "inductor":
             return self._compile_other(graph_module, inputs, _given(mode, options, kwargs), region, owners, about)
         if mode and options:

@@ -16,7 +16,8 @@ class CompiledRegion:
     """`path`: "kernels" (ranges around kernel launches), "pieces" (one compiled piece per module), "nodes" (range nodes
     in the graph that runs), "region" (one range around the whole) or "none" (another backend compiled it). `reason`:
     why not "kernels", empty otherwise. `owners`: paths of the modules in the region, relative to `name`; `launches`:
-    launch sites in the generated code, 0 where it came from a cache; `unknown`: those whose owner is not known."""
+    launch sites in the generated code, 0 where it came from a cache; `unknown`: those whose owner is not known; `note`:
+    where else than in a range of its own it is shown, and why."""
 
     name: str
     backend: str
@@ -25,6 +26,7 @@ class CompiledRegion:
     owners: list[str] = field(default_factory=list)
     launches: int = 0
     unknown: int = 0
+    note: str = ""
 
     def __str__(self) -> str:
         shown = ", ".join(self.owners[:SHOWN]) + (", ..." if len(self.owners) > SHOWN else "")
@@ -35,7 +37,7 @@ class CompiledRegion:
             text += f", {self.launches} launch sites"
         if self.unknown:
             text += f", {self.unknown} of them cannot be attributed"
-        return f"{text}; {self.reason}" if self.reason else text
+        return "; ".join(filter(None, (text, self.reason, self.note)))
 
 
 _regions: deque[CompiledRegion] = deque(maxlen=1000)

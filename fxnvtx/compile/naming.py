@@ -21,7 +21,6 @@ from .user_ranges import OWN
 __all__ = ["Binding", "Names", "at", "family", "named_tensors"]
 
 SHOWN_OWNERS = 4
-UNKNOWN = "?"
 _default = Selection()
 Chain = tuple[tuple[int, str, str, str], ...]
 Levels = tuple[tuple[Any, Label], ...]
@@ -74,7 +73,7 @@ class Binding:
     def _own_text(self) -> str | None:
         """Label of the anchor itself; None where it was left out by instrument()'s options."""
         if self.module is None:
-            return f"{self.kind.__name__}({UNKNOWN})"
+            return f"{self.kind.__name__} (one of several)"
         if self.control is None:
             return self.kind.__name__
         found = self.entry(self.module)

@@ -11,8 +11,8 @@ from .. import ranges as _ranges
 from ..ranges import pop, push
 from .invisible import hide_module
 from .notices import warn_once
-from .region import Call, Region
-from .runtime import BACKWARD, Table, current
+from .region import BACKWARD, Call, Region
+from .runtime import Table, current
 
 __all__ = ["ranged", "watched"]
 

@@ -10,14 +10,16 @@ from typing import Any
 
 from torch import nn
 
+from ..categories import MODULE
 from ..control import Control, controls
 from ..ranges import label, local, push
 from .invisible import hide_module
 from .naming import Binding, Names, at, named_tensors
 
-__all__ = ["Anchor", "Call", "Region", "families"]
+__all__ = ["BACKWARD", "Anchor", "Call", "Region", "families"]
 
 
+BACKWARD = label("backward")
 # per anchor: (tensor, the names it may have below the anchor)
 Pairs = list[list[tuple[Any, tuple[str, ...]]]]
 
@@ -51,9 +53,16 @@ class Region:
         """What to call the region where no label is at hand yet."""
         return self.function or (self.anchors[0].kind.__name__ if self.anchors else "region")
 
+    @property
+    def note(self) -> str:
+        """Where the region is shown, if not in the range of the module whose code it is."""
+        return "" if self.framed else "no module's own code: shown in the range of the module that runs it, if one does"
+
     def call(self, args: Sequence[Any]) -> Call:
         """Whose call this is."""
-        signature = tuple(id(args[k]) for a in self.anchors for k in a.parameters)
+        signature: tuple[Any, ...] = tuple(id(args[k]) for a in self.anchors for k in a.parameters)
+        if not self.framed:
+            signature = (module_around(), *signature)
         known = self._known(signature)
         if known is not None:
             return known
@@ -62,7 +71,9 @@ class Region:
 
     def call_of(self, tensors: Sequence[Any]) -> Call:
         """The same, from tensors that are parameters of the region in unknown order (a backward graph has those)."""
-        signature = ("tensors", *map(id, tensors))
+        signature: tuple[Any, ...] = ("tensors", *map(id, tensors))
+        if not self.framed:
+            signature = (module_around(), *signature)
         known = self._known(signature)
         if known is not None:
             return known
@@ -120,6 +131,14 @@ def remember(region: Region) -> None:
 def open_labels() -> tuple[str, ...]:
     """The ranges open on this thread, outermost first."""
     return tuple([entry[0].text for entry in local.stack])
+
+
+def module_around() -> str | None:
+    """The innermost module whose range is open on this thread. What no module's own code does is shown there."""
+    for entry in reversed(local.stack):
+        if entry[0].category == MODULE and entry[0] is not BACKWARD:
+            return entry[0].text
+    return None
 
 
 def bind(anchor: Anchor, tensors: list[tuple[Any, tuple[str, ...]]]) -> tuple[Binding, bool]:
@@ -256,7 +275,9 @@ class Call:
         self.region = region
         self.key = region.key
         self.bindings = bindings
-        self.base = bindings[0].text if region.framed and bindings else region.function
+        around = None if region.framed else module_around()
+        self.base = bindings[0].text if region.framed and bindings else around or region.function
+        self.category = "op" if around is None and not region.framed else MODULE
         self.control = next((b.control for b in bindings if b.control is not None), None)
         self._entries = [None if b.control is None else b.control.entries for b in bindings]
         self.alive: list[weakref.ref[Any]] = []  # the tensors that the bindings were found by
@@ -294,7 +315,7 @@ class Call:
         """Open the region's own range, unless it is open."""
         if self.base is None or self.is_open():
             return []
-        made = label(self.base, "module" if self.region.framed else "op")
+        made = label(self.base, self.category)
         return [push(made, None, self.control)]
 
 

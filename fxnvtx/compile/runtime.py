@@ -33,7 +33,7 @@ from ..ranges import (
 )
 from .invisible import hide_module
 from .notices import warn_once
-from .region import Call, families
+from .region import BACKWARD, Call, families
 from .shared import moved_row, moves_of
 from .tell import tell_work
 
@@ -57,7 +57,6 @@ def captured() -> bool:
 
 
 current = _Current()
-BACKWARD = label("backward")
 Levels = tuple[tuple[Any, Label], ...]
 
 

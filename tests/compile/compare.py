@@ -96,7 +96,7 @@ def _check_ranges(found: Comparison, model: torch.nn.Module, launches: list[Any]
             found.problems.append(f"{launch.name} is outside")
         elif len(around) == 1:
             found.root_only += 1
-        elif "unknown" in around[-1].label or "?" in around[-1].label:
+        elif "unknown" in around[-1].label or "one of several" in around[-1].label:
             found.unknown += 1
         elif around[-1].label in paths:
             found.concrete += 1

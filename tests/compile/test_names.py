@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 import fxnvtx
+from fxnvtx.compile.explain import regions
 
 from .generated import counted
+from .launches import innermost, witness
 from .models import Mlp, Same, Unique
 
 pytestmark = pytest.mark.slow
@@ -97,7 +99,7 @@ def test_what_cannot_be_known_is_said():
     compiled(model.blocks[0], torch.randn(4))
     with fxnvtx.record() as recording:
         compiled(model.blocks[1], torch.randn(4))
-    assert _labels(recording) == ["Bare(?)"]
+    assert _labels(recording) == ["Bare (one of several)"]
 
 
 def test_tied_weights_in_two_blocks():
@@ -199,3 +201,58 @@ def test_static_input_shapes_are_the_payload():
         with fxnvtx.record() as recording:
             dynamic(model.inputs(6))
     assert {r.label: r.payload for r in recording.ranges}["net.blocks.0.mid"] is None  # not fixed: nothing is claimed
+
+
+def _halved(x):
+    y = x / 2
+    torch._dynamo.graph_break()
+    return y.sin() + 1
+
+
+class Helped(torch.nn.Module):
+    """Work in functions and methods that are no forward, and that Dynamo compiles apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin = torch.nn.Linear(4, 4)
+
+    def _call(self, x):
+        y = self.lin(x).relu()
+        torch._dynamo.graph_break()
+        return y.cos()
+
+    def forward(self, x):
+        return _halved(self._call(x)) * 3
+
+
+def test_functions_of_no_module_are_shown_in_the_nearest_module():
+    model = fxnvtx.instrument(torch.nn.Sequential(Helped(), torch.nn.Linear(4, 4)), "net")
+    compiled = torch.compile(model, backend="fxnvtx")
+    x = torch.randn(2, 4)
+    with torch.no_grad():
+        compiled(x)
+        with witness() as launches, fxnvtx.record() as recording:
+            compiled(x)
+    assert sorted(set(_labels(recording))) == ["net", "net.0", "net.0.lin", "net.1"]
+    assert len([n for n in launches if innermost(recording, n) == "net.0"]) == 4  # _call, _halved twice, forward
+    assert all(innermost(recording, n) for n in launches)
+    told = [str(r) for r in regions() if r.name in ("_call()", "_halved()")]
+    assert len(told) >= 3
+    assert all("shown in the range of the module that runs it" in text for text in told)
+    loose = torch.compile(_halved, backend="fxnvtx")
+    loose(x)
+    with fxnvtx.record() as recording:
+        loose(x)
+    assert [r.label for r in recording.ranges] == ["_halved()", "_halved()"]
+
+
+def test_a_function_s_backward_lies_in_the_module_that_ran_it():
+    model = fxnvtx.instrument(Helped(), "net")
+    compiled = torch.compile(model, backend="fxnvtx")
+    x = torch.randn(2, 4)
+    compiled(x).sum().backward()
+    with fxnvtx.record() as recording:
+        compiled(x).sum().backward()
+    assert recording.balanced
+    assert not [n for n in recording.tree() if n.label not in ("net", "backward")]
+    assert {c.label for n in recording.tree() if n.label == "backward" for c in n.children} == {"net"}

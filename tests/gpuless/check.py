@@ -116,7 +116,7 @@ def judged(case: Case, model: nn.Module, launches: list[Launch], recording: Reco
         labels.append(around[-1] if around else "")
         found += owners.judge(case, launch, around, owners.fed(launch, launches[index + 1 :]))
     found += [f"{r.label} is empty" for r in empty_ranges(recording, launches)]
-    found += [f"{r.label}" for r in recording.ranges if "unknown" in r.label or "?" in r.label]
+    found += [f"{r.label}" for r in recording.ranges if "unknown" in r.label or "one of several" in r.label]
     found += [] if recording.balanced else ["not balanced"]
     found += [f"nothing is labelled {text}: {labels}" for text in case.expected if text not in labels]
     found += [] if launches else ["nothing was launched"]
