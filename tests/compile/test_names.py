@@ -234,7 +234,9 @@ def test_functions_of_no_module_are_shown_in_the_nearest_module():
         with witness() as launches, fxnvtx.record() as recording:
             compiled(x)
     assert sorted(set(_labels(recording))) == ["net", "net.0", "net.0.lin", "net.1"]
-    assert len([n for n in launches if innermost(recording, n) == "net.0"]) == 5  # twice _call and _halved, once forward
+    assert (
+        len([n for n in launches if innermost(recording, n) == "net.0"]) == 5
+    )  # twice _call and _halved, once forward
     assert all(innermost(recording, n) for n in launches)
     told = [str(r) for r in regions() if r.name in ("_call()", "_halved()")]
     assert len(told) >= 3
