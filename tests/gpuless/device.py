@@ -103,8 +103,11 @@ def _install_cuda() -> None:
             setattr(interface, name, staticmethod(answer))
     interface.is_available = staticmethod(lambda: True)
     objects = getattr(torch._dynamo, "graph_bytecode_inputs", None)
+    streams: Any = getattr(torch._dynamo.variables, "streams", None)
     if objects is not None:  # torch 2.12 to 2.15: streams of the model's own, by number
         objects.get_external_object_by_index = Stream
+    if hasattr(streams, "_get_stream_by_index"):  # torch 2.14 and 2.15
+        streams._get_stream_by_index = Stream
     interface.get_raw_stream = staticmethod(lambda *a: 0)
     interface.Worker.get_device_properties = staticmethod(lambda *a: HOPPER)
     interface.Worker.current_device = staticmethod(lambda: 0)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +123,10 @@ def compiled(name: str) -> tuple[dict[str, Any], list[str]]:
             labels = [made.label for made in second.ranges if made.category == "module"]
         else:
             call(**arguments)
+    breaks: Counter[str] = Counter()
+    for reason, times in counters["breaks"].items():
+        breaks[re.sub(r"0x[0-9a-f]+", "", reason)] += times  # addresses of functions
+    counters["breaks"] = breaks
     code = [stripped(source) for source in wrapper_sources()]
     return {"counters": counters, "kernels": kernel_hashes(), "code": code}, labels
 
