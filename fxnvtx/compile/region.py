@@ -137,7 +137,8 @@ def module_around() -> str | None:
     """The innermost module whose range is open on this thread. What no module's own code does is shown there."""
     for entry in reversed(local.stack):
         if entry[0].category == MODULE and entry[0] is not BACKWARD:
-            return entry[0].text
+            text: str = entry[0].text
+            return text
     return None
 
 
