@@ -32,6 +32,7 @@ def findings() -> Iterator[Finding]:
     yield from _cuda()
     yield _diffusers()
     yield from _sglang()
+    yield from _other_stacks()
 
 
 def _version(package: str) -> str:
@@ -91,7 +92,12 @@ def _nsys() -> Iterator[Finding]:
         yield Finding("nsys", "note", "not on the PATH", "captures need it; everything else works without")
         return
     try:
-        yield Finding("nsys", "ok", nsys_version(nsys))
+        yield Finding(
+            "nsys",
+            "ok",
+            nsys_version(nsys),
+            "it may lose the last ranges of a process that ends by a signal or os._exit; fxnvtx's recordings do not",
+        )
     except ToolError as error:
         yield Finding("nsys", "bad", str(error), "reinstall Nsight Systems, or use --no-nsys")
 
@@ -126,6 +132,28 @@ def _sglang() -> Iterator[Finding]:
         yield Finding("SGLang", "note", "; ".join(missing), f"SGLang {_version('sglang')} shows no ranges for that")
     else:
         yield Finding("SGLang", "ok", f"{_version('sglang')}; its --enable-layerwise-nvtx-marker gives fxnvtx's ranges")
+
+
+# docs/launcher.md says what was tried of each
+_STACKS = {
+    "vllm_omni": "vllm-omni",
+    "xfuser": "xfuser",
+    "fastvideo": "fastvideo",
+    "cache_dit": "cache-dit",
+}
+
+
+def _other_stacks() -> Iterator[Finding]:
+    for module, package in _STACKS.items():
+        if importlib.util.find_spec(module) is not None:
+            yield Finding(package, "ok", f"{_version(package)}; put `fxnvtx run` before its command")
+    if importlib.util.find_spec("lightx2v") is not None:
+        yield Finding(
+            "lightx2v",
+            "note",
+            "its transformers are functions over weights and no modules: their blocks and layers have no ranges",
+            "modules show (text encoders, most VAEs), and your own fxnvtx.range()",
+        )
 
 
 @click.command("doctor")

@@ -12,7 +12,7 @@ import click
 
 from .errors import ConfigError
 from .processes import Launched, command_line
-from .window import read_steps
+from .steps import Numbers
 
 __all__ = ["run_command"]
 
@@ -23,8 +23,11 @@ __all__ = ["run_command"]
 @click.option("--depth", type=click.IntRange(0), help="Levels of modules below each model. Default: all.")
 @click.option("--path", type=click.Choice(["auto", "hooks"]), default="auto", show_default=True)
 @click.option("--stages-only", is_flag=True, help="Requests, stages, loops and steps of pipelines, without layers.")
+@click.option("--infer-steps", is_flag=True, help="Take a loop's calls of one model for steps, said to be inferred.")
 @click.option("--warmup", type=click.IntRange(0), default=0, help="Leave out so many outermost ranges of each process.")
-@click.option("--steps", metavar="A-B", help="Show these steps of each request only, or these calls of a model.")
+@click.option(
+    "--steps", metavar="NUMBERS", help="Of each request (or model) only these steps (calls), from 0: 5, or 3-5."
+)
 @click.option("--nsys", is_flag=True, help="Run under Nsight Systems; needs -o, where capture.nsys-rep will lie.")
 @click.option("--capture-range", metavar="LABEL", help="With --nsys: capture one range of this label, and no more.")
 @click.option(
@@ -38,6 +41,7 @@ def run_command(
     depth: int | None,
     path: str,
     stages_only: bool,
+    infer_steps: bool,
     warmup: int,
     steps: str | None,
     nsys: bool,
@@ -55,7 +59,7 @@ def run_command(
 
     command = command_line(program, arguments, as_module)
     if steps is not None:
-        read_steps(steps)
+        Numbers.read(steps)
     if (nsys or capture_range) and output is None:
         raise ConfigError("--nsys needs -o FOLDER for the capture")
     if capture_range and not nsys:
@@ -64,16 +68,20 @@ def run_command(
         "depth": depth,
         "path": path,
         "stages-only": stages_only or None,
+        "infer-steps": infer_steps or None,
         "warmup": warmup or None,
         "steps": steps,
     }
     if output is not None:
         writable_folder(output)
     launched = Launched(output, {k: str(v) for k, v in options.items() if v is not None})
+    if stages_only and infer_steps:
+        raise ConfigError("--infer-steps reads the calls of models, which --stages-only leaves out")
     if nsys:
         from .nsys import around
 
         command = around(command, launched.output / "capture", capture_range)
+        launched.captures_all = capture_range is None
     code = launched.run(command)
     launched.tell(rows)
     launched.leave(code)

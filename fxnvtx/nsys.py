@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import sqlite3
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import ToolError
 
-__all__ = ["capture", "find_nsys", "nsys_version"]
+__all__ = ["around", "capture", "find_nsys", "nsys_version", "ranges_kept"]
 
 
 def find_nsys() -> str | None:
@@ -76,3 +78,16 @@ def around(command: Sequence[str], target: Path, capture_range: str | None = Non
     if capture_range is not None:
         options += ["--capture-range=nvtx", f"--nvtx-capture={capture_range}@fxnvtx", "--capture-range-end=stop"]
     return [nsys, "profile", *options, "-o", str(target), *command]
+
+
+def ranges_kept(exported: Path) -> dict[int, int]:
+    """How many of fxnvtx's ranges an exported capture holds, by process; empty where it cannot be read."""
+    try:
+        with contextlib.closing(sqlite3.connect(f"{exported.resolve().as_uri()}?mode=ro", uri=True)) as file:
+            rows = file.execute(
+                "SELECT (globalTid >> 24) & 0xFFFFFF, count(*) FROM NVTX_EVENTS WHERE eventType = 59 AND domainId IN "
+                "(SELECT domainId FROM NVTX_EVENTS WHERE eventType = 75 AND text = 'fxnvtx') GROUP BY 1"
+            )
+            return dict(rows.fetchall())
+    except sqlite3.Error:
+        return {}

@@ -84,6 +84,7 @@ class Launched:
         self.recordings: list[Path] = []
         self.notes: list[str] = []
         self.shown = False  # whether any process had a range
+        self.captures_all = False  # whether nsys is to have heard every range that was recorded
 
     def run(self, command: Sequence[str]) -> int:
         """Run the command to its end and gather the recordings; returns its exit code, negative for a signal."""
@@ -101,13 +102,20 @@ class Launched:
         with _passing_on(process):
             code = process.wait()
         self._gather()
+        if self.captures_all:
+            self._compare()
         return code
 
     def _clear(self) -> None:
         """Recordings that an earlier run left here would be taken for this one's."""
-        for pattern in ("recording.json", "recording.*pid*.json", "trace.json"):
-            for path in self.output.glob(pattern):
-                path.unlink(missing_ok=True)
+        try:
+            for pattern in ("recording.json", "recording.*pid*.json", "trace.json"):
+                for path in self.output.glob(pattern):
+                    path.unlink(missing_ok=True)
+        except OSError as error:
+            raise OutputError(
+                f"cannot remove {error.filename} of an earlier run: {error.strerror or error}; choose another with -o"
+            ) from error
 
     def _gather(self) -> None:
         for spool in sorted(self.spools.glob(f"*{SUFFIX}")):
@@ -134,6 +142,22 @@ class Launched:
         if self.kept and not self.recordings:
             self.recordings.append(Recording().save(self.output / "recording.json"))
         self.recordings.sort(key=lambda path: (path.name != "recording.json", path.name))
+
+    def _compare(self) -> None:
+        """Say what the capture lost. nsys sends what it has heard now and then, and the rest when a process exits:
+        one that ends by a signal or os._exit takes that along, and nothing in the process can hurry it."""
+        from .nsys import ranges_kept
+
+        kept = ranges_kept(self.output / "capture.sqlite")
+        for path in self.recordings:
+            recording = Recording.load(path)
+            made = sum(r.end_ns is not None and not r.label.endswith("(inferred)") for r in recording.ranges)
+            pid = int(recording.meta.get("pid", 0))
+            if kept and made > kept.get(pid, 0):
+                self.notes.append(
+                    f"the capture has {kept.get(pid, 0):,} of the {made:,} ranges of process {pid}, which ended before "
+                    f"nsys had sent the rest (by a signal or os._exit); {path.name} has them all"
+                )
 
     def _name(self, recording: Recording, pid: int) -> str:
         rank = recording.meta.get("rank")

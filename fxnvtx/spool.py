@@ -5,7 +5,8 @@ end: what has begun at the outermost level is on disk when it begins, what is in
 range ends. A process that dies in the middle of one leaves it open, and its reader says so.
 
 One JSON object a line: {"meta": {...}}, then {"ranges": [[number, label, category, payload, thread, level, start, end,
-leaked], ...], "ended": [[number, end, leaked], ...], "marks": [...], "classes": {label: class}, "strays": n}.
+leaked], ...], "ended": [[number, end, leaked], ...], "marks": [...], "classes": {label: class}, "strays": n}; with
+`--infer-steps` also "sites": {number: [shapes, [[call of a function, place, loops, function], ...]]}.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 from . import ranges as _ranges
 from .errors import CaptureError
+from .loops import Call, Frame, Site, Sites, inferred
 from .recording import Range, RangeMark, Recording
 from .window import Window
 
@@ -35,10 +37,11 @@ _OUTER = frozenset({"request", "stage", "loop", "step"})
 class Spool:
     """A sink of ranges.py. Holds no file open: a program may close or reuse every descriptor it finds."""
 
-    def __init__(self, folder: Path, first: bool, window: Window | None = None) -> None:
+    def __init__(self, folder: Path, first: bool, window: Window | None = None, sites: Sites | None = None) -> None:
         self.folder = folder
         self.first = first  # whether this is the program's own process and not one that it started
         self.window = window
+        self.sites = sites
         self._begin()
 
     def _begin(self) -> None:
@@ -49,6 +52,7 @@ class Spool:
         self._unfinished: list[tuple[int, _ranges.Open]] = []
         self._count = 0
         self._outer: set[int] = set()  # shown and still open: what is known is written when they end
+        self._came_from: dict[int, Site] = {}
         self._labels: set[str] = set()
         self._strays = 0
         self._rank: int | None = None
@@ -66,6 +70,10 @@ class Spool:
             return
         if entry.level == 0 or entry.label.category in _OUTER:
             self._outer.add(id(entry))
+        if self.sites is not None and entry.level == 0 and entry.label.category == "module":
+            site = self.sites.here()
+            if site is not None:
+                self._came_from[id(entry)] = site
         self._new.append(entry)
         if entry.level == 0 or len(self._new) >= _MANY:
             self.write()
@@ -101,6 +109,7 @@ class Spool:
     def _write(self) -> None:
         rows, still = [], []
         ended = []
+        sites = {}
         for number, entry in self._unfinished:
             if entry.end_ns is None:
                 still.append((number, entry))
@@ -114,6 +123,9 @@ class Spool:
             if end is None:
                 still.append((self._count, entry))
             text = entry.label.text
+            site = self._came_from.pop(id(entry), None)
+            if site is not None:
+                sites[self._count] = [site.shapes, [[f.number, f.place, f.loops, f.function] for f in site.frames]]
             if text not in self._labels:
                 self._labels.add(text)
                 named.append(entry.label)
@@ -138,6 +150,8 @@ class Spool:
         if rows or ended or marks:
             classes = _ranges.classes_of(named)
             line = {"ranges": rows, "ended": ended, "marks": marks, "classes": classes, "strays": self._strays}
+            if sites:
+                line["sites"] = sites
             self._append([*self._meta(), line])
 
     def _meta(self) -> Iterator[dict[str, Any]]:
@@ -191,6 +205,7 @@ def read_spool(path: str | os.PathLike[str]) -> Recording:
     marks: list[RangeMark] = []
     classes: dict[str, str] = {}
     meta: dict[str, Any] = {}
+    sites: dict[int, Site] = {}
     try:
         lines = Path(path).read_bytes().split(b"\n")
     except OSError as error:
@@ -208,13 +223,44 @@ def read_spool(path: str | os.PathLike[str]) -> Recording:
             for label, category, payload, thread, time in item["marks"]:
                 marks.append(RangeMark(label, category, payload, thread, time))
             classes.update(item["classes"])
+            for number, (shapes, frames) in item.get("sites", {}).items():
+                sites[int(number)] = Site(shapes, tuple(_frame(*frame) for frame in frames))
             recording.strays = item["strays"]
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise CaptureError(f"{path} is a damaged fxnvtx recording: {error!r}; record it again") from error
     if not meta and lines[:-1]:
         raise CaptureError(f"{path} is not an fxnvtx recording: run the program with `fxnvtx run` again")
-    recording.fill(nested(entries.values()), marks, {**meta, "classes": classes})
+    recording.fill(nested([*_steps(entries, sites), *entries.values()]), marks, {**meta, "classes": classes})
     return recording
+
+
+def _steps(entries: dict[int, _ranges.Open], sites: dict[int, Site]) -> Iterator[_ranges.Open]:
+    """Ranges for the loops that the outermost calls came from, around them, and so before them."""
+    if not sites:
+        return
+    calls = [
+        Call(entry.label.text, entry.thread_id, entry.start_ns, entry.end_ns, sites[number])
+        for number, entry in entries.items()
+        if number in sites and entry.end_ns is not None and not entry.leaked
+    ]
+    for entry in entries.values():
+        entry.level += 2
+    for loop in inferred(calls):
+        first, last = loop.iterations[0][0], loop.iterations[-1][-1]
+        count = len(loop.iterations)
+        yield _span(f"loop in {loop.function} (inferred)", "loop", count, 0, first, last)
+        for number, iteration in enumerate(loop.iterations):
+            yield _span(f"step_{number} (inferred)", "step", number, 1, iteration[0], iteration[-1])
+
+
+def _frame(number: int, place: int, loops: list[list[int]], function: str) -> Frame:
+    return Frame(number, place, tuple((first, last) for first, last in loops), function)
+
+
+def _span(text: str, category: str, payload: int, level: int, first: Call, last: Call) -> _ranges.Open:
+    entry = _ranges.Open(_ranges.label(text, category), payload, level, first.thread_id)
+    entry.start_ns, entry.end_ns = first.start_ns, last.end_ns
+    return entry
 
 
 def nested(entries: Iterable[_ranges.Open]) -> list[Range]:

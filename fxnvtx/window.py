@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from . import ranges as _ranges
-from .errors import ConfigError
+from .steps import Numbers
 
-__all__ = ["Window", "read_steps"]
-
-
-def read_steps(text: str) -> tuple[int, int]:
-    """ "3" or "3-5", counted from 1, both ends included; ConfigError for anything else."""
-    found = re.fullmatch(r"(\d+)(?:-(\d+))?", text.strip())
-    first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
-    if not 1 <= first <= last:
-        raise ConfigError(f"--steps takes A-B, two numbers from 1 on like 3-5, not {text!r}")
-    return first, last
+__all__ = ["Window"]
 
 
 @dataclass
 class Window:
     """Opens and closes as ranges begin and end; NVTX hears only what lies inside, and so does the recording.
 
-    warmup: so many outermost ranges of the process are left out. steps: first and last step to show, counted anew in
-    each request; where an outermost range is a model's call and no request, the calls themselves are the steps.
+    warmup: so many outermost ranges of the process are left out. steps: those to show, counted from 0 in each request;
+    where an outermost range is a model's call and no request, the calls themselves are the steps.
     """
 
     warmup: int = 0
-    steps: tuple[int, int] | None = None
+    steps: Numbers | None = None
 
     def __post_init__(self) -> None:
         self.is_open = False
@@ -44,21 +34,21 @@ class Window:
         if entry.level == 0:
             self._calls += 1
             self._steps = 0
-            number = self._calls - self.warmup
+            number = self._calls - self.warmup - 1
             if self.steps is None:
-                self._show(number > 0)
+                self._show(number >= 0)
             else:
                 itself = category not in ("request", "stage", "loop")
-                self._show(itself and self.steps[0] <= number <= self.steps[1])
+                self._show(itself and number >= 0 and number in self.steps)
         elif category == "step" and self.steps is not None and self._calls > self.warmup:
             self._steps += 1
-            self._show(self.steps[0] <= self._steps <= self.steps[1])
+            self._show(self._steps - 1 in self.steps)
         return self.is_open
 
     def closed(self, entry: _ranges.Open) -> None:
         if self.steps is None or not self.is_open:
             return
-        if entry.level == 0 or (entry.label.category == "step" and self._steps >= self.steps[1]):
+        if entry.level == 0 or (entry.label.category == "step" and self._steps not in self.steps):
             self._show(False)
 
     def _show(self, shown: bool) -> None:

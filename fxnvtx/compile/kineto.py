@@ -1,11 +1,13 @@
 """fxnvtx's ranges in the trace of torch.profiler: while a session is on, each is a user annotation.
 
-The one file that speaks to torch's profiler. Two private entry points, asked for by name and seen in torch 2.13; where
-one is missing, torch.profiler shows what it shows without fxnvtx:
+The one file that speaks to torch's profiler. Private entry points, asked for by name and seen in torch 2.13; where one
+is missing, torch.profiler shows what it shows without fxnvtx:
 
 - `torch.autograd.profiler._run_on_profiler_start` and `_run_on_profiler_stop` run at every start and stop of a session
   (torch.profiler.profile, each active window of a schedule, the autograd profiler). Wrapping them tells us without
   asking at every range, and without a listener while no session is on.
+- `torch.autograd._add_metadata_json` (what Profiler.add_metadata_json calls) notes in the trace that it has ranges of
+  ours, so that the report leaves out torch's own.
 - `torch.autograd._record_function_with_args_enter` and `_exit` are what torch.profiler.record_function stands for,
   without its dispatcher call: about 1.3 us a range and not 5.
 """
@@ -23,7 +25,9 @@ from .. import ranges as _ranges
 from ..ranges import Mark, Open
 from .invisible import hide_module
 
-__all__ = ["ProfilerListener", "follow_sessions"]
+__all__ = ["METADATA", "ProfilerListener", "follow_sessions"]
+
+METADATA = "fxnvtx"  # the key in a trace; report/trace.py reads it
 
 
 class ProfilerListener:
@@ -33,8 +37,12 @@ class ProfilerListener:
         self._enter = enter
         self._leave = leave
         self._handles: dict[int, Any] = {}  # by id() of the open range: each thread touches its own only
+        self._noted = False
 
     def opened(self, entry: Open) -> None:
+        if not self._noted:
+            self._noted = True
+            _note()
         self._handles[id(entry)] = self._enter(entry.label.text)
 
     def closed(self, entry: Open) -> None:
@@ -88,6 +96,13 @@ def _make_listener() -> ProfilerListener | None:
     enter = getattr(autograd, "_record_function_with_args_enter", None)
     leave = getattr(autograd, "_record_function_with_args_exit", None)
     return ProfilerListener(enter, leave) if callable(enter) and callable(leave) else None
+
+
+def _note() -> None:
+    """At the first range, because a session that is over takes no more of it."""
+    add = getattr(sys.modules.get("torch.autograd"), "_add_metadata_json", None)
+    if callable(add):
+        add(METADATA, '{"ranges": "user_annotation"}')  # a literal: Dynamo may watch what is called here
 
 
 def follow_sessions(profiler: ModuleType) -> None:

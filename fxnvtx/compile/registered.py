@@ -3,7 +3,7 @@
 - `backend="fxnvtx"` by name: from a source tree or a zip, whose metadata is not installed, torch would not find the
   entry point;
 - the user's own ranges in code that Dynamo traces;
-- torch.profiler shows fxnvtx's ranges, once there can be any;
+- torch.profiler shows fxnvtx's ranges, once there can be any; on ROCm so does AMD's profiler;
 - with the first slot, Dynamo must not see slots, and what other backends compile is looked at.
 
 So nothing below compile/ needs to know of it.
@@ -21,6 +21,7 @@ __all__ = ["NAME", "register"]
 NAME = "fxnvtx"
 _REGISTRY = "torch._dynamo.backends.registry"  # torch 2.0 to 2.15
 _PROFILER = "torch.autograd.profiler"
+_VERSION = "torch.version"
 _RANGES, _CONTROL = "fxnvtx.ranges", "fxnvtx.control"
 
 
@@ -29,6 +30,7 @@ def register() -> None:
     when_imported(_REGISTRY, _add)
     see_ranges(_watch_others)
     when_imported(_RANGES, lambda _: when_imported(_PROFILER, _follow_sessions))
+    when_imported(_RANGES, lambda _: when_imported(_VERSION, _listen_on_rocm))
     when_imported(_CONTROL, _with_first_slot)
 
 
@@ -49,6 +51,13 @@ def _follow_sessions(profiler: types.ModuleType) -> None:
     from .kineto import follow_sessions
 
     follow_sessions(profiler)
+
+
+def _listen_on_rocm(version: types.ModuleType) -> None:
+    if getattr(version, "hip", None) is not None:
+        from .roctx import listen_on_rocm
+
+        listen_on_rocm(version.hip)
 
 
 def _with_first_slot(control: types.ModuleType) -> None:

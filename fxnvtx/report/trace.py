@@ -19,6 +19,7 @@ from typing import Any
 
 from ..categories import PIECE as PIECE_CATEGORY
 from ..errors import CaptureError
+from .labels import fused_owners
 from .span import PIECE
 
 __all__ = ["converted", "is_gzip"]
@@ -94,7 +95,7 @@ def _fill(writer: _Writer, document: Any, path: Path) -> None:
     if isinstance(document, list):
         _events(writer, document)
     elif isinstance(document, dict) and isinstance(document.get("traceEvents"), list):
-        _events(writer, document["traceEvents"])
+        _events(writer, document["traceEvents"], "fxnvtx" in document)
     elif isinstance(document, dict) and "speedscope" in str(document.get("$schema", "")):
         _speedscope(writer, document, path)
     else:
@@ -185,8 +186,12 @@ class _Writer:
 # ------------------------------------------------------------------------------------------------ trace events
 
 
-def _events(writer: _Writer, events: list[Any]) -> None:
-    """Complete events (X), begins and ends (B, E); of Kineto's, launches and what they launched."""
+def _events(writer: _Writer, events: list[Any], annotated: bool = False) -> None:
+    """Complete events (X), begins and ends (B, E); of Kineto's, launches and what they launched.
+
+    annotated: fxnvtx's ranges are in this trace of torch.profiler (compile/kineto.py says so). Torch's own, operators
+    and compiled regions, are then left out, and it reads like any other capture of those ranges.
+    """
     ours = any(type(pid) is int and pid >= _OUR_DEVICES for pid in {_pid(event) for event in events})
     kineto = not ours and any(isinstance(event, dict) and event.get("cat") in _KINETO for event in events)
     begun: dict[tuple[Any, Any], list[tuple[int, str, str | None]]] = {}
@@ -222,9 +227,13 @@ def _events(writer: _Writer, events: list[Any]) -> None:
             continue
         if kineto and (category not in _RANGES or (category == "python_function" and not text.startswith(_MODULE))):
             continue
+        if kineto and annotated and category != "user_annotation":
+            continue
         only = pid if only is None else only
         payload = arguments.get("payload")
         known = PIECE_CATEGORY if payload == PIECE else _category(category, kineto)
+        if annotated and known is None and fused_owners(text):
+            known = "op"
         writer.range(
             writer.thread(pid, tid), start, end, text.removeprefix(_MODULE), known,
             payload if type(payload) is int and abs(payload) < 1 << 63 else None,

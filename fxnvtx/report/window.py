@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from ..categories import COMPILE, REQUEST, STEP
 from ..errors import ConfigError
+from ..steps import Numbers
 from .labels import category_of, fold
 from .span import Point, Span
 from .units import readable_ns
@@ -19,35 +20,8 @@ __all__ = ["WHOLE", "Numbers", "Omitted", "Window", "omitted"]
 
 _TIME = re.compile(r"^(\d{1,9}(?:\.\d{1,9})?)(s|ms|us|ns)?$")
 _UNITS = {"s": 1_000_000_000, "ms": 1_000_000, "us": 1_000, "ns": 1}
-_PART = re.compile(r"^(\d*)(?:(:)(\d*))?$")
-_MOST = 1_000_000_000
 
 Item = TypeVar("Item", Span, Point)
-
-
-@dataclass(frozen=True)
-class Numbers:
-    """Numbers and Python-like ranges of them: `0,3`, `2:`, `1:4` (1, 2, 3)."""
-
-    parts: tuple[tuple[int, int], ...]
-
-    @classmethod
-    def read(cls, text: str) -> Numbers:
-        """Raises ConfigError."""
-        found = []
-        for part in text.replace(" ", "").split(","):
-            match = _PART.match(part)
-            if not match or not part or len(part) > 22:
-                raise ConfigError(f"{text[:40]!r} names no requests or steps: write numbers and ranges like 0,3 or 2:5")
-            start = min(int(match[1] or 0), _MOST)
-            end = start + 1 if not match[2] else min(int(match[3]), _MOST) if match[3] else _MOST
-            if end <= start:
-                raise ConfigError(f"{part!r} is an empty range: the second number must be larger")
-            found.append((start, end))
-        return cls(tuple(found))
-
-    def __contains__(self, number: int) -> bool:
-        return any(start <= number < end for start, end in self.parts)
 
 
 def read_times(text: str) -> tuple[int, int | None]:

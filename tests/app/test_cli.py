@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from fxnvtx.doctor import findings
 from fxnvtx.recording import Recording
 
 from ..support.limits import CHILD_S
@@ -108,6 +109,21 @@ def test_doctor_names_versions_and_says_what_follows(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     for word in ("torch", "nvtx", "listener", "compiled layers", "nsys"):
         assert word in done.stdout
+
+
+def test_doctor_knows_other_stacks_where_they_are_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    explained = (Path(__file__).parents[2] / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    names = {"vllm_omni": "vllm-omni", "xfuser": "xfuser", "fastvideo": "fastvideo", "cache_dit": "cache-dit"}
+    names["lightx2v"] = "lightx2v"
+    before = {finding.what for finding in findings()}
+    for module in names:
+        (tmp_path / module).mkdir()
+        (tmp_path / module / "__init__.py").write_text("raise ImportError('the doctor only looks')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = {finding.what: finding for finding in findings() if finding.what not in before}
+    assert set(found) == set(names.values()) - before
+    assert all(f"| `{name}` | {found[name].state} |" in explained for name in found)
+    assert "no modules" in found["lightx2v"].found
 
 
 def test_doctor_says_that_off_is_off_and_fails(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import sqlite3
@@ -13,10 +14,10 @@ import pytest
 
 from fxnvtx import range_pop, range_push, ranges
 from fxnvtx.__main__ import words
-from fxnvtx.errors import ConfigError
 from fxnvtx.recording import Recording
 from fxnvtx.spool import Spool, read_spool
-from fxnvtx.window import Window, read_steps
+from fxnvtx.steps import Numbers
+from fxnvtx.window import Window
 
 from ..support.limits import CHILD_S
 from .test_cli import fxnvtx, one_line_error
@@ -98,6 +99,16 @@ def test_errors_and_exit_codes_of_the_script_are_its_own(tmp_path: Path) -> None
 
 def test_a_missing_script_is_one_line(tmp_path: Path) -> None:
     assert "no file" in one_line_error(fxnvtx("run", "missing.py", cwd=tmp_path))
+
+
+def test_what_an_earlier_run_left_and_cannot_be_removed_is_one_line(tmp_path: Path) -> None:
+    script(tmp_path)
+    (tmp_path / "out" / "recording.json").mkdir(parents=True)
+    done = fxnvtx("run", "-o", "out", "script.py", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "cannot remove" in one_line_error(done)
+    assert "choose another with -o" in done.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["recording.json"]
 
 
 def test_an_option_may_stand_where_the_command_would() -> None:
@@ -194,6 +205,61 @@ def test_modules_that_start_programs(tmp_path: Path, program: str, options: list
     assert recorded(tmp_path / "out") == ["Sequential", "0"]
 
 
+@pytest.mark.slow
+def test_a_console_script_that_starts_others(tmp_path: Path) -> None:
+    command = shutil.which("torchrun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if command is None:
+        pytest.skip("torchrun is not on the PATH: it comes with torch")
+    (tmp_path / "model.py").write_text(MODEL)
+    words = ["--standalone", "--nproc-per-node=2", "model.py", "--depth", "3"]
+    done = fxnvtx("run", "-o", "out", command, *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("argv ['--depth', '3']") == 2
+    assert recorded(tmp_path / "out") == ["Sequential", "0"] * 2
+    assert {p.name.split(".")[1] for p in (tmp_path / "out").glob("recording.rank*")} == {"rank0", "rank1"}
+
+
+CELLS = [
+    "import torch\nnet = torch.nn.Sequential(torch.nn.Linear(4, 4))",
+    "print(net(torch.ones(1, 4)).shape)",
+    "net(torch.ones(1, 4)); print(__name__)",
+]
+
+
+@pytest.mark.slow
+def test_the_kernel_of_a_notebook(tmp_path: Path) -> None:
+    nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed: pip install 'fxnvtx[notebook]'")
+    pytest.importorskip("nbclient", reason="nbclient is not installed: pip install 'fxnvtx[notebook]'")
+    pytest.importorskip("ipykernel", reason="ipykernel is not installed: pip install 'fxnvtx[notebook]'")
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in CELLS])
+    nbformat.write(notebook, tmp_path / "cells.ipynb")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    words = ["run", "-o", "out", "jupyter-execute", "--inplace", "cells.ipynb"]
+    done = fxnvtx(*words, cwd=tmp_path, PATH=path)
+    assert done.returncode == 0, done.stderr
+    ran = nbformat.read(tmp_path / "cells.ipynb", as_version=4)
+    printed = ["".join(output.get("text", "") for output in cell.outputs) for cell in ran.cells]
+    assert printed == ["", "torch.Size([1, 4])\n", "__main__\n"]
+    # the kernel is a process of its own, which imports torch in its first cell
+    assert recorded(tmp_path / "out") == ["Sequential", "0"] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.nsys
+@pytest.mark.skipif(shutil.which("nsys") is None, reason="nsys is not on the PATH")
+def test_nsys_captures_one_range_and_no_more(tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text(MODEL)
+    words = ["--nsys", "-o", "out", "--capture-range", "Sequential"]
+    done = fxnvtx(*words, "model.py", cwd=tmp_path, CALLS="4")
+    assert done.returncode == 0, done.stderr
+    assert recorded(tmp_path / "out") == ["Sequential", "0"] * 4
+    with sqlite3.connect(tmp_path / "out" / "capture.sqlite") as file:
+        query = "SELECT coalesce(e.text, s.value) FROM NVTX_EVENTS e LEFT JOIN StringIds s ON s.id = e.textId "
+        seen = [text for (text,) in file.execute(query + "WHERE e.eventType = 59 ORDER BY e.start")]
+    assert seen == ["Sequential", "0"]
+    assert "the capture has" not in done.stderr
+
+
 def test_under_torchrun_each_launcher_writes_its_own(tmp_path: Path) -> None:
     (tmp_path / "model.py").write_text(MODEL)
     for rank in ("0", "1"):
@@ -229,7 +295,7 @@ for _ in range(2):
 def test_stages_without_layers_and_some_steps_of_each_request(tmp_path: Path) -> None:
     pytest.importorskip("diffusers", reason="needs diffusers: pip install fxnvtx[diffusers]")
     (tmp_path / "pipeline.py").write_text(PIPELINE)
-    done = fxnvtx("-o", "out", "--stages-only", "--steps", "2-3", "pipeline.py", cwd=tmp_path)
+    done = fxnvtx("-o", "out", "--stages-only", "--steps", "1-2", "pipeline.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     ranges_ = Recording.load(tmp_path / "out" / "recording.json").ranges
     assert not [r for r in ranges_ if r.category == "module"]
@@ -250,8 +316,8 @@ def test_nothing_shown_is_explained(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--steps", "3-1"], "--steps takes A-B"),
-        (["--steps", "0"], "--steps takes A-B"),
+        (["--steps", "3-1"], "'3-1' is an empty range"),
+        (["--steps", "x"], "'x' names no requests or steps"),
         (["--nsys"], "--nsys needs -o"),
         (["-o", "out", "--capture-range", "x"], "--capture-range is for --nsys"),
     ],
@@ -263,28 +329,21 @@ def test_options_that_mean_nothing_are_one_line(tmp_path: Path, options: list[st
     assert says in one_line_error(done)
 
 
-def test_steps_are_one_number_or_two() -> None:
-    assert read_steps("3") == (3, 3)
-    assert read_steps(" 2-5 ") == (2, 5)
-    for wrong in ("", "a", "-3", "5-2", "1-2-3", "0-4"):
-        with pytest.raises(ConfigError, match="--steps takes A-B"):
-            read_steps(wrong)
-
-
 @pytest.mark.parametrize(
     ("warmup", "steps", "shown"),
     [
         (0, None, ["a", "a1", "b", "b1", "b2", "b3", "after"]),
         (1, None, ["b", "b1", "b2", "b3", "after"]),
-        (0, (2, 2), ["b2"]),
-        (0, (1, 2), ["a", "a1", "b1", "b2"]),
-        (2, (1, 9), ["after"]),
+        (0, "1", ["b2"]),
+        (0, "0-1", ["a", "a1", "b1", "b2"]),
+        (0, ":2", ["a", "a1", "b1", "b2"]),
+        (0, "0,2:", ["a", "a1", "b1", "b3", "after"]),
+        (1, "2", ["b3"]),
+        (2, "0-9", ["after"]),
     ],
 )
-def test_a_window_shows_whole_ranges(
-    tmp_path: Path, warmup: int, steps: tuple[int, int] | None, shown: list[str]
-) -> None:
-    spool = Spool(tmp_path, True, Window(warmup, steps))
+def test_a_window_shows_whole_ranges(tmp_path: Path, warmup: int, steps: str | None, shown: list[str]) -> None:
+    spool = Spool(tmp_path, True, Window(warmup, None if steps is None else Numbers.read(steps)))
     ranges.add_sink(spool)
     try:
         range_push("a", category="module")

@@ -184,10 +184,13 @@ def test_one_capture_holds_the_ranges_of_all_processes(ran: Ran) -> None:
             made = ["Net", "first", "act"] * ran.calls[pid]
             if kind in ("fork", "forkserver", "subprocess"):
                 # nsys sends what it has seen now and then: of a process that is terminated or leaves by os._exit it
-                # may lose the end
+                # may lose the end; then we are told
                 assert seen[pid] == made[: len(seen[pid])], kind
+                note = f"the capture has {len(seen[pid])} of the {len(made)} ranges of process {pid}"
+                assert (note in ran.complained) == (len(seen[pid]) < len(made))
             else:
                 assert seen[pid] == made, kind
+                assert f"ranges of process {pid}" not in ran.complained
 
 
 # ------------------------------------------------------------------------------------------------ nothing changes
@@ -239,6 +242,68 @@ def test_a_program_without_torch_cannot_tell_the_difference(tmp_path: Path, end:
     assert ours.stderr.startswith(alone.stderr)
     rest = ours.stderr.removeprefix(alone.stderr)
     assert rest.startswith("fxnvtx: nothing was instrumented: no process of the program imported torch")
+
+
+CHILDREN = """
+import multiprocessing, subprocess, sys
+
+def loaded():
+    return sorted(name for name in sys.modules if name not in ("site", "sitecustomize"))
+
+if __name__ == "__main__":
+    command = [sys.executable, "-c", "import sys; print(sorted(sys.modules)); print(sys.flags, sys.path)"]
+    print(subprocess.run(command, capture_output=True, text=True).stdout.replace("'sitecustomize', ", ""))
+    for kind in ("spawn", "forkserver", "fork"):
+        with multiprocessing.get_context(kind).Pool(1) as pool:
+            print(kind, pool.apply(loaded))
+"""
+
+
+def test_children_that_never_import_torch_import_nothing_else_either(tmp_path: Path) -> None:
+    """What starting costs: the modules a child loads, which are the same ones."""
+    (tmp_path / "children.py").write_text(CHILDREN)
+    alone, ours = both(tmp_path, "children.py")
+    assert alone.returncode == ours.returncode == 0, ours.stderr
+    assert alone.stdout.count("'threading'") >= 2
+    assert ours.stdout == alone.stdout
+
+
+PICKLES = """
+import copy, hashlib, io, pickle, sys
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+    def forward(self, x):
+        return self.layer(x)
+    def decode(self, x):
+        return self.layer(x)
+
+def digest(data):
+    return len(data), hashlib.sha256(data).hexdigest()
+
+torch.manual_seed(0)
+net = Net()
+x = torch.ones(1, 4)
+for there in ("before a call", "after one"):
+    file = io.BytesIO()
+    torch.save(net, file)
+    print(there, len(pickle.dumps(net)), digest(file.getvalue()))  # pickles hold addresses, files do not
+    again = pickle.loads(pickle.dumps(net))
+    print(torch.equal(again(x), net(x)), torch.equal(copy.deepcopy(net).decode(x), net.decode(x)))
+print(pickle.loads(pickle.dumps(net.decode))(x).shape, Net.forward.__qualname__, Net.decode.__qualname__)
+"""
+
+
+def test_models_are_saved_to_the_same_bytes(tmp_path: Path) -> None:
+    (tmp_path / "pickles.py").write_text(PICKLES)
+    alone, ours = both(tmp_path, "pickles.py")
+    assert alone.returncode == ours.returncode == 0, ours.stderr
+    assert "after one" in alone.stdout
+    assert ours.stdout == alone.stdout
 
 
 def test_a_module_and_a_command_run_like_a_script(tmp_path: Path) -> None:

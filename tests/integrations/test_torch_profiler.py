@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from decimal import Decimal
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from torch.profiler import ProfilerActivity, profile, schedule
 import fxnvtx
 from fxnvtx import ranges
 from fxnvtx.compile.kineto import ProfilerListener
+from fxnvtx.compile.roctx import RoctxListener, chosen
+from fxnvtx.report import from_recording, load
 
 from ..core.tools import in_process, shape
 
@@ -100,6 +103,49 @@ def test_the_trace_holds_the_recorders_ranges(tmp_path, how):
     assert annotations(again, tmp_path)[0] == found[0][1]
 
 
+@pytest.mark.parametrize("how", ["hooks", "whole", "regional"])
+def test_the_report_reads_the_trace_as_it_reads_the_recording(tmp_path, how):
+    """Same rows, same numbers of calls, same nesting. The times are the trace's own, to its last digit (1 ns)."""
+    model = made(how)
+    x = torch.randn(4, 8)
+    path = tmp_path / "trace.json"
+    with torch.no_grad():
+        model(x)
+        with fxnvtx.record() as recording, session() as prof:
+            for number in range(2):
+                with fxnvtx.range(f"request#{number}", category="request"):
+                    model(x)
+                    model(x)
+    prof.export_chrome_trace(str(path))
+    recorded, traced = from_recording(recording), load(path)
+
+    def tree(report, **options):
+        return [(row.depth, row.name, row.category, row.calls, row.kind) for row in report.rows("tree", **options)]
+
+    assert tree(traced) == tree(recorded)
+    assert tree(traced, fold=True) == tree(recorded, fold=True)
+    for view in ("request", "module", "range"):
+        found, wanted = ({(r.name, r.category, r.calls) for r in rep.rows(view)} for rep in (traced, recorded))
+        assert found == wanted, view
+    document = json.loads(path.read_text(), parse_float=Decimal)
+    own = [e for e in document["traceEvents"] if e.get("cat") == "user_annotation"]
+    assert len(own) == len(recording.ranges)
+    for row in traced.rows("range"):
+        if row.calls:
+            assert row.cpu == sum(int(e["dur"] * 1000) for e in own if e["name"] == row.name), row.name
+
+
+def test_the_operators_of_a_trace_without_our_ranges_are_read(tmp_path):
+    seen = []
+    for name in ("first", None, "third"):
+        with session() as prof, fxnvtx.range("mine", enabled=name is not None):
+            torch.ones(1).add(1)
+        prof.export_chrome_trace(str(tmp_path / "trace.json"))
+        rows = {row.name for row in load(tmp_path / "trace.json").rows("range")}
+        seen.append(("mine" in rows, "aten::add" in rows))
+    assert seen == [(True, False), (False, True), (True, False)]
+
+
 def test_a_range_that_a_session_cuts(tmp_path):
     with fxnvtx.range("before"):  # nobody listens yet
         prof = session()
@@ -176,3 +222,35 @@ def test_off_means_off_and_torch_may_come_later():
         )
         assert "fine" in done.stdout, done.stderr
         assert "WARN" not in done.stderr
+
+
+def test_ranges_go_to_roctx_in_a_rocm_build_only():
+    watched = {"ROCP_TOOL_LIBRARIES": "librocprofiler-sdk-tool.so"}
+    preloaded = {"LD_PRELOAD": "/opt/rocm/lib/librocprofiler-sdk-tool.so"}
+    for hip, mode, environment, wanted in [
+        (None, "on", watched, False),
+        ("6.4", "auto", {}, False),
+        ("6.4", "on", {}, True),
+        ("6.4", "auto", watched, True),
+        ("6.4", "auto", preloaded, True),
+        ("6.4", "off", watched, False),
+    ]:
+        assert chosen(hip, mode, environment) is wanted
+
+
+def test_what_roctx_would_hear_is_balanced():
+    heard = []
+    listener = RoctxListener(heard.append, lambda: heard.append("pop"), lambda text: heard.append(f"mark {text}"))
+    with fxnvtx.range("began before"):
+        early = fxnvtx.range("heard by nobody")
+        early.__enter__()
+        ranges.add_sink(listener)
+        early.__exit__(None, None, None)
+        with fxnvtx.range("a"):
+            fxnvtx.range_push("leaked")
+        across = fxnvtx.range("across")
+        across.__enter__()
+        across.__exit__(None, None, None)
+    ranges.remove_sink(listener)
+    ranges.local.unnamed = []
+    assert heard == ["a", "leaked", "pop", "pop", "across", "pop"]

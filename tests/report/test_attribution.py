@@ -24,7 +24,8 @@ from fxnvtx.report.nsys import read_sqlite
 from fxnvtx.report.part import Part
 from fxnvtx.report.recording import spans_of
 from fxnvtx.report.tree import BELOW, SUMS, Node, Tree
-from fxnvtx.report.window import WHOLE, Numbers, Window
+from fxnvtx.report.window import WHOLE, Window
+from fxnvtx.steps import Numbers
 from tests.support.limits import CHILD_S
 from tests.support.oracle.nsys import read_sqlite as read_by_rows
 from tests.support.oracle.recording import fill as fill_by_rows

@@ -13,7 +13,8 @@ from fxnvtx.cli import cli
 from fxnvtx.errors import ConfigError
 from fxnvtx.recording import Range
 from fxnvtx.report import Report, from_recording, load
-from fxnvtx.report.window import Numbers, Window
+from fxnvtx.report.window import Window
+from fxnvtx.steps import Numbers
 
 from .captures import Capture
 from .samples import pipeline, recorded
@@ -119,7 +120,9 @@ def test_requests_and_steps_are_chosen(path: Path) -> None:
             chosen(requests, steps)
 
 
-@pytest.mark.parametrize("text", ["", "x", "-1", "1:1", "3:2", "1,,2", "1:2:3", "1" * 30, "1;2", "0.5"])
+@pytest.mark.parametrize(
+    "text", ["", "x", "-1", "1:1", "3:2", "1,,2", "1:2:3", "1" * 30, "1;2", "0.5", "-", "-3", "5-4", "1-2-3", "1:2-3"]
+)
 def test_numbers_that_are_none(text: str, path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         Numbers.read(text)
@@ -132,7 +135,11 @@ def test_numbers_that_are_none(text: str, path: Path) -> None:
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 30)), min_size=1, max_size=4), st.integers(0, 70))
 def test_numbers_are_pythons_slices(parts: list[tuple[int, int]], number: int) -> None:
     text = ",".join(f"{start}:{start + size}" for start, size in parts)
-    assert (number in Numbers.read(text)) == any(number in range(start, start + size) for start, size in parts)
+    found = number in Numbers.read(text)
+    assert found == any(number in range(start, start + size) for start, size in parts)
+    both_ends = ",".join(f"{start}-{start + size - 1}" for start, size in parts)
+    assert (number in Numbers.read(both_ends)) == found
+    assert all((number in Numbers.read(f"{start}{sign}")) == (number >= start) for start, _ in parts for sign in ":-")
 
 
 def run(*arguments: object, code: int = 0) -> str:
