@@ -13,6 +13,7 @@ import pytest
 
 import fxnvtx
 from fxnvtx.recording import build_tree
+from fxnvtx.report import load
 
 from ..support.limits import CHILD_S
 from .tools import shape
@@ -136,3 +137,36 @@ def test_labels_are_registered_strings_and_payloads_arrive(exported):
     payloads = {text: (whole, real) for _, whole, real, text in rows}
     assert payloads["step {0}"][0] == 3
     assert payloads["ünïcode 層"][1] == 0.5
+
+
+WORK = """
+import sys
+import torch
+import fxnvtx
+
+model, x = fxnvtx.instrument(torch.nn.Linear(4, 8), "net"), torch.rand(2, 4)
+with torch.no_grad():
+    with fxnvtx.record(work=True):
+        model(x)
+    with fxnvtx.range("captured"):
+        model(x)
+"""
+
+
+LATER = ["--capture-range=nvtx", "--nvtx-capture=captured@fxnvtx", "--capture-range-end=stop"]
+
+
+@pytest.mark.parametrize("window", [[], LATER], ids=["whole", "later"])
+def test_work_is_in_the_capture_also_where_it_begins_later(window: list[str], tmp_path: Path) -> None:
+    """Registered strings are kept from before a capture range."""
+    out = tmp_path / "work"
+    command = [
+        "nsys", "profile", "--trace=nvtx", "--sample=none", "--cpuctxsw=none", "--export=sqlite", "-f", "true", *window,
+        "-o", str(out), sys.executable, "-c", WORK,
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=CHILD_S, env=environment(), check=False)
+    assert Path(f"{out}.sqlite").exists(), done.stdout + done.stderr
+    (part,) = load(f"{out}.sqlite").parts
+    assert [(entry.label, dict(entry.flops), entry.moved, entry.device) for entry in part.work] == [
+        ("net", {"fp32": 2 * 2 * 4 * 8}, 4 * (8 + 32 + 8 + 16), "cpu")
+    ]
