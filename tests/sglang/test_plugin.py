@@ -566,22 +566,6 @@ def test_who_takes_the_place_of_torchs_nvtx_functions_hears_every_range(start, t
     assert not ranges.sinks
 
 
-def test_on_rocm_ranges_go_to_roctx(start, torch_nvtx, monkeypatch):
-    heard = []
-    monkeypatch.setattr(torch.version, "hip", "6.4")
-    roctx = SimpleNamespace(rangePushA=heard.append, rangePop=lambda: heard.append(None), markA=heard.append)
-    monkeypatch.setattr(torch_nvtx, "_nvtx", roctx)
-    server = start()
-    try:
-        server.serve()
-    finally:
-        for sink in list(ranges.sinks):
-            ranges.remove_sink(sink)
-    assert "denoising.dit.layers.1.fc" in heard
-    assert "denoising.dit.layers.1.fc in=[[1, 4]]" in heard
-    assert heard.count(None) == sum(text is not None and " in=[" not in text for text in heard)
-
-
 def test_without_sglang(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert missing_targets() is None

@@ -1,11 +1,12 @@
-"""Ranges that go through torch.cuda.nvtx, as SGLang's own do, for those who listen there and not to NVTX: on ROCm its
-functions are roctx; and whoever puts functions of their own in their place (a test, another tracer) wants to be called.
+"""Ranges that go through torch.cuda.nvtx, as SGLang's own do, for those who listen there and not to NVTX: whoever puts
+functions of their own in the place of torch's (a test, another tracer) wants to be called. Roctx is compile/roctx.py's.
 
 Nothing is asked at a range: the module is told when one of its functions is replaced.
 """
 
 from __future__ import annotations
 
+import os
 from types import ModuleType
 from typing import Any
 
@@ -38,7 +39,7 @@ class TorchNvtx:
 
     @guarded
     def marked(self, mark: ranges.Mark) -> None:
-        if on_rocm() or replaced(self._module, "mark"):
+        if replaced(self._module, "mark"):
             self._module.mark(mark.label.text)
 
     def stray_pop(self) -> None: ...
@@ -55,7 +56,7 @@ def _watch(module: ModuleType) -> None:
     listener = TorchNvtx(module)
 
     def look() -> None:
-        wanted = on_rocm() or any(replaced(module, name) for name in NAMES)
+        wanted = any(replaced(module, name) for name in NAMES) and not on_roctx()
         if wanted != any(s is listener for s in ranges.sinks):
             (ranges.add_sink if wanted else ranges.remove_sink)(listener)
 
@@ -77,8 +78,10 @@ def replaced(module: ModuleType, name: str) -> bool:
     return getattr(getattr(module, name, None), "__module__", module.__name__) != module.__name__
 
 
-def on_rocm() -> bool:
-    """Whether torch's NVTX functions are roctx, which the nvtx package cannot speak."""
+def on_roctx() -> bool:
+    """Whether every range goes through these functions already."""
     import torch
 
-    return bool(getattr(torch.version, "hip", None))
+    from ...compile.roctx import chosen
+
+    return chosen(getattr(torch.version, "hip", None), ranges.mode, os.environ)
