@@ -22,7 +22,7 @@ from .progress import Late
 from .recording import load_recording
 from .render_csv import render_csv
 from .render_diff import diff_csv, diff_json, diff_markdown, diff_text
-from .render_html import render_html
+from .render_html import diff_html, render_html
 from .render_json import render_json
 from .render_text import render_text
 from .scrub import scrub
@@ -34,7 +34,7 @@ __all__ = ["diff_command", "report_command"]
 CAPTURE = click.Path(path_type=Path)
 ROWS = click.IntRange(1, 1_000_000_000)
 FORMATS = ("text", "json", "csv", "html", "chrome", "speedscope")
-DIFF_FORMATS = ("text", "markdown", "json", "csv")
+DIFF_FORMATS = ("text", "markdown", "json", "csv", "html")
 # the first that fits
 _ENDINGS = (
     (".speedscope.json", "speedscope"),
@@ -231,12 +231,17 @@ def diff_command(
                 refuse(context, name, "--by kernel")
     check_target(output, [a, b])
     window = _window(requests, steps, skip_first or int(skip_warmup), keep_compile, between)
+    if form == "html" and output is None:
+        raise click.UsageError("--format html needs -o FILE")
     with Late(f"reading {a.name} and {b.name}") as tick:
-        found = diff(load(a, tick=tick, window=window), load(b, tick=tick, window=window), depth, split_fused, by)
+        one, two = load(a, tick=tick, window=window), load(b, tick=tick, window=window)
+        found = diff(one, two, depth, split_fused, by)
     if form == "text":
         text = diff_text(found, limit=limit, color=_colored(output))
     elif form == "markdown":
         text = diff_markdown(found, limit)
+    elif form == "html":
+        text = diff_html(found, one, two)
     else:
         text = diff_json(found) if form == "json" else diff_csv(found)
     _give(text, output, [a, b])

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from operator import add, attrgetter
 from typing import Any
 
-from .calls import Calls, added, merged
+from .calls import Calls, merged
 from .labels import UNKNOWN, Name
 
 __all__ = ["MAX_NODES", "Node", "Tree", "merge_into"]
@@ -109,13 +109,11 @@ class Node:
         "below",
         "cpu_max",
         "cpu_min",
-        "cpu_now",
         "each",
         "first",
         "flags",
         "gap",
         "gpu",
-        "gpu_now",
         "kids",
         "name",
         "ops",
@@ -139,9 +137,6 @@ class Node:
         self.cpu_min: int | None = None
         self.cpu_max: int | None = None
         self.each: Calls = None
-        # of the call that may still go on: its time so far
-        self.cpu_now: int | None = None
-        self.gpu_now: int | None = None
         self.first: int | None = None
         self.ops: dict[str, list[int]] | None = None  # operation name -> [count, sum, gpu_self]
         self.flags: frozenset[str] = frozenset()
@@ -170,25 +165,6 @@ class Node:
     def ordered(self) -> list[Node]:
         """The children by first start; rows that hold what could not be attributed last."""
         return sorted(self.kids.values(), key=_order)
-
-    def end_cpu_call(self, length: int, each: bool) -> None:
-        """A call that took `length` in all is over."""
-        if self.cpu_max is None:
-            self.cpu_min = self.cpu_max = length
-        elif length > self.cpu_max:
-            self.cpu_max = length
-        elif length < self.cpu_min:  # type: ignore[operator]
-            self.cpu_min = length
-        if each:
-            self.each = added(self.each, length)
-
-    def end_calls(self, gpu: bool) -> None:
-        """No call goes on."""
-        if self.cpu_now is not None:
-            self.end_cpu_call(self.cpu_now, not gpu)
-        if self.gpu_now is not None:
-            self.each = added(self.each, self.gpu_now)
-        self.cpu_now = self.gpu_now = None
 
     def add_op(self, name: str, count: int, duration: int, credit: int) -> None:
         if self.ops is None:

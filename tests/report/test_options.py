@@ -120,8 +120,12 @@ def test_options_of_a_comparison(folder: Path, form: str) -> None:
         words = {**GIVEN, "steps": ["--steps", "0"]}.get(str(parameter.name), [])
         if not isinstance(parameter, click.Option) or not words:
             continue
-        code, shown = run("diff", a, a, "--format", form, *words)
-        plain = run("diff", a, a, "--format", form)[1]
+        target = ["-o", str(folder / "diff.html")] if form == "html" else []
+        code, shown = run("diff", a, a, "--format", form, *words, *target)
+        page = (folder / "diff.html").read_text() if target and not code else ""
+        plain = run("diff", a, a, "--format", form, *target)[1]
+        if page:
+            shown, plain = page, (folder / "diff.html").read_text()
         assert (code == 2 and "has no meaning" in shown) or shown != plain, words
 
 

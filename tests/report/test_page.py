@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from fxnvtx.cli import cli
 from fxnvtx.recording import Range
 from fxnvtx.report import Report, from_recording, load, render_html, render_text
 from fxnvtx.report.findings import findings
@@ -414,3 +416,39 @@ def test_what_it_looks_like(browser: Browser, rich: tuple[Path, Report], tmp_pat
         assert len(list(folder.glob("report-*.png"))) == 6
     finally:
         browser.resize(1400)
+
+
+@needs_browser
+def test_two_captures_side_by_side(browser: Browser, tmp_path: Path) -> None:
+    """One scale for both, colours by how a call changed, one zoom for both sides."""
+    slow, fast = pipeline(tmp_path / "a.sqlite").close(), pipeline(tmp_path / "b.sqlite", scale=0.5, steps=2).close()
+    path = tmp_path / "diff.html"
+    done = CliRunner().invoke(cli, ["diff", str(slow), str(fast), "-o", str(path)])
+    assert done.exit_code == 0, done.output
+    browser.open(path)
+    assert "faster" in browser.run("document.getElementById('headline').textContent")
+    pixels = browser.run("fxnvtx.sides.map((s) => s.drawn[0][1] - s.drawn[0][0])")
+    assert pixels[1] < pixels[0] / 2, "half the steps, each half as long"
+    attn = browser.run(
+        "[...fxnvtx.sides[0].keys.keys()].find((k) => fxnvtx.data.names[k.split('\\0').pop()].endsWith('.attn'))"
+    )
+    assert browser.run(f"fxnvtx.kindOf({json.dumps(attn)})") == "faster"
+    assert browser.run(f"fxnvtx.change({json.dumps(attn)})") == -0.5
+    browser.run(f"fxnvtx.zoom({json.dumps(attn)})")
+    names = browser.run("fxnvtx.sides.map((s) => fxnvtx.data.names[s.tree.name[s.drawn[0][3]]])")
+    assert names == ["transformer.blocks.*.attn"] * 2
+    assert browser.run("document.querySelectorAll('#changes tbody tr').length") > 5
+    browser.run("fxnvtx.zoom('')")
+    folder = Path(os.environ.get("FXNVTX_PICTURES") or tmp_path)
+    try:
+        for width, theme in ((390, "dark"), (1440, "light"), (2560, "dark")):
+            browser.resize(width)
+            browser.theme(theme)
+            browser.open(path)
+            browser.screenshot(folder / f"diff-{width}-{theme}.png")
+            assert browser.run("document.documentElement.scrollWidth") <= width
+    finally:
+        browser.resize(1400)
+        browser.theme("light")
+    done = CliRunner().invoke(cli, ["diff", str(slow), str(fast), "--format", "html"])
+    assert done.exit_code == 2

@@ -85,16 +85,16 @@ class Sweep:
             length = end - start
             node.cpu += length
             node.cpu_self += length
-            before = node.cpu_now
+            before = cpu_now.get(id(node))
             if payload is PIECE:
-                node.cpu_now = length if before is None else before + length
+                cpu_now[id(node)] = length if before is None else before + length
                 if node.first is None:
                     node.first = start
             else:
                 node.calls += 1
-                node.cpu_now = length
+                cpu_now[id(node)] = length
                 if before is not None:
-                    node.end_cpu_call(before, each)
+                    end_cpu_call(node, before, each)
                 elif node.first is None:
                     node.first = start
             if is_open:
@@ -112,7 +112,33 @@ class Sweep:
             point = next(waiting, None)
         state.enter(None)
         for node in root.walk():
-            node.end_calls(self.gpu)
+            end_calls(node, self.gpu)
+
+
+# of the calls that may still go on: their time so far, by the node's identity. Empty when no sweep runs.
+cpu_now: dict[int, int] = {}
+gpu_now: dict[int, int] = {}
+
+
+def end_cpu_call(node: Node, length: int, each: bool) -> None:
+    """A call that took `length` in all is over."""
+    if node.cpu_max is None:
+        node.cpu_min = node.cpu_max = length
+    elif length > node.cpu_max:
+        node.cpu_max = length
+    elif length < node.cpu_min:  # type: ignore[operator]
+        node.cpu_min = length
+    if each:
+        node.each = added(node.each, length)
+
+
+def end_calls(node: Node, gpu: bool) -> None:
+    """No call goes on."""
+    length, time = cpu_now.pop(id(node), None), gpu_now.pop(id(node), None)
+    if length is not None:
+        end_cpu_call(node, length, not gpu)
+    if time is not None:
+        node.each = added(node.each, time)
 
 
 class _Thread:
@@ -228,11 +254,11 @@ def _close_with_device(entry: Open) -> None:
     node, time, above = entry[1], entry[8], entry[6]
     if above is not None:
         above[8] += time
-    before = node.gpu_now
+    before = gpu_now.get(id(node))
     if entry[9]:
-        node.gpu_now = time if before is None else before + time
+        gpu_now[id(node)] = time if before is None else before + time
     else:
-        node.gpu_now = time
+        gpu_now[id(node)] = time
         if before is not None:
             node.each = added(node.each, before)
 
