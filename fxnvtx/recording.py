@@ -12,7 +12,7 @@ from time import perf_counter_ns
 from typing import Any
 
 from . import ranges as _ranges
-from .errors import CaptureError
+from .errors import CaptureError, ToolError
 from .events import Range, RangeMark, read_events
 from .labels import Label
 from .output import writing
@@ -126,6 +126,26 @@ class Recording:
         from .report import from_recording
 
         return from_recording(self)._repr_html_()
+
+    def to_pandas(self) -> Any:
+        """A `pandas.DataFrame` with a row per range, in the order of `ranges`: label, category, payload, thread_id,
+        depth, start_ns, end_ns, duration_ns (both missing for a range that is still open), leaked.
+
+        Raises ToolError where pandas is not installed: nothing else needs it.
+        """
+        try:
+            import pandas  # type: ignore[import-not-found,import-untyped,unused-ignore]
+        except ImportError as error:
+            raise ToolError("to_pandas() needs pandas, which is not installed: `pip install pandas`") from error
+        rows = [
+            (r.label, r.category, r.payload, r.thread_id, r.depth, r.start_ns, r.end_ns,
+             None if r.end_ns is None else r.end_ns - r.start_ns, r.leaked)
+            for r in self.ranges
+        ]  # fmt: skip
+        names = ("label", "category", "payload", "thread_id", "depth", "start_ns", "end_ns", "duration_ns", "leaked")
+        frame = pandas.DataFrame(rows, columns=list(names))
+        # whole numbers also where one is missing: a float has no room for nanoseconds since boot
+        return frame.astype({"end_ns": "Int64", "duration_ns": "Int64"})
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write JSON: {"format", "version", "meta", "ranges": [[label, category, payload, thread_id, depth,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..errors import CaptureError
 from ..spool import SUFFIX
+from .tables import is_tables
 
 __all__ = ["expanded"]
 
@@ -16,7 +17,8 @@ _RECORDING = b'"fxnvtx-recording"'
 
 def expanded(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     """Each folder replaced by the captures in it, or else by the recordings: of one run, which are the same ranges,
-    a capture knows more. Raises CaptureError for a folder with neither."""
+    a capture knows more. A folder of tables, which nsys exported, is a capture itself. Raises CaptureError for a folder
+    with neither."""
     found: list[Path] = []
     for path in map(Path, paths):
         found += _inside(path) if path.is_dir() else [path]
@@ -24,6 +26,8 @@ def expanded(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
 
 
 def _inside(folder: Path) -> list[Path]:
+    if is_tables(folder):
+        return [folder]
     captures = sorted(folder.glob("*.sqlite"))
     named = {path.stem for path in captures}
     captures += sorted(path for path in folder.glob("*.nsys-rep") if path.stem not in named)

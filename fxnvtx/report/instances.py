@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..recording import Recording
-from .export import exported
-from .load import kind_of, rank_of
+from .load import as_sqlite, kind_of, rank_of
 from .nsys import PUSH_POP, START_END, Reader
 from .recording import damaged_recording, spans_of
 from .schema import damaged, detect, open_capture
 from .span import Span
-from .trace import converted
 
 __all__ = ["Process", "Work", "nested", "processes"]
 
@@ -43,8 +41,8 @@ def processes(source: Recording | Path, files: ExitStack, exact: bool = True) ->
         files.enter_context(damaged_recording(str(source)))
         return [_recorded(Recording.load(source), str(source))]
     path = source
-    if kind in ("nsys-rep", "trace"):
-        path = files.enter_context(exported(source) if kind == "nsys-rep" else converted(source))
+    if kind in ("nsys-rep", "trace", "tables"):
+        path = files.enter_context(as_sqlite(source, kind))
     connection = open_capture(path)
     files.callback(connection.close)
     files.enter_context(damaged(source))

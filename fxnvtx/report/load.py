@@ -6,6 +6,7 @@ import os
 import re
 import stat
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from .part import Part
 from .peaks import Peaks
 from .recording import load_recording, read_recording
 from .report import Report
+from .tables import is_tables, tabled
 from .trace import converted, is_gzip
 from .window import WHOLE, Window
 
@@ -49,16 +51,23 @@ def read_file(
         return [read_recording(read_spool(path), str(path), exact, window)]
     if kind == "sqlite":
         return read_sqlite(path, exact, tick, rank, window=window)
-    with exported(path, tick) if kind == "nsys-rep" else converted(path) as sqlite:
+    with as_sqlite(path, kind, tick) as sqlite:
         return read_sqlite(sqlite, exact, tick, rank, path, window)
 
 
+def as_sqlite(path: Path, kind: str, tick: Callable[[int], None] | None = None) -> AbstractContextManager[Path]:
+    """What is no SQLite file yet (kind: nsys-rep, tables or trace) as one, for the duration of the block."""
+    return exported(path, tick) if kind == "nsys-rep" else tabled(path) if kind == "tables" else converted(path)
+
+
 def kind_of(path: Path) -> str:
-    """recording, spool, trace, sqlite or nsys-rep, by what the file begins with."""
+    """recording, spool, trace, sqlite, nsys-rep or (a folder) tables, by what the file begins with."""
     if path.suffix == SUFFIX:
         return "spool"
     try:
         mode = path.stat().st_mode
+        if stat.S_ISDIR(mode) and is_tables(path):
+            return "tables"
         if stat.S_ISDIR(mode):
             raise CaptureError(f"{path} is a folder: name the captures in it")
         if not stat.S_ISREG(mode):

@@ -11,8 +11,7 @@ from pathlib import Path
 from ..errors import CaptureError, OutputError
 from ..output import check_target, writing_file
 from ..recording import Recording
-from .export import exported
-from .load import kind_of
+from .load import as_sqlite, kind_of
 from .schema import damaged, detect, one_line, open_capture
 
 __all__ = ["scrub"]
@@ -49,8 +48,8 @@ def scrub(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> Pat
         return recording.save(goal)
     if kind == "trace":
         raise CaptureError(f"{origin} is a trace, which --scrub does not know: scrub the capture that it was made from")
-    if kind == "nsys-rep":
-        with exported(origin) as sqlite:
+    if kind in ("nsys-rep", "tables"):
+        with as_sqlite(origin, kind) as sqlite:
             _scrub_sqlite(sqlite, goal)
     else:
         _scrub_sqlite(origin, goal)
