@@ -4,31 +4,29 @@ from __future__ import annotations
 
 import heapq
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from fxnvtx.categories import COMPILE, MODULE
-from fxnvtx.categories import PIECE as PIECE_CATEGORY
+from fxnvtx.categories import COMPILE
 from fxnvtx.errors import CaptureError
-from fxnvtx.report.labels import UNKNOWN, Name, clean, infer_category, numbered
+from fxnvtx.report import nsys
+from fxnvtx.report.labels import UNKNOWN, Name
 from fxnvtx.report.part import Part
 from fxnvtx.report.schema import HOW_TO_RECORD, Schema, damaged, detect, open_capture
 from fxnvtx.report.tree import Node, Tree
 from fxnvtx.report.window import WHOLE, Omitted, Window, omitted
 
 from .graphs import BEFORE, LEVEL, NO_TABLE, GraphNodes, place
-from .ops import COPY, GRAPH, KERNEL, PROCESS, Op, launches, stage, strays
+from .ops import COPY, GRAPH, KERNEL, Op, launches, stage, strays
 from .overlap import Compute, Shared
-from .sweep import OUTSIDE, PIECE, Span, Sweep
+from .sweep import OUTSIDE, Sweep
 
 __all__ = ["read_sqlite"]
 
 GAPS = 10  # of the longest idle times
 PUSH_POP, START_END = (59, 70), (60, 71)
 NO_LAUNCH = Name(UNKNOWN + "no launching call in this recording", "unknown")
-CROSS_THREAD = "ranges that end on another thread than they began on were left out"
 
 
 def read_sqlite(
@@ -56,7 +54,9 @@ def read_sqlite(
         connection.close()
 
 
-class Reader:
+class Reader(nsys.Reader):
+    """What rows say is read as ever; which range launched what is found row by row."""
+
     def __init__(
         self,
         connection: sqlite3.Connection,
@@ -66,23 +66,8 @@ class Reader:
         tick: Callable[[int], None] | None,
         window: Window = WHOLE,
     ) -> None:
-        self.connection = connection
-        self.schema = schema
-        self.path = path
-        self.exact = exact
-        self.window = window
-        self.tick = tick
-        self.notes: list[str] = list(schema.notes)
-        self.texts: dict[int, str] = {}
-        assert schema.nvtx is not None
-        self.nvtx = schema.nvtx
-        self.has_ranges = schema.nvtx.name in schema.tables  # a table of them, be it empty
-        self.has_strings = schema.strings is not None
-        self.copy_names = self._enum("ENUM_CUDA_MEMCPY_OPER")
-        self.domains, self.categories = self._registered()
+        super().__init__(connection, schema, path, exact, tick, window)
         self.operations = 0  # device work of all processes
-        self.last = 0  # the last moment of any range
-        self.aside: dict[int, int] = {}  # process -> number of start/end ranges
 
     def read(self, rank: int | None) -> list[Part]:
         pids = self.processes()
@@ -102,144 +87,6 @@ class Reader:
             part.rank = rank if rank is not None and len(parts) == 1 else None
             part.index = index
         return parts
-
-    # ------------------------------------------------------------------------------------------ small tables
-
-    def _enum(self, table: str) -> dict[int, str]:
-        try:
-            return dict(self.connection.execute(f"SELECT id, label FROM {table}").fetchall())
-        except sqlite3.OperationalError:
-            return {}
-
-    def text(self, key: int) -> str:
-        text = self.texts.get(key)
-        if text is None:
-            row = None
-            if self.has_strings:
-                row = self.connection.execute("SELECT value FROM StringIds WHERE id = ?", (key,)).fetchone()
-            text = self.texts[key] = str(row[0]) if row else f"(text {key} is missing)"
-        return text
-
-    def _registered(self) -> tuple[dict[tuple[int, int], str], dict[tuple[int, int, int], str]]:
-        """Names of domains by (process, domain), and of categories by (process, domain, category)."""
-        nvtx = self.nvtx
-        domains: dict[tuple[int, int], str] = {}
-        categories: dict[tuple[int, int, int], str] = {}
-        for kind, tid, domain, category, text, key in self.connection.execute(
-            f"SELECT eventType, globalTid, {nvtx.pick('domainId', default='0')}, {nvtx.pick('category')}, text,"
-            f" {nvtx.pick('textId')} FROM {nvtx.sql} WHERE eventType IN (33, 75) ORDER BY start DESC"
-        ):
-            if tid is None:
-                continue
-            name = text if text is not None else self.text(key) if key is not None else ""
-            pid = tid & ~0xFFFFFF
-            if kind == 75:
-                domains[pid, domain or 0] = name
-            elif category is not None:
-                categories[pid, domain or 0, category] = name
-        return domains, categories
-
-    def processes(self) -> list[int]:
-        """Every process with a range or an operation, and what is wrong with their rows."""
-        kinds = ", ".join(map(str, PUSH_POP + START_END))
-        other_end = f"{self.nvtx.pick('endGlobalTid')} != globalTid"
-        found: set[int] = set()
-        lost = 0
-        for pid, last, backwards, elsewhere, aside in self.connection.execute(
-            f"SELECT globalTid & {PROCESS}, max(max(start), max(coalesce(end, start))), sum(end < start),"
-            f" sum(eventType IN ({kinds}) AND {other_end}), sum(eventType IN ({', '.join(map(str, START_END))}))"
-            f" FROM {self.nvtx.sql} GROUP BY 1"
-        ):
-            self.last = max(self.last, last or 0)
-            lost += elsewhere or 0
-            if backwards:
-                self.notes.append(f"{backwards:,} ranges end before they begin and were left out")
-            if pid is None:
-                self.notes.append("some ranges do not say which thread they are from and were left out")
-                continue
-            found.add(pid)
-            self.aside[pid] = aside
-        for table in (self.schema.kernel, self.schema.memcpy, self.schema.memset, self.schema.graph_trace):
-            if table is not None:
-                found.update(
-                    row[0]
-                    for row in self.connection.execute(f"SELECT DISTINCT {self.schema.process(table)} FROM {table.sql}")
-                    if row[0] is not None
-                )
-        if lost:
-            self.notes.append(f"{lost:,} {CROSS_THREAD}")
-        return sorted(found)
-
-    # ------------------------------------------------------------------------------------------ one process
-
-    def spans(self, pid: int, kinds: tuple[int, ...]) -> Iterator[Span]:
-        nvtx, exact, last = self.nvtx, self.exact, self.last
-        payload = nvtx.pick("int64Value", "uint64Value", "int32Value", "uint32Value")
-        rows = self.connection.execute(
-            f"SELECT globalTid, start, end, {nvtx.pick('textId')}, text, {nvtx.pick('domainId', default='0')},"
-            f" {nvtx.pick('category')}, {payload} FROM {nvtx.sql}"
-            f" WHERE eventType IN ({', '.join(map(str, kinds))}) AND globalTid BETWEEN ? AND ?"
-            f" AND (end IS NULL OR end >= start)"
-            f" AND ({nvtx.pick('endGlobalTid')} IS NULL OR {nvtx.pick('endGlobalTid')} = globalTid)"
-            " ORDER BY globalTid, start, coalesce(end, 9223372036854775807) DESC, rowid",
-            (pid, pid | 0xFFFFFF),
-        )
-        names: dict[Any, Name] = {}
-        tick = self.tick
-        for done, (tid, start, end, key, text, domain, category, value) in enumerate(rows, 1):
-            where = (key if key is not None else text, domain, category)
-            name = names.get(where)
-            if name is None:
-                if text is None:
-                    text = self.text(key) if key is not None else ""
-                name = self._name(pid, text if exact else clean(text), domain or 0, category)
-                if len(names) > 200_000:
-                    names.clear()  # texts that never repeat
-                names[where] = name
-            if name[1] == PIECE_CATEGORY:
-                name, value = Name(name[0], MODULE, name[2]), PIECE
-            elif value is not None and not exact and name[1] in ("step", "request"):
-                name = Name(numbered(name[0], name[1], value), name[1], name[2])
-            if tick is not None and not done & 0x3FFF:
-                tick(0x4000)
-            if end is None:
-                yield tid, start, max(last, start), name, value, True
-            else:
-                yield tid, start, end, name, value, False
-
-    def device_work(self, pid: int) -> Iterator[tuple[int, int, int, int, str]]:
-        """(device, stream, start, end, name) of every operation, by device, stream and start."""
-        sources = []
-        for kind, table in enumerate((self.schema.kernel, self.schema.memcpy, self.schema.memset)):
-            if table is not None:
-                name = (table.pick("demangledName", "shortName"), "copyKind", "0")[kind]
-                sources.append(
-                    f"SELECT deviceId AS device, {table.pick('streamId', default='0')} AS stream, start, end,"
-                    f" {kind} AS kind, {name} AS name FROM {table.sql}"
-                    f" WHERE {self.schema.process(table)} = {pid} AND end >= start"
-                )
-        if not sources:
-            return
-        names: dict[tuple[int, int], str] = {}
-        for device, stream, start, end, kind, key in self.connection.execute(
-            " UNION ALL ".join(sources) + " ORDER BY device, stream, start"
-        ):
-            if (kind, key) not in names:
-                names[kind, key] = self.operation(kind, key)
-            yield device, stream, start, end, names[kind, key]
-
-    def operation(self, kind: int, key: int) -> str:
-        """What an operation is called: the kernel's name, or the kind of copy."""
-        if kind == KERNEL:
-            return self.text(key)
-        if kind == COPY:
-            return f"[memcpy {self.copy_names.get(key, key)}]"
-        return "[memset]" if kind != GRAPH else f"[CUDA graph {key}]"
-
-    def _name(self, pid: int, text: str, domain: int, category: int | None) -> Name:
-        spelled = self.domains.get((pid, domain), "")
-        named = self.categories.get((pid, domain, category)) if category is not None else None
-        return Name(text, named or infer_category(text), "" if spelled == "fxnvtx" else spelled)
 
     def _process(self, pid: int, seen: bytearray) -> Part:
         part = Part(str(self.path), (pid >> 24) & 0xFFFFFF)
