@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fxnvtx.cli import cli
@@ -97,6 +97,7 @@ intervals = st.lists(
 )
 
 
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(intervals, st.sampled_from(CUTS))
 def test_overlap_agrees_with_counting(tmp_path_factory: pytest.TempPathFactory, items, limits) -> None:  # type: ignore[no-untyped-def]
     path = tmp_path_factory.mktemp("overlap") / "c.sqlite"
