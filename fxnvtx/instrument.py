@@ -41,6 +41,7 @@ def instrument(
     include: Pattern | Iterable[Pattern] | None = None,
     exclude: Pattern | Iterable[Pattern] | None = DEFAULT_EXCLUDE,
     shapes: bool = False,
+    compile: bool = False,
 ) -> M:
     """Give every module of `model` a range around its calls; returns the model itself.
 
@@ -51,6 +52,8 @@ def instrument(
     include, exclude: FQN globs or module types (`exclude` replaces the default, Identity and Dropout kinds).
     depth: levels of ranges below the root.
     shapes: add a marker with the input shapes to every call.
+    compile: where this model is compiled with torch's default backend, by torch.compile() without a `backend` or by its
+        own compile(), take backend="fxnvtx" instead; any other backend stays.
 
     Nothing is in the way of a call until somebody listens. A model whose children change later (an adapter, fused
     projections, another processor, a list that grows) is read again at its next outermost call, so its ranges stay
@@ -72,6 +75,7 @@ def instrument(
         return cast(M, copy)
     inner = unwrapped(model)
     control = Control(inner, name, selection, path, bool(shapes))
+    control.compiles = bool(compile)
     control.scan()
     control.choose_paths()
     previous = controls_of(inner)
@@ -92,6 +96,8 @@ def attach(model: nn.Module, control: Control) -> None:
 
 
 def same(a: Control, b: Control) -> bool:
+    if a.compiles != b.compiles:
+        return False
     return (a.name, a.selection, a.path, a.shapes, a.enabled) == (b.name, b.selection, b.path, b.shapes, b.enabled)
 
 

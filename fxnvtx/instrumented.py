@@ -57,6 +57,7 @@ class Control(Gate):
         self.name = name
         self.selection = selection
         self.path = path
+        self.compiles = False  # whether "inductor" is to mean our backend for this model
         self.age = 0  # the later instrument() call wins a module that two name; 0: not registered
         self.shared: set[int] = set()  # ids of modules that other controls name as well
         self.entries: list[Entry] = []

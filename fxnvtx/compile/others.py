@@ -1,8 +1,8 @@
 """Instrumented models that were compiled by a backend which is not ours: said once, explained, or taken over.
 
 Everything Dynamo compiles passes one method, whatever the backend and however it was asked for. There we see whose
-code it is. What is compiled stays as it is, unless FXNVTX_COMPILE=1 says that "inductor" means ours for the models
-that `instrument()` knows.
+code it is. What is compiled stays as it is, unless "inductor" is to mean ours: for one model by instrument(model,
+compile=True), for all that `instrument()` knows by FXNVTX_COMPILE=1.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def _is_ours(compiler: Any) -> bool:
     from .backend import Backend
 
     wrapper, inner = _unwrapped(compiler)
-    taken = os.environ.get(TAKE_PART) == "1" and isinstance(getattr(wrapper, "config", None), dict)
-    return isinstance(inner, Backend) or taken
+    taken = os.environ.get(TAKE_PART) == "1" or any(control.compiles for control in _control.controls())
+    return isinstance(inner, Backend) or (taken and isinstance(getattr(wrapper, "config", None), dict))
 
 
 def _look(compiler: Any, graph_module: Any, inputs: Any) -> Any:
@@ -107,11 +107,12 @@ def _look(compiler: Any, graph_module: Any, inputs: Any) -> Any:
         return None
     name = getattr(wrapper, "compiler_name", None) or getattr(inner, "__name__", None) or type(inner).__name__
     options = getattr(wrapper, "config", None)
-    if name == "inductor" and isinstance(options, dict) and os.environ.get(TAKE_PART) == "1":
+    taken = found.compiles or os.environ.get(TAKE_PART) == "1"
+    if name == "inductor" and isinstance(options, dict) and taken:
         return functools.partial(fxnvtx_backend, options=dict(options))
     reason = 'its layers show where the model is compiled with backend="fxnvtx"'
     if name == "inductor":
-        reason += f", or with {TAKE_PART}=1 in the environment"
+        reason += f", with instrument(model, compile=True), or with {TAKE_PART}=1 in the environment"
     note(CompiledRegion(region.title, name, "none", reason, region.paths))
     _say(found.text(""), name, reason)
     return None

@@ -1,4 +1,4 @@
-"""An instrumented model that another backend compiles: a line says so, explain() tells, FXNVTX_COMPILE=1 takes over."""
+"""An instrumented model that another backend compiles: a line says so, explain() tells, or ours takes over if asked."""
 
 from __future__ import annotations
 
@@ -98,16 +98,22 @@ def test_what_is_not_instrumented_or_ours_is_not_spoken_of(said):
 
 
 @pytest.mark.slow
-def test_inductor_means_ours_where_the_environment_says_so(monkeypatch, said):
+@pytest.mark.parametrize("asked", ["environment", "argument"])
+def test_inductor_means_ours_where_it_is_asked_for(asked, monkeypatch, said):
     model = Unique(1)
     x = model.inputs()
     with counted() as plain, without_graph_caches():
         expected = torch.compile(model, options={"max_fusion_size": 8})(x)
         kernels = kernel_hashes()
-    fxnvtx.instrument(model, "net")
-    monkeypatch.setenv(others.TAKE_PART, "1")
+    fxnvtx.instrument(model, "net", compile=asked == "argument")
+    if asked == "environment":
+        monkeypatch.setenv(others.TAKE_PART, "1")
     with counted() as ours, without_graph_caches():
-        call = torch.compile(model, options={"max_fusion_size": 8})
+        if asked == "environment":
+            call = torch.compile(model, options={"max_fusion_size": 8})
+        else:
+            model.compile(options={"max_fusion_size": 8})
+            call = model
         with fxnvtx.record() as recording:
             result = call(x)
             result.sum().backward()
@@ -116,3 +122,18 @@ def test_inductor_means_ours_where_the_environment_says_so(monkeypatch, said):
     assert set(kernels) <= set(kernel_hashes())
     assert {"net", "net.blocks.0.up", "net.head", "backward"} <= {r.label for r in recording.ranges}
     assert said() == []
+
+
+def test_one_models_choice_is_no_others_and_no_other_backends(said):
+    fxnvtx.instrument(chosen := Same(1), "chosen", compile=True)
+    fxnvtx.instrument(other := Unique(1), "other")
+    with fxnvtx.record() as recording:
+        torch.compile(chosen, backend="eager")(chosen.inputs())
+        torch.compile(other)(other.inputs())
+    assert len(said()) == 2
+    assert not any(r.label.startswith("other.blocks") for r in recording.ranges)
+    fxnvtx.instrument(chosen, "chosen")
+    torch._dynamo.reset()
+    with fxnvtx.record() as recording:
+        torch.compile(chosen)(chosen.inputs())
+    assert not any(r.label.startswith("chosen.blocks") for r in recording.ranges)
