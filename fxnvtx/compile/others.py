@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
@@ -113,9 +114,18 @@ def _look(compiler: Any, graph_module: Any, inputs: Any) -> Any:
     reason = 'its layers show where the model is compiled with backend="fxnvtx"'
     if name == "inductor":
         reason += f", with instrument(model, compile=True), or with {TAKE_PART}=1 in the environment"
+    if _runs_operator():
+        reason = f"torch.cond, while_loop and their like compile themselves when they are called eagerly; {reason}"
     note(CompiledRegion(region.title, name, "none", reason, region.paths))
     _say(found.text(""), name, reason)
     return None
+
+
+def _runs_operator() -> bool:
+    """Whether what is compiled is torch.cond, while_loop or another such operator, called in eager mode (seen in torch
+    2.13; where torch has no such mark the line just does not say so)."""
+    marks = getattr(sys.modules.get("torch._higher_order_ops.utils"), "_hop_compile_tls", None)
+    return bool(getattr(marks, "in_hop_compile", False))
 
 
 def _say(model: str, name: str, reason: str) -> None:

@@ -137,3 +137,23 @@ def test_one_models_choice_is_no_others_and_no_other_backends(said):
     with fxnvtx.record() as recording:
         torch.compile(chosen)(chosen.inputs())
     assert not any(r.label.startswith("chosen.blocks") for r in recording.ranges)
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return torch.cond(x.sum() > 0, lambda x: self.a(x), lambda x: self.b(x), (x,))
+
+
+def test_branches_that_run_eagerly_are_said_to_be_missing(said):
+    """torch compiles them by itself, and their modules are not called then."""
+    model = fxnvtx.instrument(Branches(), "net")
+    x = torch.ones(1, 4)
+    with torch.no_grad(), fxnvtx.record() as recording:
+        assert torch.equal(model(x), model.a(x))
+    assert {r.label for r in recording.ranges if r.category == "module"} == {"net", "net.a"}  # the second: by the test
+    assert len(said()) == 1
+    assert "torch.cond" in said()[0]
