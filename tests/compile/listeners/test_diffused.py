@@ -53,6 +53,11 @@ def _differing(plain, found):
     return {name: [f for f in facts if facts[f] != plain[name][f]] for name, (facts, _) in found.items()}
 
 
+def test_the_lora_is_among_them():
+    pytest.importorskip("peft", reason="peft is not installed: no LoRA among the models")
+    assert "lora" in MODELS
+
+
 def test_there_is_something_to_break(plain):
     assert list(plain) == MODELS
     assert all(facts["counters"]["graphs"] >= 1 and len(facts["kernels"]) > 3 for facts in plain.values())
