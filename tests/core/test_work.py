@@ -215,6 +215,7 @@ def test_where_something_was_compiled_no_mode_is_on_around_it() -> None:
             return self.last(self.block(self.first(x)))
 
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()  # which a reset leaves as they are
     model = fxnvtx.instrument(Blocks(), "net")
     model.block.compile(backend="eager")
     compiled = torch._dynamo.utils.counters["frames"]
