@@ -14,6 +14,7 @@ from fxnvtx.compile.imports import no_longer_when_imported, when_imported
 @pytest.fixture
 def write(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(imports, "_finder", imports._Finder())  # the product's own may wait for other modules
     names = []
 
     def write(name, text):
