@@ -25,8 +25,15 @@ _VERSION = "torch.version"
 _RANGES, _CONTROL = "fxnvtx.ranges", "fxnvtx.control"
 
 
+_registered = False
+
+
 def register() -> None:
-    """Now, or once what each piece concerns is imported."""
+    """Now, or once what each piece concerns is imported. Again: nothing happens."""
+    global _registered
+    if _registered:
+        return
+    _registered = True
     when_imported(_REGISTRY, _add)
     see_ranges(_watch_others)
     when_imported(_RANGES, lambda _: when_imported(_PROFILER, _follow_sessions))

@@ -175,7 +175,7 @@ def test_it():
     for _ in range(int(os.environ.get("CALLS", 1))):
         net(torch.ones(1, 4))
 if __name__ == "__main__":
-    print("argv", sys.argv[1:])
+    sys.stdout.write(f"argv {sys.argv[1:]}\\n")  # in one piece: several ranks write at once
     test_it()
 """
 

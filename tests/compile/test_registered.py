@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import fxnvtx
+from fxnvtx import control
 from fxnvtx.compile import registered
 from fxnvtx.compile.backend import fxnvtx_backend
 
@@ -63,8 +64,11 @@ def test_the_name_is_known(form, order, archive, tmp_path):
 def test_it_is_the_same_backend_by_name_and_listed_once():
     assert torch._dynamo.list_backends().count("fxnvtx") == 1
     assert torch._dynamo.lookup_backend("fxnvtx") == fxnvtx_backend
+    began, before_slots = torch.autograd.profiler._run_on_profiler_start, list(control.before_slots)
     registered.register()  # again: nothing happens
     assert torch._dynamo.lookup_backend("fxnvtx") is fxnvtx_backend
+    assert torch.autograd.profiler._run_on_profiler_start is began
+    assert control.before_slots == before_slots
 
 
 def test_a_torch_that_keeps_its_backends_elsewhere_gets_ours_all_the_same():

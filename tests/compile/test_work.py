@@ -7,12 +7,19 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import fxnvtx
+from fxnvtx import work
 
 from ..models import samples
 from ..support.work_truth import shown_flops, true_flops
 from .models import Unique
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two living models with one name nobody could say whose work it is; other tests' models may still be there."""
+    monkeypatch.setattr(work, "_entries", {})
 
 
 def known(flops: dict[str, int]) -> dict[str, int]:

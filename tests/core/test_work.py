@@ -21,6 +21,12 @@ ZOO = ("dit", "sd3", "flux", "ltx_video", "pixart", "sana", "vae_kl", "unet")
 
 
 @pytest.fixture(autouse=True)
+def nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two living models with one name nobody could say whose work it is; other tests' models may still be there."""
+    monkeypatch.setattr(work, "_entries", {})
+
+
+@pytest.fixture(autouse=True)
 def without_gradients() -> Iterator[None]:
     with torch.no_grad():
         yield

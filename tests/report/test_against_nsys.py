@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import resource
 import runpy
 import shutil
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -83,21 +81,15 @@ def test_a_scrubbed_copy_gives_nsys_the_same_numbers(capture: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_a_hundred_thousand_ranges_several_times_faster(tmp_path: Path, nsys_stats: Stats) -> None:
+def test_a_hundred_thousand_ranges(tmp_path: Path, nsys_stats: Stats) -> None:
     benchmark = runpy.run_path(str(DATA.parent.parent / "benchmarks" / "report.py"))
     path = tmp_path / "large.sqlite"
     ranges, kernels = benchmark["write_capture"](path, 100_000)
-    # processor time: what other programs do at the same time does not count
-    start = time.process_time()
     report = load(path, exact=True)
     ours = {f"fxnvtx:{row.name}": row for row in report.rows(by="range")}
-    mine = time.process_time() - start
     assert sum(row.calls for row in ours.values()) == ranges
     assert report.root.below[1] == kernels
-    start = _children()
     pushed, projected = nsys_stats("nvtx_pushpop_sum", path), nsys_stats("nvtx_gpu_proj_sum", path)
-    nsys_stats("nvtx_kern_sum", path)
-    theirs = _children() - start
     for row in pushed:
         assert (ours[row["Range"]].calls, ours[row["Range"]].cpu) == (
             int(row["Instances"]),
@@ -106,13 +98,6 @@ def test_a_hundred_thousand_ranges_several_times_faster(tmp_path: Path, nsys_sta
     for row in projected:
         assert ours[row["Range"]].proj == int(row["Total Proj Time (ns)"])
     assert len(pushed) == len(ours)
-    # three times here where this was written, five times for a million ranges
-    assert theirs > 2 * mine, (theirs, mine)
-
-
-def _children() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 def test_crossing_open_and_start_end_ranges(tmp_path: Path, nsys_stats: Stats) -> None:
