@@ -72,7 +72,8 @@ def session():
 def made(how):
     torch.manual_seed(0)
     torch._dynamo.reset()
-    model = fxnvtx.instrument(Net().eval(), "net", path="hooks" if how == "hooks" else "auto")
+    # a name of its own: other tests' models may still be there, and classes go by names
+    model = fxnvtx.instrument(Net().eval(), "profiled", path="hooks" if how == "hooks" else "auto")
     if how == "whole":
         return torch.compile(model, backend="fxnvtx")
     if how == "regional":
@@ -97,7 +98,7 @@ def test_the_trace_holds_the_recorders_ranges(tmp_path, how):
     assert dict(torch._dynamo.utils.counters["frames"]) == frames
     found, threads = annotations(prof, tmp_path)
     assert found == shape(recording.tree())
-    assert "net.blocks.2" in str(found)
+    assert "profiled.blocks.2" in str(found)
     assert len(threads) == 1
     assert threads == {r.thread_id for r in recording.ranges}
     assert annotations(again, tmp_path)[0] == found[0][1]
