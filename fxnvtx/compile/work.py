@@ -136,11 +136,11 @@ def _moved(operator: Any, name: str, args: Any, kwargs: Any, result: Any) -> int
     first = 1 if name in _UNREAD else 0
     given = tree_leaves((list(args)[first:], {k: v for k, v in kwargs.items() if k not in out}))
     read = {id(t): t for t in given if isinstance(t, Tensor)}
-    total = sum(size_of(t) for t in written)
+    produced = total = sum(size_of(t) for t in written)
     for place, tensor in enumerate(read.values()):
         size = size_of(tensor)
         if place == 0 and name in _GATHERING:
-            size = min(size, sum(size_of(t) for t in written))
+            size = min(size, produced)
         total += size
     return total
 

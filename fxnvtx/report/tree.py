@@ -9,10 +9,25 @@ from typing import Any
 from .calls import Calls, merged
 from .labels import UNKNOWN, Name
 
-__all__ = ["MAX_NODES", "Node", "Tree", "merge_into"]
+__all__ = ["FROM_DEVICE", "FROM_WORK", "MAX_NODES", "NOTHING", "Node", "Tree", "merge_into"]
 
 MAX_NODES = 500_000  # distinct paths kept per process; a capture with more says so in a row of its own
 _OVERFLOW = Name(UNKNOWN + f"more than {MAX_NODES:,} distinct ranges", "unknown")
+
+# What the device had to do with a range besides running its operations, and how its work compares with the device's
+# peaks. Each adds up, over two nodes that become one and over all below a node.
+FROM_DEVICE = (
+    "queued",
+    "launching",
+    "waited",
+    "communication",
+    "communication_hidden",
+    "copying",
+    "copying_hidden",
+    "allocated",
+    "released",
+)
+FROM_WORK = ("flops", "moved", "roof", "roof_compute", "rated", "unrated", "roofless")
 
 # counters that add up when two nodes become one
 SUMS = (
@@ -33,22 +48,8 @@ SUMS = (
     "overlap",
     "resident",
     "payload",
-    "queued",
-    "launching",
-    "waited",
-    "communication",
-    "communication_hidden",
-    "copying",
-    "copying_hidden",
-    "allocated",
-    "released",
-    "flops",
-    "moved",
-    "roof",
-    "roof_compute",
-    "rated",
-    "unrated",
-    "roofless",
+    *FROM_DEVICE,
+    *FROM_WORK,
 )
 
 # self counters whose sums over a node and all below it are wanted, in the order of Node.below
@@ -59,24 +60,10 @@ BELOW = (
     "copied_bytes",
     "resident",
     "overlap",
-    "queued",
-    "launching",
-    "waited",
-    "communication",
-    "communication_hidden",
-    "copying",
-    "copying_hidden",
-    "allocated",
-    "released",
-    "flops",
-    "moved",
-    "roof",
-    "roof_compute",
-    "rated",
-    "unrated",
-    "roofless",
+    *FROM_DEVICE,
+    *FROM_WORK,
 )
-_NOTHING = (0,) * len(BELOW)
+NOTHING = (0,) * len(BELOW)  # Node.below of a node that holds none of them
 _sums_of, _below_of = attrgetter(*SUMS), attrgetter(*BELOW)
 
 
@@ -143,7 +130,7 @@ class Node:
         # set by total(): the sums over this node and all below it
         self.gpu = 0
         self.gap = 0
-        self.below: tuple[int, ...] = _NOTHING
+        self.below: tuple[int, ...] = NOTHING
 
     def path(self) -> tuple[Name, ...]:
         """From the outermost range to this one."""
@@ -231,7 +218,7 @@ def total(root: Node) -> None:
         for kid in node.kids.values():
             gpu += kid.gpu
             gap += kid.gap
-            if kid.below != _NOTHING:
+            if kid.below != NOTHING:
                 below = tuple(map(add, below, kid.below))
             if kid.peak is not None and (node.peak is None or kid.peak > node.peak):
                 node.peak = kid.peak

@@ -13,19 +13,14 @@ from .labels import Folding, fused_owners
 from .part import Part
 from .rows import FLAT, VIEWS, Row, Selection
 from .split import split_fused
-from .tree import BELOW, Node, merge_into, total
+from .tree import BELOW, FROM_DEVICE, FROM_WORK, NOTHING, Node, merge_into, total
 
 __all__ = ["VIEWS", "Row", "Selection", "row_of", "rows_of", "tree_of"]
 
 _SUMMED = (
     "calls", "cpu", "cpu_self", "gpu", "gpu_self", "gpu_sum", "kernels", "copies", "copied_bytes", "launches", "gap",
-    "proj", "proj_calls", "resident", "overlap", "open", "queued", "launching", "waited", "communication",
-    "communication_hidden", "copying", "copying_hidden", "allocated", "released",
-    "flops", "moved", "roof", "roof_compute", "rated", "unrated", "roofless",
+    "proj", "proj_calls", "resident", "overlap", "open", *FROM_DEVICE, *FROM_WORK,
 )  # fmt: skip
-
-
-_NOTHING = (0,) * len(BELOW)
 
 
 def rows_of(root: Node, side: Node, parts: list[Part], classes: dict[str, str], chosen: Selection) -> list[Row]:
@@ -310,7 +305,7 @@ def _accumulate(row: Row, node: Node, whole: bool) -> None:
     row.proj += node.proj
     row.proj_calls += node.proj_calls
     row.launches += node.launches
-    if node.below != _NOTHING:
+    if node.below != NOTHING:
         for counter, value in zip(BELOW, node.below, strict=True):
             if value:
                 setattr(row, counter, getattr(row, counter) + value)

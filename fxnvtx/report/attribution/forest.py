@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from ..labels import Name
 from ..ops import GRAPH, KERNEL
-from ..tree import Node, Tree
+from ..tree import FROM_DEVICE, Node, Tree
 from .batches import Ints
 from .intern import Interner, Sums, grown
 from .lengths import Lengths, Ongoing
@@ -37,15 +37,7 @@ _COUNTERS = (
     "gap_self",
     "resident",
     "overlap",
-    "queued",
-    "launching",
-    "waited",
-    "communication",
-    "communication_hidden",
-    "copying",
-    "copying_hidden",
-    "allocated",
-    "released",
+    *FROM_DEVICE,
 )
 
 
