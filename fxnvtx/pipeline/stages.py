@@ -205,17 +205,23 @@ def _lacks(batch: Batch, name: str) -> bool:
     return getattr(batch, name, None) is None
 
 
-class UpsamplingStage(PipelineStage):
-    """Doubles height and width of `latent`."""
+class _OnLatent(PipelineStage):
+    """Does something with `latent` that takes one component."""
 
-    def __init__(self, component: str = "upsampler") -> None:
-        self.component = component
+    component: str
 
     def component_uses(self, args: ServerArgs, stage_name: str) -> list[ComponentUse]:
         return [ComponentUse(self.component)]
 
     def verify_input(self, batch: Batch, args: ServerArgs) -> list[str]:
         return ["latent is missing"] if batch.latent is None else []
+
+
+class UpsamplingStage(_OnLatent):
+    """Doubles height and width of `latent`."""
+
+    def __init__(self, component: str = "upsampler") -> None:
+        self.component = component
 
     @torch.no_grad()
     def forward(self, batch: Batch, args: ServerArgs) -> Batch:
@@ -246,7 +252,7 @@ class LoRASwitchStage(PipelineStage):
             set_lora_scale(part, self.scale)
 
 
-class DecodingStage(PipelineStage):
+class DecodingStage(_OnLatent):
     """Decodes `latent` with the VAE; `tile` and `halo` are in latent points per axis, None decodes the whole at once.
 
     Fills `image` from a latent of four dimensions, `video` from one of five.
@@ -258,12 +264,6 @@ class DecodingStage(PipelineStage):
         self.component = component
         self.tile = tile
         self.halo = halo
-
-    def component_uses(self, args: ServerArgs, stage_name: str) -> list[ComponentUse]:
-        return [ComponentUse(self.component)]
-
-    def verify_input(self, batch: Batch, args: ServerArgs) -> list[str]:
-        return ["latent is missing"] if batch.latent is None else []
 
     @torch.no_grad()
     def forward(self, batch: Batch, args: ServerArgs) -> Batch:
