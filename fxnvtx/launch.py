@@ -55,7 +55,7 @@ def run_command(
     PROGRAM is a Python script, a module (-m), or a command like torchrun. It runs as it would without this; so do the
     Python processes that it starts, each of which leaves a recording of its own, named by rank and process.
     """
-    from .cli import writable_folder
+    from .cli.commands import writable_folder
 
     command = command_line(program, arguments, as_module)
     if steps is not None:

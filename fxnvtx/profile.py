@@ -13,7 +13,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from .cli import writable_folder
+from .cli.commands import writable_folder
 from .errors import ConfigError
 from .jobs import BUILT_IN, Job, runner
 from .output import say, write_text

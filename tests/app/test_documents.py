@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import fxnvtx
-from fxnvtx.cli import cli
+from fxnvtx.cli.commands import cli
 from fxnvtx.doctor import findings
 from fxnvtx.report.calls import Spread
 from fxnvtx.report.render_csv import COLUMNS

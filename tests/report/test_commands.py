@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from fxnvtx.cli import cli
+from fxnvtx.cli.commands import cli
 from fxnvtx.recording import Recording
 from fxnvtx.report import load, render_text
 from fxnvtx.report.progress import Late

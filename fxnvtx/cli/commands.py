@@ -9,11 +9,11 @@ from typing import Any
 
 import click
 
-from ._imports import import_quietly
-from .errors import FxnvtxError
-from .output import complain
+from .._imports import import_quietly
+from ..errors import FxnvtxError, OutputError
+from ..output import complain
 
-__all__ = ["main"]
+__all__ = ["cli", "writable_folder"]
 
 # name -> (module, attribute): a command is imported when it is used
 _COMMANDS = {
@@ -56,14 +56,8 @@ def cli(debug: bool) -> None:
     """A diffusion model's own structure as NVTX ranges, and captures as a per-layer table."""
 
 
-def main(arguments: list[str] | None = None) -> None:
-    cli.main(args=arguments, prog_name="fxnvtx")
-
-
 def writable_folder(path: Path) -> Path:
     """The output folder, made where it is missing; OutputError where it cannot be written."""
-    from .errors import OutputError
-
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / ".fxnvtx-write-test"
