@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from . import ranges as _ranges
-from .compile.invisible import hide_module
+from .compile.torch_private import hide_module
 from .everything import Everything
 from .integrations.sglang import patch_older_releases
 from .spool import Spool

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from . import control, ranges
-from .compile.invisible import dynamo_active
+from .compile.torch_private import dynamo_active
 from .control import controls_of, rename
 from .instrument import instrument, is_enabled, label_of, set_enabled, uninstrument
 from .names import unwrapped

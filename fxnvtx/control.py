@@ -18,7 +18,7 @@ from typing import cast
 from torch import nn
 
 from . import ranges as _ranges
-from .compile.invisible import hide_from_torchscript, hide_module, undisturbed
+from .compile.torch_private import hide_from_torchscript, hide_module, undisturbed
 from .gate import lock
 from .instrumented import Control, Entry
 from .slot import SLOT, slot_of, tracing

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Generator
 from types import AsyncGeneratorType, CoroutineType, GeneratorType
 from typing import Any
 
-from .compile.invisible import hide_module
+from .compile.torch_private import hide_module
 from .ranges import Label, pop, push
 
 __all__ = ["begins_only", "held_open"]

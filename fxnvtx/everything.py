@@ -20,7 +20,7 @@ from torch import fx, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from . import ranges as _ranges
-from .compile.invisible import dynamo_active, hide_module
+from .compile.torch_private import dynamo_active, hide_module
 from .control import controls_of, entry_of
 from .errors import FxnvtxError
 from .instrument import instrument, log_once, unwrapped

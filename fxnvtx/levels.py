@@ -26,7 +26,7 @@ from torch.nn.modules import module as _nn_module
 from torch.overrides import TorchFunctionMode
 
 from . import graph as _graph
-from .compile.invisible import hide_from_dynamo
+from .compile.torch_private import hide_from_dynamo
 from .deferred import begins_only
 from .names import walk_paths
 from .ranges import HANDLE, label, nvtx_pop, nvtx_push, unwind

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from . import ranges as _ranges
-from .compile.invisible import dynamo_active, hide_module
+from .compile.torch_private import dynamo_active, hide_module
 from .control import entry_of
 from .instrument import label_of
 from .ranges import label, local, pop, push

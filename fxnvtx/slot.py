@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from . import ranges as _ranges
-from .compile.invisible import dynamo_active, jit_traces
+from .compile.torch_private import dynamo_active, jit_traces
 from .deferred import held_open
 from .gate import Gate
 from .names import input_shapes, unwrapped

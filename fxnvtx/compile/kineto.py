@@ -23,7 +23,7 @@ from typing import Any
 
 from .. import ranges as _ranges
 from ..ranges import Mark, Open
-from .invisible import hide_module
+from .torch_private import hide_module
 
 __all__ = ["METADATA", "ProfilerListener", "follow_sessions"]
 

@@ -26,7 +26,7 @@ from ..ranges import Mark, Open, local
 from ..slot import Slot, slot_of
 from ..stack import Live
 from ..work import Entry, register
-from .invisible import dynamo_active, hide_module, jit_traces
+from .torch_private import dynamo_active, hide_module, jit_traces
 from .work import Work, formulas, operator_work, summed
 
 __all__ = ["metering"]

@@ -9,10 +9,10 @@ import torch
 
 from .. import ranges as _ranges
 from ..ranges import pop, push
-from .invisible import hide_module
 from .notices import warn_once
 from .region import BACKWARD, Call, Region
 from .runtime import Table, current
+from .torch_private import hide_module
 
 __all__ = ["ranged", "watched"]
 

@@ -13,8 +13,8 @@ from torch import nn
 from ..categories import MODULE
 from ..control import Control, controls
 from ..ranges import label, local, push
-from .invisible import hide_module
 from .naming import Binding, Names, at, named_tensors
+from .torch_private import hide_module
 
 __all__ = ["BACKWARD", "Anchor", "Call", "Region", "families"]
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 from .. import ranges as _ranges
 from ..ranges import Mark, Open
-from .invisible import hide_module
+from .torch_private import hide_module
 
 __all__ = ["RoctxListener", "chosen", "listen_on_rocm"]
 

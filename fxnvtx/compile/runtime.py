@@ -31,11 +31,11 @@ from ..ranges import (
     pop,
     push,
 )
-from .invisible import hide_module
 from .notices import warn_once
 from .region import BACKWARD, Call, families
 from .shared import moved_row, moves_of
 from .tell import tell_work
+from .torch_private import hide_module
 
 __all__ = ["Cursor", "Table", "current"]
 

@@ -12,8 +12,8 @@ from typing import Any
 from torch import nn
 
 from ..names import walk_paths
-from .invisible import hide_module
 from .region import Call
+from .torch_private import hide_module
 
 __all__ = ["moved_row", "moves_of"]
 

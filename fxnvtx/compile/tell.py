@@ -12,9 +12,9 @@ from ..categories import MODULE
 from ..labels import Label
 from ..ranges import local
 from ..work import Entry, register
-from .invisible import hide_module
 from .notices import warn_once
 from .region import Call
+from .torch_private import hide_module
 
 __all__ = ["tell_work"]
 

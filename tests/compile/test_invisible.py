@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from fxnvtx.compile.invisible import dynamo_active, hide_from_dynamo
+from fxnvtx.compile.torch_private import dynamo_active, hide_from_dynamo
 
 from ..support.limits import CHILD_S
 
@@ -54,7 +54,7 @@ def test_visible_code_is_traced():
 def test_neither_question_loads_dynamo():
     script = (
         "import sys, types\n"
-        "from fxnvtx.compile.invisible import dynamo_active, hide_from_dynamo\n"
+        "from fxnvtx.compile.torch_private import dynamo_active, hide_from_dynamo\n"
         "hide_from_dynamo((lambda: None).__code__)\n"
         "assert dynamo_active() is False\n"
         "assert 'torch._dynamo' not in sys.modules and 'torch._inductor' not in sys.modules\n"

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
-from ...compile.invisible import hide_module
+from ...compile.torch_private import hide_module
 from ...control import controls_of
 from ...errors import InstrumentError
 from ...names import DEFAULT_EXCLUDE, Pattern

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ...compile.invisible import hide_module
+from ...compile.torch_private import hide_module
 from ...control import controls_of, sync
 from ...errors import SelectionError
 from ...instrument import instrument, log_once, uninstrument

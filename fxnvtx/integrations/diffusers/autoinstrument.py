@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ...compile.imports import no_longer_when_imported, when_imported
-from ...compile.invisible import hide_module
+from ...compile.torch_private import hide_module
 from ...instrument import log_once
 from .components import is_pipeline
 from .registry import Held, Options, methods

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ...compile.invisible import hide_module
+from ...compile.torch_private import hide_module
 from ...names import unwrapped, walk_paths
 
 __all__ = [

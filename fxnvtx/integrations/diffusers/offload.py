@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ... import ranges as _ranges
-from ...compile.invisible import hide_module
+from ...compile.torch_private import hide_module
 from ...names import unwrapped
 from ...ranges import label, pop, push
 from .components import named_modules

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...compile.invisible import hide_module
+from ...compile.torch_private import hide_module
 from ...ranges import Entry, Label, label, pop, push
 from .thread_state import Request, state
 

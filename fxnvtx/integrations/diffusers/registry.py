@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...compile.invisible import hide_module
+from ...compile.torch_private import hide_module
 from ...names import DEFAULT_EXCLUDE
 
 __all__ = [

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ...compile.invisible import hide_module
+from ...compile.torch_private import hide_module
 from ...ranges import Label, label
 from .registry import Bound, Pipe, known
 

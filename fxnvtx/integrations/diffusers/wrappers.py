@@ -14,7 +14,7 @@ from typing import Any
 
 from ... import ranges as _ranges
 from ...categories import OP, STAGE
-from ...compile.invisible import hide_module
+from ...compile.torch_private import hide_module
 from ...ranges import Entry, Label, label, pop, push
 from .progress_bars import follow, note_timesteps
 from .registry import Bound
