@@ -125,7 +125,8 @@ def main() -> int:
         flags += ["--no-plain"] * options.no_plain
         # the package to measure is found first, the tests beside this file later
         path = os.pathsep.join([options.product, *filter(None, [os.environ.get("PYTHONPATH")])])
-        starter = "import sys, fxnvtx; sys.path[:] = [p for p in sys.path if p != sys.argv[1]]; del sys.argv[1]; "
+        starter = "import sys; sys.path[:] = sys.argv[1:2] + [p for p in sys.path if p]; import fxnvtx; "
+        starter += "sys.path[:] = [p for p in sys.path if p != sys.argv[1]]; del sys.argv[1]; "
         starter += f"sys.path.insert(0, {str(ROOT)!r}); import runpy; runpy.run_path({__file__!r}, run_name='__main__')"
         done = subprocess.run(
             [sys.executable, "-c", starter, options.product, *flags, name],
