@@ -17,11 +17,11 @@ __all__ = ["cli", "writable_folder"]
 
 # name -> (module, attribute): a command is imported when it is used
 _COMMANDS = {
-    "profile": ("fxnvtx.profile", "profile_command"),
-    "run": ("fxnvtx.launch", "run_command"),
+    "profile": ("fxnvtx.cli.profile", "profile_command"),
+    "run": ("fxnvtx.cli.run", "run_command"),
     "report": ("fxnvtx.report.commands", "report_command"),
     "diff": ("fxnvtx.report.commands", "diff_command"),
-    "doctor": ("fxnvtx.doctor", "doctor_command"),
+    "doctor": ("fxnvtx.cli.doctor", "doctor_command"),
 }
 
 

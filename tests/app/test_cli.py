@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from fxnvtx.doctor import findings
+from fxnvtx.cli.doctor import findings
 from fxnvtx.recording import Recording
 
 from ..support.limits import CHILD_S

@@ -17,7 +17,7 @@ from torch import nn
 
 import fxnvtx
 from fxnvtx.cli.commands import cli
-from fxnvtx.doctor import findings
+from fxnvtx.cli.doctor import findings
 from fxnvtx.report.calls import Spread
 from fxnvtx.report.render_csv import COLUMNS
 from fxnvtx.report.render_json import row_fields

@@ -29,7 +29,7 @@ def _loaded(code: str) -> set[str]:
     [
         "import fxnvtx; fxnvtx.FxnvtxError; fxnvtx.record; fxnvtx.range; dir(fxnvtx)",
         "from fxnvtx import Recording, report",
-        "import fxnvtx.report.commands, fxnvtx.doctor, fxnvtx.cli.commands",
+        "import fxnvtx.report.commands, fxnvtx.cli.doctor, fxnvtx.cli.commands",
         "from fxnvtx.cli.commands import cli\nfor name in cli.list_commands(None)[2:]: cli.get_command(None, name)",
     ],
 )

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("diffusers", reason="needs diffusers: pip install fxnvtx[diffusers]")
 
-from fxnvtx.nsys import capture
+from fxnvtx.cli.nsys import capture
 
 PROGRAM = """
 import json, sys

@@ -11,8 +11,8 @@ import torch
 pytest.importorskip("diffusers", reason="needs diffusers: pip install fxnvtx[diffusers]")
 
 from fxnvtx import record
+from fxnvtx.cli.jobs import Job, diffusers_runner
 from fxnvtx.errors import ConfigError
-from fxnvtx.jobs import Job, diffusers_runner
 from fxnvtx.models.tiny_diffusers import TINY
 
 from .asking import every, only

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from fxnvtx.cli.commands import cli
-from fxnvtx.profile import kind_of, profile_command
+from fxnvtx.cli.profile import kind_of, profile_command
 from fxnvtx.report.commands import DIFF_FORMATS, FORMATS, diff_command, report_command
 from fxnvtx.report.order import ORDERS
 from fxnvtx.report.rows import VIEWS

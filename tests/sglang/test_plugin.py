@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 import fxnvtx
-from fxnvtx import doctor, ranges
+from fxnvtx import ranges
 from fxnvtx.attachments import Attachments
+from fxnvtx.cli import doctor
 from fxnvtx.compile import imports
 from fxnvtx.integrations.sglang import missing_targets, register
 from fxnvtx.integrations.sglang.options import Options, read_options

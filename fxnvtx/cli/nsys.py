@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from .errors import ToolError
+from ..errors import ToolError
 
 __all__ = ["around", "capture", "find_nsys", "nsys_version", "ranges_kept"]
 

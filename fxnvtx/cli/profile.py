@@ -13,11 +13,11 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from .cli.commands import writable_folder
-from .errors import ConfigError
+from ..errors import ConfigError
+from ..output import say, write_text
+from ..report.options import refuse
+from .commands import writable_folder
 from .jobs import BUILT_IN, Job, runner
-from .output import say, write_text
-from .report.options import refuse
 
 __all__ = ["profile_command"]
 
@@ -131,8 +131,8 @@ def _under_nsys(output: Path) -> None:
 
 
 def _in_process(job: Job, output: Path, rows: int) -> None:
-    from .recording import record
-    from .report import chrome, from_recording, render_html, render_text
+    from ..recording import record
+    from ..report import chrome, from_recording, render_html, render_text
 
     run = runner(job)
     for _ in range(job.warmup):
@@ -163,7 +163,7 @@ def _progress(steps: int) -> Iterator[Callable[[int, int], None]]:
 
 def _write_picture(result: Any, output: Path) -> list[str]:
     """Image or video as PNG; what another pipeline returned is not ours to interpret."""
-    from .models import write_apng, write_png
+    from ..models import write_apng, write_png
 
     if getattr(result, "video", None) is not None:
         write_apng(output / "video.png", result.video)

@@ -1,4 +1,9 @@
-"""Starting a program, waiting for it as a shell would, and gathering what its processes left behind."""
+"""`fxnvtx run`, `python -m fxnvtx script.py`: a program with its models instrumented, in every process it starts.
+
+The program runs in a process of its own, started exactly as it would be without us. What arms it is a folder on
+PYTHONPATH (`_site`), so it reaches whatever Python process the program starts in turn: spawned, forked, by a launcher.
+It is waited for as a shell would, and what its processes left behind is gathered.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +20,88 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from .errors import ConfigError, OutputError
-from .output import complain
-from .recording import Recording
-from .spool import SUFFIX, read_spool
+import click
 
-__all__ = ["VARIABLE", "Launched", "command_line", "environment"]
+from ..errors import ConfigError, OutputError
+from ..output import complain
+from ..recording import Recording
+from ..spool import SUFFIX, read_spool
+from ..steps import Numbers
+from .commands import writable_folder
+from .nsys import around, ranges_kept
+
+__all__ = ["run_command"]
 
 VARIABLE = "FXNVTX_RUN"
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parents[1]
 _SITE = str(_PACKAGE / "_site")
 _FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT, signal.SIGINT)
+
+
+@click.command("run", context_settings={"allow_interspersed_args": False}, options_metavar="[OPTIONS]")
+@click.option("-m", "as_module", is_flag=True, help="PROGRAM is a module, as for `python -m`.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for the recordings and trace.json.")
+@click.option("--depth", type=click.IntRange(0), help="Levels of modules below each model. Default: all.")
+@click.option("--path", type=click.Choice(["auto", "hooks"]), default="auto", show_default=True)
+@click.option("--stages-only", is_flag=True, help="Requests, stages, loops and steps of pipelines, without layers.")
+@click.option("--infer-steps", is_flag=True, help="Take a loop's calls of one model for steps, said to be inferred.")
+@click.option("--warmup", type=click.IntRange(0), default=0, help="Leave out so many outermost ranges of each process.")
+@click.option(
+    "--steps", metavar="NUMBERS", help="Of each request (or model) only these steps (calls), from 0: 5, or 3-5."
+)
+@click.option("--nsys", is_flag=True, help="Run under Nsight Systems; needs -o, where capture.nsys-rep will lie.")
+@click.option("--capture-range", metavar="LABEL", help="With --nsys: capture one range of this label, and no more.")
+@click.option(
+    "--rows", type=click.IntRange(0), default=60, show_default=True, help="Rows of the printed tree; 0: none."
+)
+@click.argument("program")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def run_command(
+    as_module: bool,
+    output: Path | None,
+    depth: int | None,
+    path: str,
+    stages_only: bool,
+    infer_steps: bool,
+    warmup: int,
+    steps: str | None,
+    nsys: bool,
+    capture_range: str | None,
+    rows: int,
+    program: str,
+    arguments: tuple[str, ...],
+) -> None:
+    """Run PROGRAM with its models instrumented; at its end, print where the time went.
+
+    PROGRAM is a Python script, a module (-m), or a command like torchrun. It runs as it would without this; so do the
+    Python processes that it starts, each of which leaves a recording of its own, named by rank and process.
+    """
+    command = command_line(program, arguments, as_module)
+    if steps is not None:
+        Numbers.read(steps)
+    if stages_only and infer_steps:
+        raise ConfigError("--infer-steps reads the calls of models, which --stages-only leaves out")
+    if (nsys or capture_range) and output is None:
+        raise ConfigError("--nsys needs -o FOLDER for the capture")
+    if capture_range and not nsys:
+        raise ConfigError("--capture-range is for --nsys")
+    options = {
+        "depth": depth,
+        "path": path,
+        "stages-only": stages_only or None,
+        "infer-steps": infer_steps or None,
+        "warmup": warmup or None,
+        "steps": steps,
+    }
+    if output is not None:
+        writable_folder(output)
+    launched = Launched(output, {k: str(v) for k, v in options.items() if v is not None})
+    if nsys:
+        command = around(command, launched.output / "capture", capture_range)
+        launched.captures_all = capture_range is None
+    code = launched.run(command)
+    launched.show(rows)
+    launched.leave(code)
 
 
 def command_line(program: str, arguments: Sequence[str], as_module: bool) -> list[str]:
@@ -60,14 +136,14 @@ def _interpreter_options() -> list[str]:
 
 def environment(folder: Path, options: dict[str, str]) -> dict[str, str]:
     """What arms the program and every Python process below it that keeps its environment."""
-    told = {"package": str(_PACKAGE), "folder": str(folder), "first": "1", **options}
-    if any("\n" in value for value in told.values()):
+    options = {"package": str(_PACKAGE), "folder": str(folder), "first": "1", **options}
+    if any("\n" in value for value in options.values()):
         raise ConfigError("the name of the output folder has a line break in it; choose another with -o")
     others = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry and entry != _SITE]
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([_SITE, *others]),
-        VARIABLE: "\n".join(f"{name}={value}" for name, value in told.items()),
+        VARIABLE: "\n".join(f"{name}={value}" for name, value in options.items()),
     }
 
 
@@ -146,8 +222,6 @@ class Launched:
     def _compare(self) -> None:
         """Say what the capture lost. nsys sends what it has heard now and then, and the rest when a process exits:
         one that ends by a signal or os._exit takes that along, and nothing in the process can hurry it."""
-        from .nsys import ranges_kept
-
         kept = ranges_kept(self.output / "capture.sqlite")
         for path in self.recordings:
             recording = Recording.load(path)
@@ -165,9 +239,9 @@ class Launched:
             return "recording.json"
         return f"recording.rank{rank}.pid{pid}.json" if rank is not None else f"recording.pid{pid}.json"
 
-    def tell(self, rows: int) -> None:
+    def show(self, rows: int) -> None:
         """Print the tree of all processes, and say what is missing; write trace.json."""
-        from .report import chrome, load, render_text
+        from ..report import chrome, load, render_text
 
         try:
             if self.kept and self.recordings:

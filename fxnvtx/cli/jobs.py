@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import ConfigError
+from ..errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +54,7 @@ def runner(job: Job) -> Run:
 
 
 def _built_in(job: Job) -> Run:
-    from . import pipeline
+    from .. import pipeline
 
     args = pipeline.ServerArgs.from_kwargs(
         enable_layerwise_nvtx_marker=not job.stages_only,
@@ -91,8 +91,8 @@ def _factory(path: Path, factory: str, job: Job) -> Run:
     request = made()
     if not callable(request):
         raise ConfigError(f"{factory}() in {path} must return a callable that runs one request")
-    from .everything import instrument_everything
-    from .ranges import label, pop, push
+    from ..everything import instrument_everything
+    from ..ranges import label, pop, push
 
     def run(is_warmup: bool, on_step: OnStep | None) -> Any:
         with instrument_everything(job.depth):
@@ -123,7 +123,7 @@ def diffusers_runner(class_name: str, job: Job) -> Run:
     """
     import torch
 
-    from .integrations import diffusers
+    from ..integrations import diffusers
 
     pipe, arguments = _load(class_name, job) if job.model else _tiny(class_name, job)
     if torch.cuda.is_available():
@@ -168,7 +168,7 @@ def _library() -> Any:
 
 
 def _tiny(class_name: str, job: Job) -> tuple[Any, dict[str, Any]]:
-    from .models.tiny_diffusers import TINY
+    from ..models.tiny_diffusers import TINY
 
     if class_name not in TINY:
         raise ConfigError(

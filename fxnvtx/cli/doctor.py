@@ -50,7 +50,7 @@ def _torch() -> Iterator[Finding]:
         yield Finding("torch", "ok", torch.__version__)
     else:
         yield Finding("torch", "note", torch.__version__, "tested with 2.11 to 2.15; compiled layers may not show")
-    from .compile.inductor import missing
+    from ..compile.inductor import missing
 
     lacking = missing()
     if lacking:
@@ -60,7 +60,7 @@ def _torch() -> Iterator[Finding]:
 
 
 def _nvtx() -> Iterator[Finding]:
-    from . import ranges
+    from .. import ranges
 
     if ranges.mode == "off" or os.environ.get("NVTX_DISABLE"):
         yield Finding("listener", "bad", ranges.why_silent(), "nothing is emitted: unset the variable")
@@ -84,7 +84,7 @@ def _nvtx() -> Iterator[Finding]:
 
 
 def _nsys() -> Iterator[Finding]:
-    from .errors import ToolError
+    from ..errors import ToolError
     from .nsys import find_nsys, nsys_version
 
     nsys = find_nsys()
@@ -123,7 +123,7 @@ def _diffusers() -> Finding:
 
 
 def _sglang() -> Iterator[Finding]:
-    from .integrations.sglang import missing_targets
+    from ..integrations.sglang import missing_targets
 
     missing = missing_targets()
     if missing is None:  # nobody misses what is not installed
