@@ -19,14 +19,12 @@ _WITH_TORCH = frozenset(
         "compile",
         "attachments",
         "control",
-        "everything",
         "explain",
         "graph",
         "hooks",
         "instrument",
         "integrations",
         "levels",
-        "methods",
         "models",
         "names",
         "pipeline",
@@ -63,7 +61,7 @@ class _AtTorch:
             sys.meta_path.remove(self)
         try:
             _package(self.options["package"])
-            from fxnvtx.armed import arm
+            from fxnvtx.cli.children import arm
 
             arm(self.options)
         except Exception as error:  # the program goes on without ranges

@@ -91,7 +91,7 @@ def _factory(path: Path, factory: str, job: Job) -> Run:
     request = made()
     if not callable(request):
         raise ConfigError(f"{factory}() in {path} must return a callable that runs one request")
-    from ..everything import instrument_everything
+    from ..integrations.everything import instrument_everything
     from ..ranges import label, pop, push
 
     def run(is_warmup: bool, on_step: OnStep | None) -> Any:

@@ -31,6 +31,6 @@ def register() -> None:
     if told and not told.isdecimal():
         _ranges.log.warning("FXNVTX_VLLM_OMNI_DEPTH=%s is no number of levels: all are shown", told)
     _started = True
-    from ..everything import Everything
+    from .everything import Everything
 
     Everything(int(told) if told.isdecimal() else None).start()

@@ -14,7 +14,7 @@ from torch import nn
 
 import fxnvtx
 from fxnvtx import control
-from fxnvtx.everything import instrument_everything
+from fxnvtx.integrations.everything import instrument_everything
 from fxnvtx.recording import Node, Recording
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 import fxnvtx
 from fxnvtx import ranges
-from fxnvtx.everything import instrument_everything
+from fxnvtx.integrations.everything import instrument_everything
 from fxnvtx.loops import Call, Site, Sites, inferred
 from fxnvtx.recording import Node, Recording
 from fxnvtx.report import load

@@ -37,6 +37,13 @@ def test_reading_needs_no_torch(code: str) -> None:
     assert "torch" not in _loaded(code)
 
 
+def test_a_launched_program_meets_no_library_of_the_command_line() -> None:
+    """It may be another environment than ours, with torch and without click."""
+    loaded = _loaded("import torch, fxnvtx.cli.children")
+    assert "fxnvtx.cli.children" in loaded
+    assert not {"click", "rich"} & loaded - _loaded("import torch")
+
+
 def test_instrumenting_needs_no_dynamo() -> None:
     loaded = _loaded("import fxnvtx, torch; fxnvtx.instrument(torch.nn.Linear(2, 2))")
     assert "torch" in loaded

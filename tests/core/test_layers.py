@@ -62,7 +62,6 @@ PARTS = {
 EXCEPTIONS = {
     ("instrument", "compile/metering"): "a recording that counts work meters the modules of instrumented models",
     ("loops", "names"): "shapes of a model's inputs, in the process that runs it",
-    ("integrations/vllm_omni", "everything"): "finds models as the launcher does",
     ("recording", "report"): "Recording.report(), a method for the user's convenience",
     ("report/report", "report/render_text"): "a Report shows itself in a notebook",
     ("report/gather", "report/load"): "reads one file in a worker",

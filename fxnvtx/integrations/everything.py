@@ -19,14 +19,14 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from . import ranges as _ranges
-from .compile.torch_private import dynamo_active, hide_module
-from .control import controls_of, entry_of
-from .errors import FxnvtxError
-from .instrument import instrument, log_once, unwrapped
+from .. import ranges as _ranges
+from ..compile.torch_private import dynamo_active, hide_module
+from ..control import controls_of, entry_of
+from ..errors import FxnvtxError
+from ..instrument import instrument, log_once, unwrapped
+from ..names import DEFAULT_EXCLUDE, Pattern, is_callable_module, walk_paths
+from ..slot import SLOT, tracing
 from .methods import Methods, unwrapped_method
-from .names import DEFAULT_EXCLUDE, Pattern, is_callable_module, walk_paths
-from .slot import SLOT, tracing
 
 __all__ = ["Everything", "Family", "instrument_everything"]
 
@@ -160,7 +160,7 @@ class Everything:
         self._ours: dict[int, weakref.ref[nn.Module]] = {}  # the roots instrumented here
 
     def start(self) -> None:
-        from .integrations import diffusers
+        from . import diffusers
 
         self._compile = torch.compile
         torch.compile = _compile_with_layers(torch.compile)
@@ -172,7 +172,7 @@ class Everything:
         diffusers.watch(depth=self.depth, path=self.path, layers=self.layers)
 
     def stop(self) -> None:
-        from .integrations import diffusers
+        from . import diffusers
 
         diffusers.unwatch()
         if self.layers:

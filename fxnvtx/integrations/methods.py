@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import ranges as _ranges
-from .compile.torch_private import dynamo_active, hide_module
-from .control import entry_of
-from .instrument import label_of
-from .ranges import label, local, pop, push
+from .. import ranges as _ranges
+from ..compile.torch_private import dynamo_active, hide_module
+from ..control import entry_of
+from ..instrument import label_of
+from ..ranges import label, local, pop, push
 
 __all__ = ["Methods", "leads_to_children", "unwrapped_method"]
 
