@@ -7,10 +7,11 @@ needs no torch._dynamo.
 from __future__ import annotations
 
 import sys
+import warnings
+from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ._imports import import_quietly
 from .compile.registered import register as _register_backend
 
 if TYPE_CHECKING:
@@ -69,6 +70,13 @@ _HOMES = {
     "uninstrument": "instrument",
 }
 _PACKAGES = frozenset({"integrations", "models", "pipeline", "report"})
+
+
+def import_quietly(name: str) -> Any:
+    """The module `name`. Torch, which it may bring along, complains where numpy is missing: nothing here needs it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+        return import_module(name)
 
 
 class _Package(ModuleType):

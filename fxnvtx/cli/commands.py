@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from .._imports import import_quietly
+from .. import import_quietly
 from ..errors import FxnvtxError, OutputError
 from ..output import complain
 
