@@ -1,4 +1,4 @@
-"""Steps and requests by number, as every command writes them: `3-5`, `0,3`, `2:`."""
+"""Steps and requests by number, as every command takes them: `3-5` or `3:6`, `0,3`, `2:`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from .errors import ConfigError
 
-__all__ = ["Numbers"]
+__all__ = ["EXAMPLES", "Numbers"]
+
+EXAMPLES = "5, or 3-5 (both ends), or 3:6 (without its end), or 2:, or 0,9"  # for the help of every command
 
 _PART = re.compile(r"(?P<first>\d*)(?:(?P<sign>[:-])(?P<last>\d*))?")
 _MOST = 1_000_000_000

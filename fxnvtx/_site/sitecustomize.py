@@ -97,13 +97,13 @@ def _package(folder):
 
 
 def _begin():
-    told = os.environ.get(_VARIABLE)
-    if not told or sys.version_info < (3, 10):
+    text = os.environ.get(_VARIABLE)
+    if not text or sys.version_info < (3, 10):
         return
     # "name=value" lines, not JSON: a process that never imports torch must not have imported json either
-    options = dict(line.partition("=")[::2] for line in told.split("\n"))
+    options = dict(line.partition("=")[::2] for line in text.split("\n"))
     if "first" in options:  # the first process of the program; those below it are not
-        os.environ[_VARIABLE] = "\n".join(line for line in told.split("\n") if not line.startswith("first="))
+        os.environ[_VARIABLE] = "\n".join(line for line in text.split("\n") if not line.startswith("first="))
     # torch's own pool for compiling kernels starts with this file: no model is ever called there
     if not any("compile_worker" in word for word in sys.orig_argv[1:3]):
         sys.meta_path.insert(0, _AtTorch(options))

@@ -26,7 +26,7 @@ from ..errors import ConfigError, OutputError
 from ..output import complain
 from ..recording import Recording
 from ..spool import SUFFIX, read_spool
-from ..steps import Numbers
+from ..steps import EXAMPLES, Numbers
 from .commands import writable_folder
 from .nsys import around, ranges_kept
 
@@ -47,7 +47,7 @@ _FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, sig
 @click.option("--infer-steps", is_flag=True, help="Take a loop's calls of one model for steps, said to be inferred.")
 @click.option("--warmup", type=click.IntRange(0), default=0, help="Leave out so many outermost ranges of each process.")
 @click.option(
-    "--steps", metavar="NUMBERS", help="Of each request (or model) only these steps (calls), from 0: 5, or 3-5."
+    "--steps", metavar="NUMBERS", help=f"Of each request (or model) only these steps (calls), from 0: {EXAMPLES}."
 )
 @click.option("--nsys", is_flag=True, help="Run under Nsight Systems; needs -o, where capture.nsys-rep will lie.")
 @click.option("--capture-range", metavar="LABEL", help="With --nsys: capture one range of this label, and no more.")

@@ -10,6 +10,7 @@ import click
 
 from ..output import STDOUT, check_target, complain, is_stdout, write_text, wrote
 from ..printable import printable_lines
+from ..steps import EXAMPLES
 from . import chrome, speedscope
 from .diff import Comparison, diff
 from .findings import findings_text
@@ -64,7 +65,7 @@ _ENDINGS = (
 @click.option("--sort", type=click.Choice(list(ORDERS)), help="largest first; in the tree among siblings")
 @click.option("--limit", type=ROWS, help="at most so many rows (text only)")
 @click.option("--requests", metavar="NUMBERS", help="only these requests, counted from 0: 2, or 1:4, or 0,3:")
-@click.option("--steps", metavar="NUMBERS", help="of each request only these steps, from 0: 5, or 3-5, or 2:, or 0,9")
+@click.option("--steps", metavar="NUMBERS", help=f"of each request only these steps, from 0: {EXAMPLES}")
 @click.option("--skip-warmup", is_flag=True, help="leave out the first request")
 @click.option("--skip-first", type=ROWS, metavar="N", help="leave out the first N requests (--steps N: for steps)")
 @click.option("--between", metavar="FROM:TO", help="only this time after the first range: 1.5s:2s, or 250ms:")
@@ -184,7 +185,7 @@ def report_command(
 @click.option("--limit", type=ROWS, help="at most so many rows (text and markdown)")
 @click.option("--split-fused", is_flag=True, help="share fused kernels out over their modules: an estimate")
 @click.option("--requests", metavar="NUMBERS", help="of both sides only these requests: 2, or 1:4, or 0,3:")
-@click.option("--steps", metavar="NUMBERS", help="of each request only these steps, from 0: 5, or 3-5, or 2:, or 0,9")
+@click.option("--steps", metavar="NUMBERS", help=f"of each request only these steps, from 0: {EXAMPLES}")
 @click.option("--skip-warmup", is_flag=True, help="leave out the first request of both sides")
 @click.option("--skip-first", type=ROWS, metavar="N", help="leave out the first N requests of both sides")
 @click.option("--between", metavar="FROM:TO", help="only this time after the first range: 1.5s:2s, or 250ms:")
