@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from ..errors import ConfigError
-from .steps import StepWindows
+from ..steps import Numbers
 
 __all__ = [
     "DEVICE_MODES",
@@ -193,9 +193,14 @@ class ServerArgs(ExplicitArgs):
         """Whether request, stage, loop, step and residency ranges are wanted."""
         return self.enable_layerwise_nvtx_marker or self.enable_stage_nvtx_marker
 
-    def step_windows(self) -> StepWindows:
+    def step_windows(self) -> Numbers:
         """The steps whose layers get ranges."""
-        return StepWindows.parse(self.nvtx_steps)
+        wanted = self.nvtx_steps if self.nvtx_steps is not None else ""
+        try:
+            return Numbers.read(wanted.strip() or "0:")
+        except (AttributeError, ConfigError) as error:
+            told = error if isinstance(error, ConfigError) else "write steps like 4-8,20"
+            raise ConfigError(f"nvtx_steps={wanted!r}: {told}") from None
 
     def residency_mode(self, component: str, kind: str) -> str:
         """Where the weights of `component` are kept; `kind` is dit, vae, text_encoder, image_encoder or other."""

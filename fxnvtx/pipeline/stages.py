@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PipelineError
+from ..labels import Label, label
 from ..models import (
     ByteTokenizer,
     FlowMatchEulerScheduler,
@@ -25,7 +26,6 @@ from .args import ServerArgs
 from .request import Batch, Embedding, running
 from .residency import ComponentUse
 from .stage import PipelineStage, StageParallelism
-from .steps import step_label
 
 __all__ = [
     "DecodingStage",
@@ -36,6 +36,7 @@ __all__ = [
     "TextEncodingStage",
     "UpsamplingStage",
     "noise",
+    "step_label",
     "tile_name",
 ]
 
@@ -294,3 +295,12 @@ def tile_name(tile: Tile, size: tuple[int, ...]) -> str:
     """`vae_tile_t0_y1_x2`: which tile along each axis; the same string for the same place in every request."""
     places = [start // step for start, step in zip(tile.start, size, strict=True)]
     return "vae_tile_" + "_".join(f"{axis}{place}" for axis, place in zip("tyx"[-len(places) :], places, strict=True))
+
+
+def step_label(index: int, timestep: float) -> Label:
+    """The label of one denoising step. Equal steps of every request share one registered string.
+
+    `timestep` is shown as a whole number where it is one, else with four digits.
+    """
+    shown = str(int(timestep)) if float(timestep).is_integer() else f"{timestep:.4g}"
+    return label(f"denoising_step_{index}_t{shown}", "step")

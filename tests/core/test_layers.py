@@ -66,7 +66,6 @@ EXCEPTIONS = {
     ("report/report", "report/render_text"): "a Report shows itself in a notebook",
     ("report/gather", "report/load"): "reads one file in a worker",
     ("report/nsys", "report/attribution/captures"): "numpy is imported when a capture is read",
-    ("integrations/sglang/options", "pipeline/steps"): "SGLang's server shares the syntax of step windows",
 }
 
 

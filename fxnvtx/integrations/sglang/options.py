@@ -7,12 +7,10 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from ...errors import ConfigError
-
-if TYPE_CHECKING:
-    from ...pipeline.steps import StepWindows
+from ...steps import Numbers
 
 __all__ = ["VARIABLE", "Options", "guarded", "read_options"]
 
@@ -46,7 +44,7 @@ class Options:
 
     mode: str = "layers"
     depth: int | None = None
-    steps: StepWindows | None = None
+    steps: Numbers | None = None
     shapes: bool = True
     record: str | None = None
 
@@ -82,13 +80,11 @@ def read_options(environment: Mapping[str, str] | None = None) -> Options:
     return Options(mode, depth, _steps(text, told), shapes in {"1", "true"}, text("_RECORD") or None)
 
 
-def _steps(text: Callable[[str], str], told: Callable[[str, str], None]) -> StepWindows | None:
+def _steps(text: Callable[[str], str], told: Callable[[str, str], None]) -> Numbers | None:
     if not text("_STEPS"):
         return None
-    from ...pipeline.steps import StepWindows  # brings torch along; most processes can do without
-
     try:
-        return StepWindows.parse(text("_STEPS"))
+        return Numbers.read(text("_STEPS"))
     except ConfigError:
         told("_STEPS", "step numbers like 4-8,20")
         return None

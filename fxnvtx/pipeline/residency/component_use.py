@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from ...errors import PipelineError
+from ...steps import Numbers
 from ..args import ServerArgs
-from ..steps import StepWindows
 
 __all__ = ["Active", "ComponentUse", "Request", "Requests", "Timeline"]
 
@@ -113,7 +113,7 @@ class Request:
     stage: str | None = None
     active: list[Active] = field(default_factory=list)
     layers: bool = True  # whether the present step shows its layers
-    windows: StepWindows = field(default_factory=StepWindows)
+    windows: Numbers = field(default_factory=lambda: Numbers.read("0:"))
     outer: Request | None = None
     threads: set[int] = field(default_factory=set)
     finished: bool = False
