@@ -18,10 +18,8 @@ from fxnvtx import ranges
 from fxnvtx.attachments import Attachments
 from fxnvtx.cli import doctor
 from fxnvtx.compile import imports
-from fxnvtx.integrations.sglang import missing_targets, register
-from fxnvtx.integrations.sglang.options import Options, read_options
-from fxnvtx.integrations.sglang.plugin import patch_older_releases
-from fxnvtx.integrations.sglang.targets import TARGETS, found_in
+from fxnvtx.integrations.sglang import missing_targets, patch_older_releases, register
+from fxnvtx.integrations.sglang.targets import TARGETS, Options, found_in, read_options
 from fxnvtx.recording import Recording
 
 DOUBLE = Path(__file__).parent / "double"

@@ -18,32 +18,95 @@ Environment variables (a value without meaning is told once and ignored):
 
 from __future__ import annotations
 
+import functools
+import sys
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
+
+from .targets import ROOT, Options, Target, found_in, has_plugins, log, missing_targets, read_options, sglang_folder
 
 __all__ = ["missing_targets", "patch_older_releases", "register"]
 
 
 def register() -> None:
-    """What SGLang calls in each of its processes. Registers hooks and imports nothing of SGLang's runtime."""
-    from .plugin import register as run
+    """What SGLang calls in each of its processes; imports nothing of its runtime.
 
-    run()
+    Registers hooks with SGLang's HookRegistry, which applies them when the process is ready for it; in a release
+    without one (before 0.5.21) patches the classes as they are imported.
+    """
+    options = read_options()
+    package = sglang_folder()
+    if options.mode == "off" or package is None:
+        return
+    if not has_plugins(package):
+        patch_older_releases(options)
+        return
+    from sglang.multimodal_gen.runtime.platforms.plugins import HookRegistry, HookType  # type: ignore[import-not-found]
 
-
-def patch_older_releases() -> None:
-    """What `fxnvtx run` calls in each process: for releases that would not call `register`. Imports nothing of SGLang,
-    and does nothing where that is not installed."""
-    from .plugin import patch_older_releases as run
-
-    run()
-
-
-def missing_targets() -> list[str] | None:
-    """What the installed SGLang lacks of what the plugin hooks into, in words; None where SGLang is not installed."""
-    from .targets import missing_targets as run
-
-    return run()
+    for target, handler in _handlers(options):
+        HookRegistry.register(target.path, handler, HookType[target.kind])
 
 
-def __dir__() -> list[Any]:
-    return __all__
+def patch_older_releases(options: Options | None = None) -> None:
+    """What `fxnvtx run` calls in each process, for releases that load no plugins: every target is patched right after
+    its module has been imported. Does nothing where SGLang is not installed, or loads plugins; imports nothing of it.
+    """
+    options = options or read_options()
+    package = sglang_folder()
+    if options.mode == "off" or package is None or has_plugins(package):
+        return
+    if not (package / "multimodal_gen" / "runtime").is_dir():
+        return
+    from ...compile.imports import when_imported
+
+    for target, handler in _handlers(options):
+        when_imported(f"{ROOT}{target.module}", functools.partial(_patch, target, handler))
+
+
+def _handlers(options: Options) -> list[tuple[Target, Any]]:
+    """Every target that this release has, with the plugin's function for it. Says once what it does not have."""
+    from . import hooks
+    from .torch_nvtx import also_through_torch
+
+    found, missing = found_in(sglang_folder(), options.layers)
+    if missing:
+        told = "; ".join(dict.fromkeys(t.shows for t in missing))
+        log.warning("this release of SGLang has no place for: %s", told)
+    also_through_torch()
+    handlers = hooks.handlers(options)
+    return [(target, handlers[target.handler]) for target in found]
+
+
+def _patch(target: Target, handler: Callable[..., Any], module: ModuleType) -> None:
+    """Put a hook into the module that has just been imported. What other modules took from it earlier is exchanged."""
+    outer, _, method = target.name.partition(".")
+    owner: Any = getattr(module, outer) if method else module
+    name = method or outer
+    original = getattr(owner, name)
+    if getattr(original, "_fxnvtx_hook", None) == target.handler:
+        return
+    hooked = _hooked(original, handler, target.kind)
+    hooked._fxnvtx_hook = target.handler  # type: ignore[attr-defined]
+    setattr(owner, name, hooked)
+    if method:
+        return
+    for other in [m for n, m in list(sys.modules.items()) if n.startswith("sglang.") and isinstance(m, ModuleType)]:
+        for key in [k for k, v in vars(other).items() if v is original]:
+            setattr(other, key, hooked)
+
+
+def _hooked(original: Callable[..., Any], handler: Callable[..., Any], kind: str) -> Callable[..., Any]:
+    """`original` with the handler as SGLang's own HookRegistry would put it."""
+
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if kind == "REPLACE":
+            return handler(*args, **kwargs)
+        if kind == "AROUND":
+            return handler(original, *args, **kwargs)
+        result = original(*args, **kwargs)
+        changed = handler(result, *args, **kwargs)
+        return result if changed is None else changed
+
+    return call

@@ -16,9 +16,8 @@ from typing import Any
 
 from ... import ranges
 from ...labels import Label, label
-from .layers import Layers
-from .moves import bytes_of, layer_bytes
-from .options import Options, guarded, log
+from .layers import Layers, bytes_of, layer_bytes
+from .targets import Options, guarded, log
 
 __all__ = ["Plugin", "handlers"]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ... import ranges
 from ...compile.imports import when_imported
-from .options import guarded
+from .targets import guarded
 
 __all__ = ["also_through_torch"]
 
