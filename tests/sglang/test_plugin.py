@@ -18,6 +18,7 @@ from fxnvtx import ranges
 from fxnvtx.attachments import Attachments
 from fxnvtx.cli import doctor
 from fxnvtx.compile import imports
+from fxnvtx.everything import instrument_everything
 from fxnvtx.integrations.sglang import missing_targets, patch_older_releases, register
 from fxnvtx.integrations.sglang.targets import TARGETS, Options, found_in, read_options
 from fxnvtx.recording import Recording
@@ -230,6 +231,23 @@ def test_without_the_flag_and_in_a_warmup_nothing_shows_and_the_result_is_the_sa
     assert torch.equal(server.serve().image, wanted)
     with fxnvtx.record():
         assert torch.equal(server.serve().image, wanted)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_under_the_launcher_a_warmup_shows_no_plain_models(start, old):
+    with instrument_everything():
+        server = start(old=old)
+        warmup = server.batch()
+        warmup.is_warmup = True
+        assert labels(server.recorded(warmup)) == []
+        first = server.recorded()
+        assert labels(first)[0] == "request#0"
+        assert not [name for name in labels(first) if name.startswith(("Dit", "Vae"))]
+        server.args.enable_layerwise_nvtx_marker = False  # then the launcher shows what it finds
+        server = Server()
+        assert "Dit" in labels(server.recorded(warmup))
+    server.args.enable_layerwise_nvtx_marker = True
+    assert labels(first)[1:] == labels(Server().recorded())[1:]
 
 
 def test_what_cannot_be_shown_is_told_once_and_served_all_the_same(start, caplog):

@@ -119,10 +119,12 @@ class Plugin:
 
     @contextmanager
     def _request(self, executor: Any, stages: Any, batch: Any, server_args: Any) -> Iterator[None]:
-        if not wanted(server_args) or is_warmup(batch):
+        warmup = is_warmup(batch)
+        if wanted(server_args) and not (warmup and nobody_finds_models()):
+            self.layers.ahead(executor, stages, server_args)  # in a warm-up: silent here, and so to `fxnvtx run` too
+        if warmup or not wanted(server_args):
             yield
             return
-        self.layers.ahead(executor, stages, server_args)
         number = next(self._numbers)
         rank, world = ranks()
         group = isinstance(batch, list) and len(batch) > 1
@@ -304,6 +306,16 @@ def is_warmup(batch: Any) -> bool:
     if isinstance(batch, list):
         return bool(batch) and all(getattr(item, "is_warmup", False) for item in batch)
     return bool(getattr(batch, "is_warmup", False))
+
+
+def nobody_finds_models() -> bool:
+    """Whether only what is named here shows. `fxnvtx run` puts a descriptor where a module's slot is, and finds every
+    model that has no slot of its own."""
+    from torch import nn
+
+    from ...slot import SLOT
+
+    return nn.Module.__dict__.get(SLOT) is None
 
 
 def negative() -> bool:
