@@ -10,6 +10,7 @@ which nothing is known.
 from __future__ import annotations
 
 import itertools
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ __all__ = ["Call", "Frame", "Loop", "Site", "Sites", "inferred"]
 
 _DEEPEST = 60  # frames that are looked at: above them there may be as many as Python allows
 _PASSES, _STAGES = 3, 13
+_ONE_STEP = re.compile(r"(?:^|_)step(?:_|$)")
 _EXTENDED = opmap["EXTENDED_ARG"]
 # Of Python 3.10 to 3.14. Not JUMP_BACKWARD_NO_INTERRUPT, by which a coroutine waits.
 _BACK = frozenset(
@@ -186,7 +188,7 @@ class _Visit:
 
 
 def inferred(calls: Sequence[Call]) -> list[Loop]:
-    """The loops that these calls came from, none inside another: the innermost, unless that is a part of a step."""
+    """The loops that these calls came from, none inside another: the innermost whose iterations evidently are steps."""
     visits: dict[int, list[_Visit]] = {}
     depths: dict[int, int] = {}
     for call in sorted(calls, key=lambda c: c.start_ns):
@@ -198,34 +200,87 @@ def inferred(calls: Sequence[Call]) -> list[Loop]:
             if not known or child is None or (known[-1].frame.place, known[-1].child) != (frame.place, child):
                 known.append(_Visit(frame, child))
             known[-1].calls.append(call)
-    found = [
-        ((depths[number], level), loop, {id(call) for iteration in loop.iterations for call in iteration})
+    runs = [
+        _Run((depths[number], level), (known[0].frame.function, depths[number], place), rounds)
         for number, known in visits.items()
-        for level, loop in _loops(known)
+        for level, place, rounds in _runs(known)
     ]
-    found.sort(key=lambda item: item[0], reverse=True)
+    runs.sort(key=lambda run: run.nested, reverse=True)
+    of_site: dict[Any, list[_Run]] = {}
+    of_call: dict[int, list[_Run]] = {}
+    for run in runs:
+        of_site.setdefault(run.site, []).append(run)
+        for known_call in run.calls:
+            of_call.setdefault(known_call, []).append(run)
     taken: set[int] = set()
-    kept = []
-    for number, (nested, loop, own) in enumerate(found):
-        around = (other for level, other, all_ in found[number + 1 :] if level < nested and own < all_)
-        if not own & taken and not _is_part(loop, next(around, None)):
-            taken |= own
+    kept: list[Loop] = []
+    for run in runs:
+        beside = {id(r): r for known_call in run.calls for r in of_call[known_call]}.values()
+        outer = [r for r in beside if r.nested < run.nested and r.many and run.calls < r.calls]
+        around = max(outer, key=lambda r: r.nested, default=None)
+        inside = [r for r in beside if r.nested > run.nested and r.calls < run.calls]
+        if not run.many or run.calls & taken or not _is_evident(run, of_site[run.site], around, inside):
+            continue
+        for loop in run.loops():
             kept.append(loop)
+            taken |= {id(call) for iteration in loop.iterations for call in iteration}
     return sorted(kept, key=lambda loop: loop.iterations[0][0].start_ns)
 
 
-def _is_part(loop: Loop, around: Loop | None) -> bool:
+@dataclass
+class _Run:
+    """A loop of one call of a function: how it lies in others, where in the program it is, and its iterations."""
+
+    nested: tuple[int, int]
+    site: tuple[str, int, tuple[int, int]]
+    iterations: list[list[Call]]
+
+    def __post_init__(self) -> None:
+        self.many = len(self.iterations) > 1
+        self.calls = {id(call) for iteration in self.iterations for call in iteration}
+        self.labels = {call.label for iteration in self.iterations for call in iteration}
+
+    def loops(self) -> Iterator[Loop]:
+        """A model or shapes that change begin something else: another resolution, the last batch of an epoch."""
+        for _, alike in itertools.groupby(self.iterations, key=lambda calls: (calls[0].label, calls[0].site.shapes)):
+            kept = tuple(tuple(iteration) for iteration in alike)
+            if len(kept) > 1:
+                yield Loop(self.site[0], kept)
+
+
+def _is_evident(run: _Run, siblings: Sequence[_Run], around: _Run | None, inside: Sequence[_Run]) -> bool:
+    """Whether the iterations of a loop are steps, and not parts of a step or several of them.
+
+    siblings: the runs of the same loop of the program. around: the next loop around it. inside: what runs in it.
+    """
+    if _ONE_STEP.search(run.site[0].rpartition(".")[2]) and len(run.iterations) <= _STAGES:
+        return False  # a function that calls itself a step holds the stages of one
+    if around is not None:
+        # a solver that steps as often as it must: some of its loops have one round only, and would show nothing
+        if around.labels == run.labels and not all(r.many for r in siblings if r.calls < around.calls):
+            return False
+        if not any(r.many for r in inside) and _is_part(run, siblings, around):
+            return False
+    for site in {r.site for r in inside}:
+        own = [r.calls for r in inside if r.site == site]
+        often = {sum(not calls.isdisjoint(map(id, iteration)) for calls in own) for iteration in run.iterations}
+        if len(often) > 1 and max(often) > 1:  # so many steps here, and so many there
+            return False
+    return True
+
+
+def _is_part(run: _Run, siblings: Sequence[_Run], around: _Run) -> bool:
     """Whether a loop's rounds are what one step consists of: the two or three passes of guidance, or the stages of a
-    solver, of which the highest order in use has 13. Those are told from a few steps that are made for one image after
-    the other by what else an image takes: other models."""
-    count = len(loop.iterations)
-    if around is None or count > len(around.iterations) or count > _STAGES:
+    solver, of which the highest order in use has 13. There are as many each time, and more steps than stages. Those are
+    told from a few steps that are made for one image after the other by what else an image takes: other models."""
+    counts = {len(r.iterations) for r in siblings}
+    if len(counts) > 1 or len(run.iterations) > min(len(siblings), _STAGES):
         return False
-    return count <= _PASSES or len({call.label for iteration in around.iterations for call in iteration}) == 1
+    return len(run.iterations) <= _PASSES or len(around.labels) == 1
 
 
-def _loops(visits: Sequence[_Visit]) -> Iterator[tuple[int, Loop]]:
-    """The loops in one call of a function, each with the number of loops around it there."""
+def _runs(visits: Sequence[_Visit]) -> Iterator[tuple[int, tuple[int, int], list[list[Call]]]]:
+    """The loops in one call of a function: the number of loops around each there, its place, its iterations."""
     for level in range(max(len(visit.frame.loops) for visit in visits)):
         for here, run in itertools.groupby(visits, key=lambda v: v.frame.loops[level : level + 1]):
             if not here:
@@ -239,8 +294,4 @@ def _loops(visits: Sequence[_Visit]) -> Iterator[tuple[int, Loop]]:
                     iterations.append([])
                 iterations[-1].extend(visit.calls)
                 before = at
-            # a model or shapes that change begin something else: another resolution, the last batch of an epoch
-            for _, alike in itertools.groupby(iterations, key=lambda calls: (calls[0].label, calls[0].site.shapes)):
-                kept = tuple(tuple(iteration) for iteration in alike)
-                if len(kept) > 1:
-                    yield level, Loop(visits[0].frame.function, kept)
+            yield level, here[0], iterations

@@ -97,6 +97,48 @@ def runge_kutta(n: int) -> None:
         step()
 
 
+def fixed_grid(n: int, stages: int) -> None:
+    """Like torchdiffeq's euler, heun and rk4: a step is a function, its stages are lines of it."""
+
+    def func(x: Any) -> Any:
+        return net(x)
+
+    def _step_func(stages: int) -> None:
+        func(x)
+        if stages > 1:
+            func(x)
+        if stages > 2:
+            func(func(x))
+
+    for _ in range(n):
+        _step_func(stages)
+
+
+def adaptive(*taken: int) -> None:
+    """Like torchdiffeq's dopri5: for every point in time as many steps as it takes, each a loop over its stages."""
+
+    def _runge_kutta_step() -> None:
+        for _ in range(6):
+            net(x)
+
+    def _advance(count: int) -> None:
+        while count:
+            _runge_kutta_step()
+            count -= 1
+
+    net(x)
+    for count in taken:
+        _advance(count)
+
+
+def edm(n: int) -> None:
+    """Heun's method as EDM samples with it: the last step has no correction."""
+    for number in range(n):
+        net(x)
+        if number < n - 1:
+            net(x)
+
+
 def images(n: int) -> None:
     for _ in range(n):
         for _ in range(4):
@@ -120,6 +162,33 @@ def test_the_loops_of_samplers(shown: Any) -> None:
     cfg = ("loop in guided", steps(*[[*[MODEL] * 4, "Linear"]] * 3))
     ode = ("loop in runge_kutta", steps(*[[MODEL] * 4] * 5))
     assert shown(program) == ["Linear", gen, gen, cfg, ode, MODEL]
+
+
+@pytest.mark.parametrize("stages", [1, 2, 4])
+@pytest.mark.parametrize("n", [2, 5, 20])
+def test_the_steps_of_solvers_on_a_grid(shown: Any, n: int, stages: int) -> None:
+    assert shown(lambda: fixed_grid(n, stages)) == [("loop in fixed_grid", steps(*[[MODEL] * stages] * n))]
+
+
+@pytest.mark.parametrize("taken", [(4,), (2, 2), (2, 3), (5, 2, 2, 7), (1, 0, 1, 1), (3, 0, 2)])
+def test_the_steps_of_adaptive_solvers(shown: Any, taken: tuple[int, ...]) -> None:
+    found = shown(lambda: adaptive(*taken))
+    if max(taken) == 1:
+        loops = [("loop in adaptive", steps(*[[MODEL] * 6] * sum(taken)))]
+    else:
+        loops = [("loop in adaptive.<locals>._advance", steps(*[[MODEL] * 6] * count)) for count in taken if count]
+    if sys.version_info < (3, 11):  # functions go by their last name there
+        loops = [(text.replace("adaptive.<locals>.", ""), below) for text, below in loops]
+    assert found == [MODEL, *loops]
+
+
+@pytest.mark.parametrize("taken", [(1, 2), (1, 3, 2, 1), (1,)])
+def test_where_steps_are_not_evident_there_are_calls(shown: Any, taken: tuple[int, ...]) -> None:
+    assert shown(lambda: adaptive(*taken)) == [MODEL] * (1 + 6 * sum(taken))
+
+
+def test_a_last_step_without_correction(shown: Any) -> None:
+    assert shown(lambda: edm(4)) == [("loop in edm", steps(*[[MODEL] * 2] * 3, [MODEL]))]
 
 
 def test_few_steps_for_many_images_are_the_steps(shown: Any) -> None:
