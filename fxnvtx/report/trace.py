@@ -7,11 +7,12 @@ launches joined to device work, overlap, gaps) is the one reader's. Kernels are 
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import sqlite3
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -22,7 +23,7 @@ from ..errors import CaptureError
 from .labels import fused_owners
 from .span import PIECE
 
-__all__ = ["converted", "is_gzip"]
+__all__ = ["CLOCKS_NS", "converted", "is_gzip", "settled"]
 
 _TABLES = """
 CREATE TABLE NVTX_EVENTS (start INTEGER, end INTEGER, eventType INTEGER, globalTid INTEGER, text TEXT, textId INTEGER,
@@ -46,6 +47,9 @@ _RANGES = {"cpu_op", "user_annotation", "python_function"}
 _MODULE = "nn.Module: "  # of python_function events only these are ranges: the others are every Python function
 _KINETO = {*_CALLS, *_DEVICE, "cpu_op"}
 _OUR_DEVICES = 1_500_000_000  # the writer of our own Chrome traces gives devices process numbers above this
+CLOCKS_NS = (
+    2_000  # by so much a thread's clock may jump when it goes to another core: torch.profiler reads the core's own
+)
 _UNITS = {"nanoseconds": 1, "microseconds": 1_000, "milliseconds": 1_000_000, "seconds": 1_000_000_000}
 
 
@@ -197,6 +201,7 @@ def _events(writer: _Writer, events: list[Any], annotated: bool = False) -> None
     begun: dict[tuple[Any, Any], list[tuple[int, str, str | None]]] = {}
     callers: dict[int, Any] = {}  # correlation -> process
     work: list[dict[str, Any]] = []
+    ranges: list[tuple[int, int, int, str, str | None, int | None]] = []
     only: Any = None
     for event in events:
         phase = event.get("ph")
@@ -234,15 +239,45 @@ def _events(writer: _Writer, events: list[Any], annotated: bool = False) -> None
         known = PIECE_CATEGORY if payload == PIECE else _category(category, kineto)
         if annotated and known is None and fused_owners(text):
             known = "op"
-        writer.range(
-            writer.thread(pid, tid), start, end, text.removeprefix(_MODULE), known,
-            payload if type(payload) is int and abs(payload) < 1 << 63 else None,
-        )  # fmt: skip
+        number = payload if type(payload) is int and abs(payload) < 1 << 63 else None
+        ranges.append((writer.thread(pid, tid), start, end, text.removeprefix(_MODULE), known, number))
+    if annotated:
+        ranges.sort(key=lambda row: (row[0], row[1], -row[2]))
+        for thread, rows in itertools.groupby(ranges, key=lambda row: row[0]):
+            own = list(rows)
+            for (start, end), row in zip(settled([row[1:3] for row in own]), own, strict=True):
+                writer.range(thread, start, end, *row[3:])
+    else:
+        for row in ranges:
+            writer.range(*row)
     for (pid, tid), opened in begun.items():
         for begin, text, known in opened:
             writer.range(writer.thread(pid, tid), begin, None, text, known, None)
     for event in work:
         _device(writer, event, callers, only)
+
+
+def settled(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Starts and ends, in ns, of ranges that were properly nested on one thread, without what its clock adds.
+
+    spans: by start, the outer one of two first. One that reaches over the end of another by CLOCKS_NS or less ends with
+    it; one that begins so little before another's end begins with that end. What overlaps by more was not nested, and
+    stays as it is.
+    """
+    found = []
+    ends: list[int] = []
+    for start, end in spans:
+        while ends and (ends[-1] <= start or end > ends[-1]):
+            late, early = end - ends[-1], ends[-1] - start
+            if early > 0 and late <= early:
+                end = ends[-1] if late <= CLOCKS_NS else end
+                break
+            if early > CLOCKS_NS:
+                break
+            start = max(start, ends.pop())
+        ends.append(end)
+        found.append((start, end))
+    return found
 
 
 def _pid(event: Any) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import random
 from decimal import Decimal
 
 import pytest
@@ -15,6 +17,7 @@ from fxnvtx import ranges
 from fxnvtx.compile.kineto import ProfilerListener
 from fxnvtx.compile.roctx import RoctxListener, chosen
 from fxnvtx.report import from_recording, load
+from fxnvtx.report.trace import CLOCKS_NS, settled
 
 from ..core.tools import in_process, shape
 
@@ -44,14 +47,16 @@ def annotations(prof, folder):
     """The user annotations of an exported trace as nested (label, children), and the threads they are on."""
     path = folder / "trace.json"
     prof.export_chrome_trace(str(path))
-    events = json.loads(path.read_text())["traceEvents"]
+    events = json.loads(path.read_text(), parse_float=Decimal)["traceEvents"]
     shown = [e for e in events if e.get("cat") == "user_annotation" and not e["name"].startswith("ProfilerStep")]
     # of two that start together the outer one was recorded first, and ends last
     shown.sort(key=lambda e: (e["tid"], e["args"]["Ev Idx"]))
     roots: list = []
     stack: list = []
-    for event in shown:
-        start, end = event["ts"], event["ts"] + event["dur"]
+    spans = []
+    for _, own in itertools.groupby(shown, key=lambda e: e["tid"]):
+        spans += settled([(int(e["ts"] * 1000), int((e["ts"] + e["dur"]) * 1000)) for e in own])
+    for event, (start, end) in zip(shown, spans, strict=True):
         while stack and stack[-1][0] <= start:
             stack.pop()
         assert not stack or end <= stack[-1][0]
@@ -134,6 +139,44 @@ def test_the_report_reads_the_trace_as_it_reads_the_recording(tmp_path, how):
     for row in traced.rows("range"):
         if row.calls:
             assert row.cpu == sum(int(e["dur"] * 1000) for e in own if e["name"] == row.name), row.name
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_clock_that_jumps_changes_no_nesting(seed):
+    """Ranges of a random tree, longer than a jump; then some cores' clocks are ahead."""
+    chance = random.Random(seed)
+
+    def lay(depth, start):
+        """(end of a range that starts there, its spans)"""
+        spans, at = [], start + 5_000
+        for _ in range(chance.randrange(4) if depth else 0):
+            at, below = lay(depth - 1, at)
+            spans += below
+            at += chance.choice([0, 0, 3_000])
+        return at + 5_000, [(start, at + 5_000, depth), *spans]
+
+    spans = lay(4, 0)[1]
+    assert settled([s[:2] for s in spans]) == [s[:2] for s in spans]
+    jumped = [
+        (s + (i > 0) * chance.choice([0, -700]), e + chance.choice([0, 900]), d) for i, (s, e, d) in enumerate(spans)
+    ]
+    found, stack = [], []
+    for start, end in settled([s[:2] for s in jumped]):
+        while stack and stack[-1] <= start:
+            stack.pop()
+        assert not stack or end <= stack[-1]
+        stack.append(end)
+        found.append(4 - len(stack) + 1)
+    assert found == [depth for _, _, depth in spans]
+
+
+def test_what_was_not_nested_stays_so():
+    crossing = [(0, 50_000), (30_000, 90_000)]
+    assert settled(crossing) == crossing
+    for more, wanted in ((CLOCKS_NS, (30_000, 50_000)), (CLOCKS_NS + 1, (30_000, 50_000 + CLOCKS_NS + 1))):
+        assert settled([(0, 50_000), (30_000, 50_000 + more)])[1] == wanted
+    assert settled([(0, 50_000), (50_000 - CLOCKS_NS, 90_000)])[1] == (50_000, 90_000)
+    assert settled([(0, 50_000), (49_000 - CLOCKS_NS, 90_000)])[1] == (49_000 - CLOCKS_NS, 90_000)
 
 
 def test_the_operators_of_a_trace_without_our_ranges_are_read(tmp_path):
