@@ -15,7 +15,7 @@ from ...compile.torch_private import hide_module
 from ...control import controls_of
 from ...errors import InstrumentError
 from ...names import DEFAULT_EXCLUDE, Pattern
-from . import attach, autoinstrument
+from . import attach
 from .components import is_pipeline, named_modules
 from .registry import Options, Pipe
 
@@ -96,12 +96,12 @@ def _switch(record: Pipe, enabled: bool) -> None:
 def watch(*, depth: int | None = None, path: str = "auto", layers: bool = True) -> None:
     """Instrument every pipeline that is built or loaded from now on. Works before diffusers is imported, and does not
     import it."""
-    autoinstrument.watch(Options(depth=depth, path=path, layers=layers))
+    attach.watch(Options(depth=depth, path=path, layers=layers))
 
 
 def unwatch() -> None:
     """Stop watching; pipelines that are instrumented by now stay so."""
-    autoinstrument.unwatch()
+    attach.unwatch()
 
 
 hide_module(globals(), nested=True)

@@ -1,13 +1,15 @@
-"""Bring what is instrumented of a pipeline in line with what the pipeline is made of now."""
+"""Bring what is instrumented of a pipeline in line with what it is made of now; see pipelines being built."""
 
 from __future__ import annotations
 
+import types
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
 
+from ...compile.imports import no_longer_when_imported, when_imported
 from ...compile.torch_private import hide_module
 from ...control import controls_of, sync
 from ...errors import SelectionError
@@ -15,10 +17,10 @@ from ...instrument import instrument, log_once, uninstrument
 from ...names import walk_paths
 from . import components, wrappers
 from .offload import hold_residency, release_residency
-from .registry import Bound, Options, Pipe, Wrap, bind, definer, instance_override, lock, methods, pipes, unbind
+from .registry import Bound, Held, Options, Pipe, Wrap, bind, definer, instance_override, lock, methods, pipes, unbind
 from .thread_state import find, state
 
-__all__ = ["attach", "detach", "pipe_of", "refresh"]
+__all__ = ["attach", "detach", "pipe_of", "refresh", "unwatch", "watch"]
 
 
 def pipe_of(thing: Any) -> Pipe | None:
@@ -265,6 +267,71 @@ def _current(held: Any, thing: Any) -> bool:
     if instance_override(thing, held.name):
         return held.owner is thing and vars(thing)[held.name] is held.wrapper
     return held.owner is not thing
+
+
+# ------------------------------------------------------------------------------------------ as they are built
+
+
+# The classes whose method every pipeline of diffusers goes through while it is built.
+_BUILDERS = {
+    "diffusers.pipelines.pipeline_utils": ("DiffusionPipeline", "register_modules"),
+    "diffusers.modular_pipelines.modular_pipeline": ("ModularPipeline", "__init__"),
+}
+
+
+class _Watch:
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.held: list[Held] = []
+
+    def arm(self, module: types.ModuleType) -> None:
+        kind, method = _BUILDERS[module.__name__]
+        owner = getattr(module, kind, None)
+        if isinstance(owner, type):
+            held = methods.hold(owner, method, self.wrap)
+            if held is not None:
+                self.held.append(held)
+
+    def wrap(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(pipe: Any, *args: Any, **kwargs: Any) -> Any:
+            result = original(pipe, *args, **kwargs)
+            self.meet(pipe)
+            return result
+
+        return call
+
+    def meet(self, pipe: Any) -> None:
+        if _now is not self or not components.is_pipeline(pipe):
+            return
+        try:
+            attach(pipe, self.options, type(pipe).__name__)
+        except Exception as error:  # the program must go on
+            log_once(f"watch {type(pipe).__name__}", f"{type(pipe).__name__} is not instrumented: {error}")
+
+
+_now: _Watch | None = None
+
+
+def watch(options: Options) -> None:
+    global _now
+    if _now is not None:
+        _now.options = options
+        return
+    _now = _Watch(options)
+    for module in _BUILDERS:
+        when_imported(module, _now.arm)
+
+
+def unwatch() -> None:
+    """Stop; pipelines that are instrumented stay so."""
+    global _now
+    if _now is None:
+        return
+    for module in _BUILDERS:
+        no_longer_when_imported(module, _now.arm)
+    for held in _now.held:
+        methods.release(held)
+    _now = None
 
 
 hide_module(globals(), nested=True)  # some of this runs while a compiled component is being called
