@@ -1,6 +1,20 @@
 """Reference models: ordinary PyTorch, random weights from a seed, traceable by torch.fx whole and level by level."""
 
-from .build import SIZES, FlowMatchEulerScheduler, ImageModels, ModelSize, VideoModels, build, build_video
+from .build import (
+    SIZES,
+    FlowMatchEulerScheduler,
+    ImageModels,
+    LoRALinear,
+    ModelSize,
+    VideoModels,
+    apply_lora,
+    build,
+    build_video,
+    merge_lora,
+    remove_lora,
+    set_lora_scale,
+    unmerge_lora,
+)
 from .dit import MLP, Attention, ByteTokenizer, DiT, DiTBlock, TextEncoder
 from .generate import (
     Tile,
@@ -14,7 +28,6 @@ from .generate import (
     write_apng,
     write_png,
 )
-from .lora import LoRALinear, apply_lora, merge_lora, remove_lora, set_lora_scale, unmerge_lora
 from .vae import VAE, LatentUpsampler, VideoVAE
 
 __all__ = [

@@ -26,9 +26,9 @@ from .build import (
     VideoModels,
     build,
     build_video,
+    set_lora_scale,
 )
 from .dit import DiT
-from .lora import set_lora_scale
 
 # ---------------------------------------------------------------------------------------------------------------- tiles
 
