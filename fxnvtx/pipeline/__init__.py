@@ -1,11 +1,12 @@
 """The runtime whose structure gets ranges: stages, executors, and where weights are."""
 
 from .args import ServerArgs
+from .component_use import ComponentUse
 from .executor import ComposedPipeline, PipelineExecutor, SyncExecutor
+from .manager import ComponentResidencyManager
 from .parallel import ParallelExecutor
 from .pipelines import PIPELINES, Result, run
 from .request import Batch, RequestMetrics, StageProfiler
-from .residency import ComponentResidencyManager, ComponentUse
 from .stage import PipelineStage, StageParallelism
 
 __all__ = [

@@ -15,9 +15,9 @@ from torch import nn
 from ..errors import ConfigError, PipelineError
 from ..ranges import Label, label, range
 from .args import ServerArgs
+from .manager import ComponentResidencyManager
+from .memory import Place
 from .request import RequestMetrics, running_with
-from .residency import ComponentResidencyManager
-from .residency.memory import Place
 from .stage import PipelineStage, stage_range_label
 
 __all__ = ["KINDS", "ComposedPipeline", "PipelineExecutor", "SyncExecutor", "profile_names"]

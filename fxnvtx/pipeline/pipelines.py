@@ -20,8 +20,8 @@ from ..models import build_video
 from ..models.generate import HALO, REFINE_START
 from .args import DEVICE_MODES, ServerArgs
 from .executor import ComposedPipeline, PipelineExecutor
+from .memory import Place, default_place
 from .request import Batch, RequestMetrics, running_with
-from .residency.memory import Place, default_place
 from .stages import (
     DecodingStage,
     DenoisingStage,

@@ -24,7 +24,7 @@ from ..output import write_text
 
 if TYPE_CHECKING:
     from ..ranges import Label
-    from .residency.manager import ComponentResidencyManager
+    from .manager import ComponentResidencyManager
 
 __all__ = [
     "Batch",

@@ -13,8 +13,8 @@ from torch import nn
 from ..errors import PipelineError
 from ..ranges import Label, label, range
 from .args import ServerArgs
+from .component_use import ComponentUse
 from .request import RequestMetrics, StageProfiler, device_memory, running, running_with
-from .residency import ComponentUse
 
 __all__ = ["PipelineStage", "StageParallelism", "stage_range_label"]
 

@@ -23,8 +23,8 @@ from ..models import (
     to_uint8,
 )
 from .args import ServerArgs
+from .component_use import ComponentUse
 from .request import Batch, Embedding, running
-from .residency import ComponentUse
 from .stage import PipelineStage, StageParallelism
 
 __all__ = [

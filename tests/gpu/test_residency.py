@@ -7,8 +7,8 @@ import fxnvtx
 from fxnvtx.models import build, generate
 from fxnvtx.pipeline import Batch, ServerArgs, pipelines
 from fxnvtx.pipeline.args import RESIDENCY_MODES
-from fxnvtx.pipeline.residency.memory import ByteAccount, CudaPlace, PinnedSlot, ResidencyRanges, default_place
-from fxnvtx.pipeline.residency.strategies import ComponentOffload, LayerwiseOffload, SnapshotOffload
+from fxnvtx.pipeline.memory import ByteAccount, CudaPlace, PinnedSlot, ResidencyRanges, default_place
+from fxnvtx.pipeline.strategies import ComponentOffload, LayerwiseOffload, SnapshotOffload
 
 from ..pipeline.nets import LAYERS, Net, clone_weights, labels, same_weights
 from .device import needs_device

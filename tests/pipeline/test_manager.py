@@ -14,7 +14,7 @@ import fxnvtx
 from fxnvtx.errors import PipelineError
 from fxnvtx.instrument import is_enabled, label_of
 from fxnvtx.pipeline import ComponentResidencyManager, ComponentUse, ServerArgs
-from fxnvtx.pipeline.residency import Timeline
+from fxnvtx.pipeline.component_use import Timeline
 
 from ..support.limits import THREAD_S
 from .nets import LAYERS, STAGES, Net, Uses, batch, labels, pipeline_of, weight_bytes
@@ -331,7 +331,7 @@ def test_a_load_that_fails_changes_nothing_and_the_next_one_works(monkeypatch):
 
 
 def test_several_failures_while_uses_end_leave_nothing_behind(monkeypatch):
-    from fxnvtx.pipeline.residency.strategies import ComponentOffload
+    from fxnvtx.pipeline.strategies import ComponentOffload
 
     with Request() as r:
 

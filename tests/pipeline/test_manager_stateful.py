@@ -12,7 +12,7 @@ from torch import nn
 from fxnvtx import ranges
 from fxnvtx.instrument import is_enabled, label_of
 from fxnvtx.pipeline import ComponentResidencyManager, ComponentUse
-from fxnvtx.pipeline.residency.memory import MemoryPlace
+from fxnvtx.pipeline.memory import MemoryPlace
 from fxnvtx.recording import Recording
 
 from .nets import LAYERS, Net, Uses, same_weights, weight_bytes

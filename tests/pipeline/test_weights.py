@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fxnvtx.errors import OutputError
-from fxnvtx.pipeline.residency.memory import ByteAccount, FileSlot, MemoryPlace, ResidencyRanges
-from fxnvtx.pipeline.residency.strategies import (
+from fxnvtx.pipeline.memory import ByteAccount, FileSlot, MemoryPlace, ResidencyRanges
+from fxnvtx.pipeline.strategies import (
     ComponentOffload,
     LayerwiseOffload,
     Resident,
@@ -366,10 +366,10 @@ def test_the_memory_is_really_given_back():
     script = """
         import torch
         from torch import nn
-        from fxnvtx.pipeline.residency.memory import ByteAccount
-        from fxnvtx.pipeline.residency.memory import ResidencyRanges
-        from fxnvtx.pipeline.residency.memory import MemoryPlace
-        from fxnvtx.pipeline.residency.strategies import ComponentOffload
+        from fxnvtx.pipeline.memory import ByteAccount
+        from fxnvtx.pipeline.memory import ResidencyRanges
+        from fxnvtx.pipeline.memory import MemoryPlace
+        from fxnvtx.pipeline.strategies import ComponentOffload
 
         def resident():
             rows = dict(line.split(":") for line in open("/proc/self/status"))

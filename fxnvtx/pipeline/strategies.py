@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ...errors import ConfigError
+from ..errors import ConfigError
 from .memory import ByteAccount, Place, ResidencyRanges
 from .weights import Piece, Stored, module_tensors
 

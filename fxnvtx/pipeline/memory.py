@@ -16,8 +16,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ... import ranges
-from ...errors import OutputError
+from .. import ranges
+from ..errors import OutputError
 
 __all__ = [
     "ByteAccount",

@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
-from ...attachments import Attachments
-from ...errors import PipelineError
-from ...names import unwrapped
-from ..args import ServerArgs
-from .component_use import Active, ComponentUse, Request, Requests, Timeline
+from ..attachments import Attachments
+from ..errors import PipelineError
+from ..names import unwrapped
+from .args import ServerArgs
+from .component_use import Active, ComponentUse, Holdings, Request, Requests, Timeline, UsesComponents, uses_of
 from .memory import ByteAccount, Place
-from .weight_store import Holdings
 
-__all__ = ["ComponentResidencyManager", "UsesComponents"]
-
-log = logging.getLogger("fxnvtx.pipeline")
-
-
-class UsesComponents(Protocol):
-    """What the manager asks of a stage."""
-
-    @property
-    def component_name(self) -> str: ...
-
-    def component_uses(self, args: ServerArgs, stage_name: str) -> list[ComponentUse]: ...
+__all__ = ["ComponentResidencyManager"]
 
 
 class ComponentResidencyManager:
@@ -78,7 +65,7 @@ class ComponentResidencyManager:
         with self._lock:
             self._requests.wait_for_turn()
             wanted = args.stage_ranges and not is_warmup if use_nvtx is None else use_nvtx
-            uses = _uses_of(stages, args)
+            uses = uses_of(stages, args)
             for use in uses:
                 self._module(use.component)
             request = Request(args, wanted, Timeline(uses), windows=args.step_windows())
@@ -160,7 +147,7 @@ class ComponentResidencyManager:
         """
         with self._lock:
             request = self._requests.require(request)
-            use = self._declared(request, component, phase, dtype)
+            use = request.declared(component, phase, dtype)
             module = self._module(use.component) if module is None else module
             last = request.active[-1] if request.active else None
             if last is not None and not last.scoped:
@@ -176,7 +163,7 @@ class ComponentResidencyManager:
         """End a use that `begin_use` began. Does nothing where it has ended already."""
         with self._lock:
             request = self._requests.require(request)
-            use = self._declared(request, component, phase, None)
+            use = request.declared(component, phase)
             last = request.active[-1] if request.active else None
             if last is not None and not last.scoped and last.use.key == use.key:
                 self._finish(last)
@@ -195,7 +182,7 @@ class ComponentResidencyManager:
         """A use for the length of a block. Nests: the outer use is what it was when the block ends."""
         with self._lock:
             request = self._requests.require(request)
-            use = self._declared(request, component, phase, dtype)
+            use = request.declared(component, phase, dtype)
             module = self._module(use.component) if module is None else module
             active = self._begin(request, use, module, scoped=True)
         try:
@@ -226,7 +213,7 @@ class ComponentResidencyManager:
         milliseconds, which would otherwise show as a stage's own."""
         with self._lock:
             met: set[str] = set()
-            for use in _uses_of(stages, args):
+            for use in uses_of(stages, args):
                 module = self._module(use.component)
                 if use.component not in met and isinstance(module, nn.Module) and not self._in_use(module):
                     self.attachments.enable(module, use.prefix, args.nvtx_depth, shapes=args.nvtx_shapes)
@@ -307,7 +294,7 @@ class ComponentResidencyManager:
     # --------------------------------------------------------------------------------------------------- details
 
     def _begin(self, request: Request, use: ComponentUse, module: nn.Module, *, scoped: bool) -> Active:
-        self._load(use, module)
+        self.holdings.load(use, module, self.components)
         active = Active(use, module, scoped)
         request.active.append(active)
         request.timeline.begins(use)
@@ -328,25 +315,6 @@ class ComponentResidencyManager:
             self.attachments.remove(old)
         if isinstance(module, nn.Module):
             request.last_module[use.key] = weakref.ref(module)
-
-    def _load(self, use: ComponentUse, module: Any) -> None:
-        if not isinstance(module, nn.Module):
-            return
-        strategy = self.holdings.strategy(use.component, module)
-        inner = unwrapped(module)
-        if self._in_use(module):
-            strategy.wait_for_use(inner, use.dtype)
-            return
-        strategy.refresh(inner)
-        strategy.kept = use.keep_ready
-        self.holdings.make_room(strategy, self.components)
-        try:
-            strategy.before_use(inner, use.dtype)
-            strategy.wait_for_use(inner, use.dtype)
-        except BaseException:
-            strategy.kept = False
-            strategy.give_up(inner)
-            raise
 
     def _finish_down_to(self, request: Request, depth: int) -> None:
         """End the innermost uses until `depth` are left: all of them, whatever fails. Raises the first failure."""
@@ -392,17 +360,6 @@ class ComponentResidencyManager:
         strategy = self.holdings.strategy(use.component, module)
         self.holdings.prefetch(strategy, module, use.dtype, self.components)
 
-    def _declared(
-        self, request: Request, component: str | ComponentUse, phase: str | None, dtype: torch.dtype | None
-    ) -> ComponentUse:
-        wanted = component if isinstance(component, ComponentUse) else ComponentUse(component, phase, dtype)
-        stage = wanted.stage or request.stage or ""
-        found = request.timeline.find((stage, wanted.component, wanted.phase))
-        if found is None:
-            shown = wanted.by(stage).prefix
-            raise PipelineError(f"the use {shown} was not declared: let component_uses() of stage {stage!r} return it")
-        return wanted.by(stage) if wanted.dtype is not None else found
-
     def _module(self, name: str) -> Any:
         try:
             module = self.components[name]
@@ -439,7 +396,3 @@ class ComponentResidencyManager:
         """Whether weights that move now show it: as the request wants for which they move."""
         request = self._requests.current()
         return request is not None and request.use_nvtx
-
-
-def _uses_of(stages: Iterable[UsesComponents], args: ServerArgs) -> list[ComponentUse]:
-    return [use.by(s.component_name) for s in stages for use in s.component_uses(args, s.component_name)]
