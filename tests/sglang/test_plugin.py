@@ -18,7 +18,7 @@ from fxnvtx import ranges
 from fxnvtx.attachments import Attachments
 from fxnvtx.cli import doctor
 from fxnvtx.compile import imports
-from fxnvtx.everything import instrument_everything
+from fxnvtx.integrations.everything import instrument_everything
 from fxnvtx.integrations.sglang import missing_targets, patch_older_releases, register
 from fxnvtx.integrations.sglang.targets import TARGETS, Options, found_in, read_options
 from fxnvtx.recording import Recording
