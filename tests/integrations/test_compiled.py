@@ -12,7 +12,7 @@ pytest.importorskip("diffusers", reason="needs diffusers: pip install fxnvtx[dif
 
 from fxnvtx import record
 from fxnvtx.integrations import diffusers as fx
-from fxnvtx.integrations.diffusers import attach, components
+from fxnvtx.integrations.diffusers import attach, registry
 from fxnvtx.integrations.diffusers.thread_state import find
 
 from .asking import STEPS, build, every, labels, only, same
@@ -100,7 +100,7 @@ def test_blocks_that_torch_compile_wrapped_are_known_by_their_own_paths() -> Non
     model = pipe.transformer
     for index, block in enumerate(model.transformer_blocks):
         model.transformer_blocks[index] = torch.compile(block, backend="eager")
-    assert components.applicable("transformer_blocks.0.attn", "transformer", model) == ["transformer_blocks.0.attn"]
+    assert registry.applicable("transformer_blocks.0.attn", "transformer", model) == ["transformer_blocks.0.attn"]
     fx.instrument(pipe)
     bound = find(model)
     assert bound is not None

@@ -16,8 +16,7 @@ from ...control import controls_of
 from ...errors import InstrumentError
 from ...names import DEFAULT_EXCLUDE, Pattern
 from . import attach
-from .components import is_pipeline, named_modules
-from .registry import Options, Pipe
+from .registry import Options, Pipe, is_pipeline, named_modules
 
 __all__ = ["instrument", "set_enabled", "uninstrument", "unwatch", "watch"]
 

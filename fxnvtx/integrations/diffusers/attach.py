@@ -15,7 +15,7 @@ from ...control import controls_of, sync
 from ...errors import SelectionError
 from ...instrument import instrument, log_once, uninstrument
 from ...names import walk_paths
-from . import components, wrappers
+from . import registry, wrappers
 from .offload import hold_residency, release_residency
 from .registry import Bound, Held, Options, Pipe, Wrap, bind, definer, instance_override, lock, methods, pipes, unbind
 from .thread_state import find, state
@@ -98,9 +98,9 @@ def _drop(key: int, bound: Bound) -> None:
 
 
 def _check(options: Options, pipe: Any) -> None:
-    named = list(components.named_modules(pipe))
+    named = list(registry.named_modules(pipe))
     for what, patterns in (("include", options.include), ("exclude", options.exclude)):
-        for glob in components.unmatched(patterns, named):
+        for glob in registry.unmatched(patterns, named):
             names = ", ".join(name for name, _ in named)
             raise SelectionError(f"{what}={glob!r} matches no module of any component ({names})")
 
@@ -110,9 +110,9 @@ def _check(options: Options, pipe: Any) -> None:
 
 def _scan(pipe: Any, record: Pipe, force: bool) -> None:
     wanted: dict[int, tuple[str, str, Any]] = {
-        id(part): (role, name, part) for role, name, part in components.parts_of(pipe)
+        id(part): (role, name, part) for role, name, part in registry.parts_of(pipe)
     }
-    for name, block in components.blocks_of(pipe):
+    for name, block in registry.blocks_of(pipe):
         wanted.setdefault(id(block), ("block", name, block))
     wanted[id(pipe)] = ("pipeline", record.name, pipe)
     for nested in [n for n in record.nested if (part := n()) is None or id(part) not in wanted]:
@@ -157,8 +157,8 @@ def _instrument(component: nn.Module, bound: Bound, options: Options) -> None:
         bound.name,
         path=options.path,
         depth=options.depth,
-        include=components.applicable(options.include, bound.name, component),
-        exclude=components.applicable(options.exclude, bound.name, component),
+        include=registry.applicable(options.include, bound.name, component),
+        exclude=registry.applicable(options.exclude, bound.name, component),
         shapes=options.shapes,
     )
     bound.layers = True
@@ -179,9 +179,9 @@ def _set_arounds(component: nn.Module, bound: Bound) -> None:
 def _arounds(component: nn.Module, bound: Bound) -> dict[str, Any]:
     """What the component's slots ask for: the pass of a denoiser, the tile of a VAE's parts."""
     found: dict[str, Any] = {}
-    if components.is_denoiser(bound.name):
+    if registry.is_denoiser(bound.name):
         found[""] = _pass_around(bound.name)
-    if any(callable(getattr(component, name, None)) for name in components.TILED_METHODS):
+    if any(callable(getattr(component, name, None)) for name in registry.TILED_METHODS):
         found.update((name, _tile_around(name)) for name, child in component.named_children() if child is not None)
     return found
 
@@ -226,7 +226,7 @@ def _altered(component: nn.Module, bound: Bound) -> bool:
 def _hold_pipeline(pipe: Any, own: Bound) -> None:
     _hold(pipe, own, "__call__", wrappers.request(refresh))
     _hold(pipe, own, "progress_bar", wrappers.bar_method)
-    for name in components.stages_of(pipe):
+    for name in registry.stages_of(pipe):
         _hold(pipe, own, name, wrappers.stage(name))
 
 
@@ -244,9 +244,9 @@ def _methods(part: Any, bound: Bound) -> Iterator[tuple[str, Wrap]]:
         yield "progress_bar", wrappers.bar_method
     elif bound.role == "module":
         yield "cache_context", wrappers.cache_context
-        for name in components.ROOT_METHODS:
+        for name in registry.ROOT_METHODS:
             yield name, wrappers.root_method(name)
-        for name in components.TILED_METHODS:
+        for name in registry.TILED_METHODS:
             yield name, wrappers.tiled_method(name)
 
 
@@ -301,7 +301,7 @@ class _Watch:
         return call
 
     def meet(self, pipe: Any) -> None:
-        if _now is not self or not components.is_pipeline(pipe):
+        if _now is not self or not registry.is_pipeline(pipe):
             return
         try:
             attach(pipe, self.options, type(pipe).__name__)

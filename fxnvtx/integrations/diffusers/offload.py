@@ -18,8 +18,7 @@ from ... import ranges as _ranges
 from ...compile.torch_private import hide_module
 from ...names import unwrapped
 from ...ranges import label, pop, push
-from .components import named_modules
-from .registry import Bound, Held, methods, pipes
+from .registry import Bound, Held, methods, named_modules, pipes
 
 __all__ = ["hold_residency", "nbytes", "release_residency"]
 
