@@ -254,14 +254,10 @@ def test_sglangs_own_tests_hold_with_the_plugin(sglang_python, own_tests, tmp_pa
 
 
 def test_sglangs_own_tests_hold_for_our_pipeline(own_tests, tmp_path):
-    """Through an adapter, without SGLang. What fails asks for forward hooks, or for what SGLang alone does."""
-    files = [shutil.copy(own_tests / name, tmp_path) for name in UNIT_TESTS[:2]]
+    """Through an adapter, without SGLang: 36 of 66. docs/servers.md has a reason for each of the others."""
+    files = [shutil.copy(own_tests / name, tmp_path) for name in UNIT_TESTS[:3]]
     failed, passed = outcome(sys.executable, "pipeline_adapter", files, tmp_path)
-    assert failed == {
-        NO_FORWARD_HOOKS,
-        "test_set_enabled_false_suppresses_nvtx_calls",
-        "test_set_enabled_true_emits_matched_push_pop",
-        "test_toggling_mid_forward_keeps_push_pop_balanced",
-        "test_single_dit_residency_does_not_override_offload_strategy",
-    }
-    assert passed == 22
+    document = (Path(__file__).parents[2] / "docs" / "servers.md").read_text()
+    explained = document.partition("### SGLang's own tests")[2].partition("### Trying it")[0]
+    assert failed == set(re.findall(r"`(test_\w+)`", explained.partition("| test |")[2]))
+    assert passed == 36
