@@ -76,7 +76,7 @@ class Use(fx.ComponentUse):
 
 
 class StageOf:
-    """A stage of a test, as the manager asks for one. There, a use that is its stage's only one begins with the stage."""
+    """A stage of a test, as the manager asks for one. There, a use that is its stage's only one begins with it."""
 
     def __init__(self, stage, name, server_args):
         self.component_name, self._args = name, server_args
