@@ -1,4 +1,4 @@
-"""A model entered by another door than `__call__`: `forward_with_cfg`, `decode`, `encode`, `generate`.
+"""A model entered by another way than `__call__`: `forward_with_cfg`, `decode`, `encode`, `generate`.
 
 Public methods of the program's own module classes are wrapped while a program runs under `fxnvtx run`. One that leads
 to a call of a child has a range `<label>.<method>` where it is the way in; inside the model's own range there is

@@ -27,10 +27,10 @@ def register() -> None:
     wanted = os.environ.get("FXNVTX_VLLM_OMNI", "").strip().lower()
     if _started or wanted in ("", "0", "off", "false"):
         return
-    told = os.environ.get("FXNVTX_VLLM_OMNI_DEPTH", "").strip()
-    if told and not told.isdecimal():
-        _ranges.log.warning("FXNVTX_VLLM_OMNI_DEPTH=%s is no number of levels: all are shown", told)
+    depth = os.environ.get("FXNVTX_VLLM_OMNI_DEPTH", "").strip()
+    if depth and not depth.isdecimal():
+        _ranges.log.warning("FXNVTX_VLLM_OMNI_DEPTH=%s is no number of levels: all are shown", depth)
     _started = True
     from .everything import Everything
 
-    Everything(int(told) if told.isdecimal() else None).start()
+    Everything(int(depth) if depth.isdecimal() else None).start()

@@ -199,8 +199,8 @@ class ServerArgs(ExplicitArgs):
         try:
             return Numbers.read(wanted.strip() or "0:")
         except (AttributeError, ConfigError) as error:
-            told = error if isinstance(error, ConfigError) else "write steps like 4-8,20"
-            raise ConfigError(f"nvtx_steps={wanted!r}: {told}") from None
+            reason = error if isinstance(error, ConfigError) else "write steps like 4-8,20"
+            raise ConfigError(f"nvtx_steps={wanted!r}: {reason}") from None
 
     def residency_mode(self, component: str, kind: str) -> str:
         """Where the weights of `component` are kept; `kind` is dit, vae, text_encoder, image_encoder or other."""

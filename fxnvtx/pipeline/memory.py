@@ -254,7 +254,7 @@ class _Streamed:
 
 
 def default_place(folder: str | None = None, device: torch.device | None = None) -> Place:
-    """The place that belongs to a compute device: the current CUDA device where there is one, unless told."""
+    """The place that belongs to a compute device: by default the current CUDA device, or the host."""
     if device is None:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     return CudaPlace(device) if device.type == "cuda" else MemoryPlace(folder)

@@ -263,7 +263,7 @@ class ParallelExecutor(PipelineExecutor):
             payload = _received(group.broadcast(payload, "broadcast_cfg"), payload)
             return group.together(work)
         if group.rank == 0:
-            # a failure is told in the same call in which the others wait
+            # a failure is announced in the same call in which the others wait
             payload = self._main(work)
         if kind is StageParallelism.MAIN_RANK_ONLY:
             group.barrier()

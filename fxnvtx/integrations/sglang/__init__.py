@@ -7,7 +7,7 @@ With SGLang's flag `--enable-layerwise-nvtx-marker` its markers are then fxnvtx'
 pass and scheduler; layers, inside torch.compile too; the root of `vae.decode` and `vae.encode`; weights that move, with
 bytes. Without the flag everything is as it was.
 
-Environment variables (a value without meaning is told once and ignored):
+Environment variables (a value without meaning is logged once and ignored):
 
     FXNVTX_SGLANG         layers (the default) | stages (no layers: small captures of long runs) | off
     FXNVTX_SGLANG_DEPTH   levels of modules below a component that get ranges; all without it
@@ -71,8 +71,8 @@ def _handlers(options: Options) -> list[tuple[Target, Any]]:
 
     found, missing = found_in(sglang_folder(), options.layers)
     if missing:
-        told = "; ".join(dict.fromkeys(t.shows for t in missing))
-        log.warning("this release of SGLang has no place for: %s", told)
+        lacking = "; ".join(dict.fromkeys(t.shows for t in missing))
+        log.warning("this release of SGLang has no place for: %s", lacking)
     also_through_torch()
     handlers = hooks.handlers(options)
     return [(target, handlers[target.handler]) for target in found]

@@ -345,7 +345,7 @@ def ranks() -> tuple[int, int]:
 
 @contextmanager
 def recorded(folder: Path, number: int, rank: int, world: int) -> Iterator[None]:
-    """A recording of the block, in a file of its own. A file that cannot be written is told and not missed."""
+    """A recording of the block, in a file of its own. What cannot be written is logged."""
     from ...recording import record
 
     with record() as recording:

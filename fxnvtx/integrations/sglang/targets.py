@@ -39,21 +39,21 @@ VARIABLE = "FXNVTX_SGLANG"
 MODES = ("layers", "stages", "off")
 log = logging.getLogger("fxnvtx.sglang")
 F = TypeVar("F", bound=Callable[..., Any])
-_told: set[str] = set()
+_warned: set[str] = set()
 
 
 def guarded(function: F) -> F:
-    """A part of the plugin whose failure must not reach SGLang: it is told once, and None comes back."""
+    """A part of the plugin whose failure must not reach SGLang: it is logged once, and None comes back."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
             return function(*args, **kwargs)
         except Exception as error:
-            told = f"{function.__name__}: {type(error).__name__}: {error}"
-            if told not in _told and len(_told) < 100:
-                _told.add(told)
-                log.warning("some ranges are missing (%s)", told)
+            message = f"{function.__name__}: {type(error).__name__}: {error}"
+            if message not in _warned and len(_warned) < 100:
+                _warned.add(message)
+                log.warning("some ranges are missing (%s)", message)
             return None
 
     return cast(F, call)
@@ -75,39 +75,39 @@ class Options:
 
 
 def read_options(environment: Mapping[str, str] | None = None) -> Options:
-    """The options of the environment. What has no meaning is told and left at its default."""
+    """The options of the environment. What has no meaning is logged and left at its default."""
     given = os.environ if environment is None else environment
 
     def text(name: str) -> str:
         return given.get(f"{VARIABLE}{name}", "").strip()
 
-    def told(name: str, wanted: str) -> None:
+    def warn(name: str, wanted: str) -> None:
         log.warning("%s%s=%s has no meaning: use %s; it is ignored", VARIABLE, name, text(name), wanted)
 
     mode = text("").lower() or "layers"
     if mode not in MODES:
-        told("", ", ".join(MODES))
+        warn("", ", ".join(MODES))
         mode = "layers"
     depth: int | None = None
     if text("_DEPTH"):
         if text("_DEPTH").isdecimal():
             depth = int(text("_DEPTH"))
         else:
-            told("_DEPTH", "a whole number of levels")
+            warn("_DEPTH", "a whole number of levels")
     shapes = text("_SHAPES").lower() or "1"
     if shapes not in {"0", "1", "true", "false"}:
-        told("_SHAPES", "1 or 0")
+        warn("_SHAPES", "1 or 0")
         shapes = "1"
-    return Options(mode, depth, _steps(text, told), shapes in {"1", "true"}, text("_RECORD") or None)
+    return Options(mode, depth, _steps(text, warn), shapes in {"1", "true"}, text("_RECORD") or None)
 
 
-def _steps(text: Callable[[str], str], told: Callable[[str, str], None]) -> Numbers | None:
+def _steps(text: Callable[[str], str], warn: Callable[[str, str], None]) -> Numbers | None:
     if not text("_STEPS"):
         return None
     try:
         return Numbers.read(text("_STEPS"))
     except ConfigError:
-        told("_STEPS", "step numbers like 4-8,20")
+        warn("_STEPS", "step numbers like 4-8,20")
         return None
 
 
@@ -286,7 +286,7 @@ def missing_targets() -> list[str] | None:
     package = sglang_folder()
     if package is None:
         return None
-    told = [f"{t.shows}: {t.path} is not there" for t in found_in(package)[1]]
+    lacking = [f"{t.shows}: {t.path} is not there" for t in found_in(package)[1]]
     if not has_plugins(package):
-        told.insert(0, "it loads no plugins (0.5.21 is the first release that does): start it with `fxnvtx run`")
-    return told
+        lacking.insert(0, "it loads no plugins (0.5.21 is the first release that does): start it with `fxnvtx run`")
+    return lacking

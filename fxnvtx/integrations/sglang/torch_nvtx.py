@@ -1,7 +1,7 @@
 """Ranges that go through torch.cuda.nvtx, as SGLang's own do, for those who listen there and not to NVTX: whoever puts
 functions of their own in the place of torch's (a test, another tracer) wants to be called. Roctx is compile/roctx.py's.
 
-Nothing is asked at a range: the module is told when one of its functions is replaced.
+Nothing is asked at a range: the module notices when one of its functions is replaced.
 """
 
 from __future__ import annotations
