@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections.abc import Sequence
@@ -58,9 +59,14 @@ class Region:
         """Where the region is shown, if not in the range of the module whose code it is."""
         return "" if self.framed else "no module's own code: shown in the range of the module that runs it, if one does"
 
+    @functools.cached_property
+    def positions(self) -> tuple[int, ...]:
+        """Where among the arguments the parameters are that tell whose call it is."""
+        return tuple(k for a in self.anchors for k in a.parameters)
+
     def call(self, args: Sequence[Any]) -> Call:
         """Whose call this is."""
-        signature: tuple[Any, ...] = tuple(id(args[k]) for a in self.anchors for k in a.parameters)
+        signature: tuple[Any, ...] = tuple([id(args[k]) for k in self.positions])
         if not self.framed:
             signature = (module_around(), *signature)
         known = self._known(signature)
@@ -95,11 +101,12 @@ class Region:
         return call
 
     def _known(self, signature: Any) -> Call | None:
-        for key in (signature, (signature, open_labels())):
-            found = self.bound.get(key)
-            if found is not None and found.holds():
-                return found
-        return None
+        found = self.bound.get(signature)
+        if found is None or not found.holds():
+            found = self.bound.get((signature, open_labels()))
+            if found is None or not found.holds():
+                return None
+        return found
 
 
 class _Forget:

@@ -21,7 +21,6 @@ from ..ranges import (
     HANDLE,
     Entry,
     Label,
-    RangeStack,
     attend,
     close_deep,
     label,
@@ -60,26 +59,57 @@ current = _Current()
 Levels = tuple[tuple[Any, Label], ...]
 
 
-class Resolved:
-    """A table's rows as labels, for one block. `moves[a, b]`: what to close and open from a to b, and which calls of
-    modules that opens (None: no module's)."""
+class Place:
+    """Where a cursor is: at a row, having shown certain module calls. `moves`: by row, what to close, what to open, and
+    the place after it. The code goes the same way in each call, so after the first one everything is found here."""
 
-    __slots__ = ("levels", "moves")
+    __slots__ = ("moves", "row", "seen")
+
+    def __init__(self, row: int, seen: int) -> None:
+        self.row = row
+        self.seen = seen  # a bit per module call (an int of as many bits is a small set that can be a key)
+        self.moves: dict[int, Move] = {}
+
+
+Move = tuple[int, tuple[Label, ...], Place]
+
+
+class Resolved:
+    """A table's rows as labels, for one block, and the ways between them."""
+
+    __slots__ = ("_bits", "_places", "levels", "start")
 
     def __init__(self, levels: list[Levels]) -> None:
         self.levels = [(), *levels]  # 0 is the region itself
-        self.moves: dict[tuple[int, int], tuple[int, tuple[Label, ...], tuple[Any, ...]]] = {}
+        self._bits: dict[Any, int] = {}
+        self._places: dict[tuple[int, int], Place] = {}
+        self.start = self._place(0, 0)
 
-    def move(self, here: int, there: int) -> tuple[int, tuple[Label, ...], tuple[Any, ...]]:
-        found = self.moves.get((here, there))
+    def _place(self, row: int, seen: int) -> Place:
+        found = self._places.get((row, seen))
         if found is None:
-            old, new = self.levels[here], self.levels[there]
-            same = 0
-            while same < min(len(old), len(new)) and old[same] == new[same]:
-                same += 1
-            # only a module's call goes on: the range of a fused kernel, and a user's own of another kind, are each one
-            steps = tuple(step if text.category == MODULE else None for step, text in new[same:])
-            found = self.moves[here, there] = (len(old) - same, tuple(label for _, label in new[same:]), steps)
+            found = self._places[row, seen] = Place(row, seen)
+        return found
+
+    def move(self, place: Place, row: int) -> Move:
+        """From a place to a row. Who counts ranges wants to count calls: a module that had a range in this call already
+        goes on. Only a module's call does so: the range of a fused kernel, and a user's own, are each one."""
+        old, new = self.levels[place.row], self.levels[row]
+        same = 0
+        while same < min(len(old), len(new)) and old[same] == new[same]:
+            same += 1
+        opening, seen = [], place.seen
+        for step, text in new[same:]:
+            if text.category == MODULE:
+                bit = 1 << self._bits.setdefault(step, len(self._bits))
+                seen |= bit
+                if place.seen & bit:
+                    text = piece(text)
+            opening.append(text)
+        if len(self._places) > 8192 + 4 * len(self.levels):  # code that goes another way each time
+            self._places.clear()
+            self.start.moves.clear()
+        found = place.moves[row] = (len(old) - same, tuple(opening), self._place(row, seen))
         return found
 
 
@@ -146,62 +176,63 @@ class Table:
 class Cursor:
     """Where one call of a generated function is. Calling it with a row's number moves there."""
 
-    __slots__ = ("_base", "_here", "_open", "_owner", "_resolved", "_seen", "_shapes", "_stack")
+    __slots__ = ("_base", "_open", "_owner", "_place", "_resolved", "_shapes", "_stack")
 
     def __init__(self, table: Table, resolved: Resolved, call: Call, base: list[Any]) -> None:
         self._shapes = table.shapes
         self._resolved = resolved
         self._base = base
-        self._here = 0
-        self._seen: set[Any] = set()
+        self._place = resolved.start
         self._open: list[Entry | None] = []
         self._owner = call.control
         self._stack = local.stack
 
-    def __call__(self, there: int, shapes: int = -1) -> None:
-        if current.opening is not None:
+    def __call__(self, row: int, shapes: int = -1) -> None:
+        place = self._place
+        if not place.row and current.opening is not None:
             current.opening()
-        closing, opening, steps = self._resolved.move(self._here, there)
-        opening = self._pieces(opening, steps)
-        self._here = there
-        mine, stack = self._open, self._stack
-        while closing:
-            closing -= 1
-            close(mine.pop(), stack)
-        if not opening:
-            return
+        closing, opening, self._place = place.moves.get(row) or self._resolved.move(place, row)
+        mine, stack, nvtx_on = self._open, self._stack, _ranges.nvtx_on
         if stack.special:
             attend(stack)
-        log = stack.log
         if _ranges.live:
-            for before_last, text in enumerate(opening, 1 - len(opening)):
-                mine.append(push(text, None if before_last else self._payload(shapes), self._owner))
-        elif log is not None:
+            for _ in range(closing):
+                pop(mine.pop())
             payload = self._payload(shapes)
-            for before_last, text in enumerate(opening, 1 - len(opening)):
-                entry: Entry = (text, self._owner, None if before_last else payload, perf_counter_ns())
+            for left, text in enumerate(opening, 1 - len(opening)):
+                mine.append(push(text, None if left else payload, self._owner))
+            return
+        log = stack.log
+        while closing:
+            closing -= 1
+            entry = mine.pop()
+            if stack and stack[-1] is entry:
+                del stack[-1]
+                if log is not None:
+                    log += (entry, perf_counter_ns())
+                if nvtx_on:
+                    nvtx_pop(HANDLE)
+            elif entry is not None:
+                close_deep(stack, entry)
+        if log is not None:
+            owner, left = self._owner, len(opening)
+            for text in opening:
+                left -= 1
+                entry = (text, owner, None if left else self._payload(shapes), perf_counter_ns())
                 mine.append(entry)
                 stack.append(entry)
                 log.append(entry)
-                if _ranges.nvtx_on:
+                if nvtx_on:
                     nvtx_push(text.attributes, HANDLE)
-        elif _ranges.nvtx_on:
+        elif nvtx_on:
+            owner = self._owner
             for text in opening:
-                entry = (text, self._owner)
+                entry = (text, owner)
                 mine.append(entry)
                 stack.append(entry)
                 nvtx_push(text.attributes, HANDLE)
         else:  # the last listener has gone
             mine += [None] * len(opening)
-
-    def _pieces(self, opening: tuple[Label, ...], steps: tuple[Any, ...]) -> tuple[Label, ...]:
-        """Who counts ranges wants to count calls: a module that had a range in this call already goes on."""
-        seen = self._seen
-        if not seen.isdisjoint(steps):
-            opening = tuple(piece(text) if step in seen else text for text, step in zip(opening, steps, strict=True))
-        seen.update(steps)
-        seen.discard(None)
-        return opening
 
     def _payload(self, shapes: int) -> object:
         return self._shapes[shapes] or None if shapes >= 0 else None
@@ -210,7 +241,7 @@ class Cursor:
         """End of the generated function, by return or exception."""
         mine = self._open
         while mine:
-            close(mine.pop(), self._stack)
+            pop(mine.pop())
         for entry in reversed(self._base):
             pop(entry)
         if current.unfinished is not None and sys.exc_info()[0] is not None:
@@ -220,23 +251,6 @@ class Cursor:
 def piece(text: Label) -> Label:
     """The label of a range that goes on with the call of the module that `text` names."""
     return label(text.text, PIECE)
-
-
-def close(entry: Entry | None, stack: RangeStack) -> None:
-    """Close a range that a cursor opened on this thread; None is one that nobody wanted."""
-    if entry is None:
-        return
-    if _ranges.live:
-        pop(entry)
-    elif stack and stack[-1] is entry:
-        del stack[-1]
-        log = stack.log
-        if log is not None:
-            log += (entry, perf_counter_ns())
-        if _ranges.nvtx_on:
-            nvtx_pop(HANDLE)
-    else:
-        close_deep(stack, entry)
 
 
 hide_module(globals())  # autograd and compiled code call this with Dynamo watching

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 import fxnvtx
+from fxnvtx.compile.runtime import Resolved
 from fxnvtx.report import from_recording
 
 pytestmark = pytest.mark.slow
@@ -73,3 +75,34 @@ def test_calls_are_calls() -> None:
     for name, row in rows.items():
         assert row.calls == wanted[name]
         assert row.each is None or row.each.count == wanted[name]
+
+
+def test_the_ways_between_rows_are_found_once(monkeypatch):
+    """Counted, not timed: what a second call shows was worked out in the first."""
+    model = fxnvtx.instrument(Net().eval(), "net")
+    compiled = torch.compile(model, backend="fxnvtx")
+    worked_out = []
+    original = Resolved.move
+    monkeypatch.setattr(Resolved, "move", lambda self, *way: worked_out.append(way) or original(self, *way))
+    x = torch.randn(3, 24)
+    with torch.no_grad():
+        compiled(x)
+    shown = []
+    for _ in range(3):
+        with fxnvtx.record() as recording, torch.no_grad():
+            compiled(x)
+        shown.append([(r.label, r.category) for r in recording.ranges])
+        assert bool(worked_out) == (len(shown) == 1)
+        worked_out.clear()
+    assert shown[0] == shown[1] == shown[2]
+
+
+def test_code_that_never_goes_the_same_way_twice_keeps_few_places():
+    rows = [((("m", index), fxnvtx.ranges.label(f"m{index}", "module")),) for index in range(40)]
+    resolved = Resolved(rows)
+    draw = random.Random(0)
+    for _ in range(2000):
+        place = resolved.start
+        for row in draw.sample(range(1, 41), 20):
+            _, _, place = place.moves.get(row) or resolved.move(place, row)
+    assert len(resolved._places) <= 8193 + 4 * 41
