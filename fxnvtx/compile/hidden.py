@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from ..slot import SLOT, slot_of
-from .imports import when_imported
+from .._imports import when_imported
 from .notices import warn_once
 
 __all__ = ["hide_slots"]

@@ -17,7 +17,7 @@ from typing import Any
 from .. import control as _control
 from .. import ranges as _ranges
 from .explain import CompiledRegion, note
-from .imports import when_imported
+from .._imports import when_imported
 from .naming import family
 from .notices import warn_once
 from .user_ranges import absorb

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import types
 
-from .imports import when_imported
+from .._imports import when_imported
 from .user_ranges import see_ranges
 
 __all__ = ["NAME", "register"]

@@ -13,7 +13,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from .imports import when_imported
+from .._imports import when_imported
 from .notices import warn_once
 
 __all__ = ["OWN", "UserRange", "absorb", "see_ranges"]

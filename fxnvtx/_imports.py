@@ -1,4 +1,4 @@
-"""Do something once a module has been imported, without importing it."""
+"""Imports: without a complaint of torch's that concerns nobody here, and something to be done once a module is there."""
 
 from __future__ import annotations
 
@@ -7,9 +7,20 @@ import importlib.machinery
 import sys
 import threading
 import types
+import warnings
 from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
 
-__all__ = ["no_longer_when_imported", "when_imported"]
+__all__ = ["import_quietly", "no_longer_when_imported", "when_imported"]
+
+
+def import_quietly(name: str) -> Any:
+    """The module `name`, as importlib.import_module() gives it, though torch finds no numpy: nothing here needs it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+        return import_module(name)
+
 
 Then = Callable[[types.ModuleType], None]
 _lock = threading.Lock()
