@@ -7,14 +7,14 @@ from typing import Any
 
 from ..errors import CompileError
 from ..ranges import label, pop, push
-from . import dynamo, inductor
+from . import inductor
 from .explain import CompiledRegion, note
+from .module_index import current_frame, digest, read_graph
 from .notices import warn_once
 from .owners import Owners
-from .partition import cut, has_subgraphs, with_range_nodes
+from .partition import compile_pieces, cut, has_subgraphs, with_range_nodes
 from .ranged import ranged, watched
 from .region import Region, remember
-from .roots import digest, read_graph
 
 __all__ = ["Backend", "backend", "fxnvtx_backend"]
 
@@ -59,7 +59,7 @@ class Backend:
     def _compile(self, graph_module: Any, inputs: list[Any], kwargs: dict[str, Any]) -> Compiled:
         mode, options = kwargs.pop("mode", self.mode), kwargs.pop("options", self.options)
         try:
-            region, owners = read_graph(graph_module, dynamo.current_frame(), inputs)
+            region, owners = read_graph(graph_module, current_frame(), inputs)
         except Exception as error:  # a model compiles, whatever its layers may be called
             warn_once("graph", f"a compiled region is not shown, reading its graph failed: {error!r}")
             return self._compile_unseen(graph_module, inputs, mode, options, kwargs)
@@ -92,7 +92,7 @@ class Backend:
         """As if fxnvtx were not there."""
         if self.inner == "inductor":
             return inductor.compile_plain(graph_module, inputs, inductor.config_of(mode, options))
-        compiled: Compiled = dynamo.lookup(self.inner)(graph_module, inputs, **_given(mode, options, kwargs))
+        compiled: Compiled = lookup(self.inner)(graph_module, inputs, **_given(mode, options, kwargs))
         return compiled
 
     def _compile_pieces(
@@ -111,7 +111,7 @@ class Backend:
 
         pieces = cut(graph_module, owners, self.depth)
         about.path, about.reason = "pieces", f"{len(set(pieces.values()))} pieces"
-        return ranged(region, dynamo.compile_pieces(graph_module, inputs, pieces, compile_piece), watching=False)
+        return ranged(region, compile_pieces(graph_module, inputs, pieces, compile_piece), watching=False)
 
     def _compile_other(
         self,
@@ -122,7 +122,7 @@ class Backend:
         owners: Owners,
         about: CompiledRegion,
     ) -> Compiled:
-        compiler = dynamo.lookup(self.inner)
+        compiler = lookup(self.inner)
         if self.inner in _RUNS_THE_GRAPH:
             table = with_range_nodes(graph_module, region.key, owners)
             about.path, about.reason = "nodes", f'"{self.inner}" runs the graph as it is'
@@ -136,13 +136,30 @@ class Backend:
 
     def reset(self) -> None:
         """Called by torch._dynamo.reset(): CUDA graphs that Inductor keeps must go, as with its own backend."""
-        dynamo.reset(self.inner, self._cuda_graphs)
+        if self.inner != "inductor":
+            getattr(self.inner, "reset", lambda: None)()
+        elif self._cuda_graphs:
+            from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+            reset_cudagraph_trees()
         self._cuda_graphs = False
 
 
 def _given(mode: Any, options: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """What torch.compile would pass on: only what was given."""
     return {k: v for k, v in (("mode", mode), ("options", options)) if v} | kwargs
+
+
+def lookup(inner: Any) -> Callable[..., Any]:
+    """The Dynamo backend of this name, or the callable itself."""
+    from torch._dynamo.backends.registry import list_backends, lookup_backend
+    from torch._dynamo.exc import InvalidBackend
+
+    try:
+        return lookup_backend(inner)
+    except InvalidBackend as error:
+        names = ", ".join(list_backends(()))
+        raise CompileError(f"inner={inner!r} is no Dynamo backend; known ones: {names}") from error
 
 
 def backend(
@@ -174,7 +191,7 @@ def backend(
         raise CompileError(f"inner must be the name of a Dynamo backend or a callable, not {inner!r}")
     if inner == "fxnvtx" or isinstance(inner, Backend):
         raise CompileError("the fxnvtx backend cannot be its own inner backend; name the one that does the work")
-    dynamo.lookup(inner)
+    lookup(inner)
     return Backend(inner, boundaries, depth, mode, options)
 
 

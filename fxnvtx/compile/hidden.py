@@ -17,8 +17,8 @@ from typing import Any
 
 from torch import nn
 
-from ..slot import SLOT, slot_of
 from .._imports import when_imported
+from ..slot import SLOT, slot_of
 from .notices import warn_once
 
 __all__ = ["hide_slots"]

@@ -16,8 +16,8 @@ from typing import Any
 
 from .. import control as _control
 from .. import ranges as _ranges
-from .explain import CompiledRegion, note
 from .._imports import when_imported
+from .explain import CompiledRegion, note
 from .naming import family
 from .notices import warn_once
 from .user_ranges import absorb
@@ -95,8 +95,7 @@ def _is_ours(compiler: Any) -> bool:
 def _look(compiler: Any, graph_module: Any, inputs: Any) -> Any:
     """The backend to compile with instead; None where it stays as it is."""
     from .backend import Backend, fxnvtx_backend
-    from .dynamo import current_frame
-    from .roots import read_graph
+    from .module_index import current_frame, read_graph
 
     wrapper, inner = _unwrapped(compiler)
     if not _control.controls() or isinstance(inner, Backend):

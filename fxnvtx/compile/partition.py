@@ -7,7 +7,8 @@ of the region's table, as generated code does, so that one graph shows the true 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 from torch.fx import GraphModule, Node
 from torch.fx.node import has_side_effect
@@ -15,7 +16,7 @@ from torch.fx.node import has_side_effect
 from .owners import Chain, Owners, Row, owners_of
 from .runtime import Table, current
 
-__all__ = ["cut", "move", "with_range_nodes"]
+__all__ = ["compile_pieces", "cut", "has_subgraphs", "move", "with_range_nodes"]
 
 
 # --------------------------------------------------------------------------------------------------------------- pieces
@@ -55,6 +56,26 @@ def _used_later(nodes: list[Node]) -> bool:
 def has_subgraphs(graph_module: GraphModule) -> bool:
     """Whether the graph holds bodies of control flow: those cannot be cut."""
     return any(isinstance(m, GraphModule) for n, m in graph_module.named_modules() if n)
+
+
+def compile_pieces(
+    graph_module: Any, example_inputs: Any, pieces: dict[Node, int], compiler: Callable[[Any, Any], Any]
+) -> Callable[..., Any]:
+    """Cut a graph into numbered pieces and compile each, as Dynamo's DDPOptimizer does at its bucket boundaries."""
+    from torch._dynamo.backends import distributed as split
+    from torch._guards import detect_fake_mode
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.passes.split_module import split_module
+
+    if len(set(pieces.values())) < 2:
+        return cast("Callable[..., Any]", compiler(graph_module, example_inputs))
+    whole = split_module(graph_module, None, lambda node: pieces[node])  # type: ignore[arg-type]
+    split.propagate_dynamo_source(graph_module, whole)
+    split.propagate_metadata(graph_module, whole)
+    fake_mode = detect_fake_mode(example_inputs) or FakeTensorMode()
+    split.SubmodCompiler(whole, compiler, fake_mode).run(*example_inputs)
+    whole.recompile()
+    return whole.forward
 
 
 # ---------------------------------------------------------------------------------------------------------- range nodes

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fxnvtx
 from fxnvtx.compile import launches as launch_sites
-from fxnvtx.compile import notices, region, roots
+from fxnvtx.compile import module_index, notices, region
 
 from .launches import enclosing, innermost, witness
 from .models import Same, Unique, linear_shapes
@@ -147,7 +147,7 @@ def test_reading_that_fails_leaves_the_compilation_alone(said, monkeypatch, wher
     x = model.inputs()
     expected = torch.compile(model, backend="inductor")(x)
     if where == "graph":
-        monkeypatch.setattr(roots.Book, "read", fail)
+        monkeypatch.setattr(module_index.Book, "read", fail)
     else:
         monkeypatch.setattr(launch_sites, "_launch_of", fail)
     fxnvtx.instrument(model, "net")

@@ -27,7 +27,7 @@ from .owners import Owners, Step, stack_of
 from .region import Anchor, Region
 from .user_ranges import OWN, UserRange
 
-__all__ = ["Book", "digest", "read_graph"]
+__all__ = ["current_frame", "digest", "read_graph"]
 
 _RESUMED = re.compile(r"(?:torch_dynamo_resume_in_)+(.*?)(?:_at_\d+)+$")
 _LAST_NAME = re.compile(r"([^.\[\]'\"]+)['\"]?\]*$")
@@ -85,6 +85,17 @@ def _filled(cell: types.CellType) -> bool:
         return cell.cell_contents is not None
     except ValueError:
         return False
+
+
+def current_frame() -> Frame:
+    """The frame that Dynamo is compiling on this thread, as far as this torch tells."""
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        root = InstructionTranslator.current_tx().output.root_tx
+        return Frame(root.f_code, root.f_locals, root.f_globals)
+    except (ImportError, AttributeError):
+        return Frame(None, {}, {})
 
 
 class Book:
