@@ -1,4 +1,4 @@
-"""Imports: without a complaint of torch's that concerns nobody here, and something to be done once a module is there."""
+"""Imports: without a complaint of torch that concerns nobody here, and something to be done once a module is there."""
 
 from __future__ import annotations
 

@@ -144,7 +144,7 @@ def _compiled() -> list[str]:
     """What the compiled path says of the regions it has seen; nothing where nothing was compiled."""
     if "fxnvtx.compile.backend" not in sys.modules:
         return []
-    from .compile.explain import regions
+    from .compile.notices import regions
 
     return [str(region) for region in regions()]
 

@@ -17,8 +17,7 @@ from typing import Any, NamedTuple, cast
 from torch.fx import Node
 
 from .computed import Lowered
-from .explain import CompiledRegion
-from .notices import warn_once
+from .notices import CompiledRegion, warn_once
 from .owners import Before, Owners, Row, input_shapes
 from .work import NOTHING, Work, launch_work
 

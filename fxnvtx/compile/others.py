@@ -17,9 +17,8 @@ from typing import Any
 from .. import control as _control
 from .. import ranges as _ranges
 from .._imports import when_imported
-from .explain import CompiledRegion, note
 from .naming import family
-from .notices import warn_once
+from .notices import CompiledRegion, note, warn_once
 from .user_ranges import absorb
 
 __all__ = ["TAKE_PART", "silent_models", "watch_others"]

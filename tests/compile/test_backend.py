@@ -9,7 +9,7 @@ import torch
 
 import fxnvtx
 from fxnvtx.compile import inductor, notices
-from fxnvtx.compile.explain import regions
+from fxnvtx.compile.notices import regions
 from fxnvtx.errors import CompileError
 
 from ..support.limits import CHILD_S

@@ -43,7 +43,7 @@ PARTS = {
         "attachments",
         "control",
         "deferred",
-        "compile/explain",
+        "compile/notices",
         "explain",
         "gate",
         "graph",
