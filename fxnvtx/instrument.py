@@ -165,7 +165,7 @@ def _silence() -> str | None:
         return "every instrumented model is switched off (fxnvtx.set_enabled)"
     if _ranges.mode == "off":
         return "FXNVTX=off"
-    others = sys.modules.get(f"{__package__}.compile.others")
+    others = sys.modules.get(f"{__package__}.compile.dynamo")
     silent = others.silent_models() if others is not None else None
     if silent is not None:
         return f"compiled by other backends, no layer inside is shown: {silent}"

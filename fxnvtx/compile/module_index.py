@@ -23,9 +23,8 @@ from torch.fx import GraphModule, Node
 from ..control import controls
 from ..names import walk_paths
 from .naming import named_tensors
-from .owners import Owners, Step, stack_of
+from .owners import OWN, Owners, Step, UserRange, stack_of
 from .region import Anchor, Region
-from .user_ranges import OWN, UserRange
 
 __all__ = ["current_frame", "digest", "read_graph"]
 

@@ -15,8 +15,8 @@ from torch import nn
 from ..control import Control, Entry, controls, entry_of
 from ..names import Selection, is_callable_module, unwrapped, walk_paths
 from ..ranges import Label, label
+from .owners import OWN
 from .torch_private import hide_module
-from .user_ranges import OWN
 
 __all__ = ["Binding", "Names", "at", "family", "named_tensors"]
 

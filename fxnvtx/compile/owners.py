@@ -24,7 +24,26 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor
 from torch.fx import Graph, Node
 
-__all__ = ["NO_RECORD", "Before", "Chain", "Owners", "Row", "Step", "common", "input_shapes", "owners_of"]
+__all__ = [
+    "NO_RECORD",
+    "OWN",
+    "Before",
+    "Chain",
+    "Owners",
+    "Row",
+    "Step",
+    "UserRange",
+    "common",
+    "input_shapes",
+    "owners_of",
+]
+
+
+OWN = -1  # the anchor of a step that is a range of the user's, whose path is its label
+
+
+class UserRange:
+    """Stands in a module stack where a module's class does, for a range of the user's."""
 
 
 class Step(NamedTuple):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import types
 
 from .._imports import when_imported
-from .user_ranges import see_ranges
+from .dynamo import see_ranges, watch_compilers
 
 __all__ = ["NAME", "register"]
 
@@ -35,7 +35,7 @@ def register() -> None:
         return
     _registered = True
     when_imported(_REGISTRY, _add)
-    see_ranges(_watch_others)
+    see_ranges()
     when_imported(_RANGES, lambda _: when_imported(_PROFILER, _follow_sessions))
     when_imported(_RANGES, lambda _: when_imported(_VERSION, _listen_on_rocm))
     when_imported(_CONTROL, _with_first_slot)
@@ -75,10 +75,4 @@ def _hide_slots() -> None:
     from .hidden import hide_slots
 
     hide_slots()
-    _watch_others()
-
-
-def _watch_others() -> None:
-    from .others import watch_others  # late: it looks at what is registered
-
-    watch_others()
+    watch_compilers()

@@ -1,36 +1,42 @@
-"""The user's own ranges in code that Dynamo traces: one more owner level around what is computed inside.
+"""What Dynamo traces and what it hands to a backend: the user's own ranges, and who compiles an instrumented model.
 
-While it traces, Dynamo meets `range(...)`, `range_push`, `range_pop` and what a decorated function calls. It must not
-follow them (they read who listens, and break or guard). Instead they leave two markers in its graph, which are taken
-out again before any backend sees it; for ours, what lies between them gets the range as one more entry of its module
-stack, which AOTAutograd carries along, into the backward graph too.
+The user's own ranges in code that Dynamo traces are one more owner level around what is computed inside. While it
+traces, Dynamo meets `range(...)`, `range_push`, `range_pop` and what a decorated function calls. It must not follow
+them (they read who listens, and break or guard). Instead they leave two markers in its graph, which are taken out again
+before any backend sees it; for ours, what lies between them gets the range as one more entry of its module stack, which
+AOTAutograd carries along, into the backward graph too.
+
+Everything Dynamo compiles passes one method, whatever the backend and however it was asked for. There the markers go,
+and there we see whose code it is. Instrumented models that another backend compiles are said once, explained, or taken
+over: what is compiled stays as it is, unless "inductor" is to mean ours: for one model by instrument(model,
+compile=True), for all that `instrument()` knows by FXNVTX_COMPILE=1.
+
+Imports nothing of torch and of ours before Dynamo is there: it is loaded with fxnvtx itself.
 """
 
 from __future__ import annotations
 
+import functools
+import os
 import sys
 import types
 from collections.abc import Callable
 from typing import Any
 
 from .._imports import when_imported
-from .notices import warn_once
+from .notices import CompiledRegion, note, warn_once
 
-__all__ = ["OWN", "UserRange", "absorb", "see_ranges"]
+__all__ = ["TAKE_PART", "absorb", "see_ranges", "silent_models", "watch_compilers"]
 
-OWN = -1  # the anchor of a step that is a range of the user's, whose path is its label
-
+TAKE_PART = "FXNVTX_COMPILE"
 # torch 2.11 to 2.15: the variables for Python functions and for classes, and who makes one for an object that is there
 _FUNCTIONS = ("torch._dynamo.variables.functions", "UserFunctionVariable")
 _CLASSES = ("torch._dynamo.variables.user_defined", "UserDefinedClassVariable")
 _OBJECTS = ("torch._dynamo.variables.builder", "VariableBuilder", "_wrap")
-
-
-_before_marker: Callable[[], None] | None = None
-
-
-class UserRange:
-    """Stands where a module's class does in a module stack."""
+# and the method that hands a graph to a backend; it is older than that
+_GRAPH, _KIND, _METHOD = "torch._dynamo.output_graph", "OutputGraph", "call_user_compiler"
+_untold: dict[tuple[str, str], str] = {}  # (model, backend) -> what to say once somebody listens
+_told: set[tuple[str, str]] = set()
 
 
 def begin(text: str, category: str) -> None:
@@ -46,11 +52,8 @@ def _ranges() -> Any:
     return sys.modules.get(f"{(__package__ or '').partition('.')[0]}.ranges")
 
 
-def see_ranges(before_marker: Callable[[], None]) -> None:
-    """Have Dynamo take our ranges for what they are, now or when it gets imported. `before_marker` is called before a
-    marker is left: whoever takes the markers out must be there."""
-    global _before_marker
-    _before_marker = before_marker
+def see_ranges() -> None:
+    """Have Dynamo take our ranges for what they are, now or when it gets imported."""
     when_imported(_FUNCTIONS[0], lambda namespace: _patch(namespace, _FUNCTIONS[1], _instead_of_functions))
     when_imported(_CLASSES[0], lambda namespace: _patch(namespace, _CLASSES[1], _instead_of_the_class))
     when_imported(_OBJECTS[0], _patch_objects)
@@ -130,7 +133,7 @@ def _range_variable() -> Any:
                 return _emit(tx, end) if self.target_values else _nothing()
 
             def module_name(self) -> str:
-                return "fxnvtx.compile.user_ranges"
+                return __name__
 
             def fn_name(self) -> str:
                 return "resumed"
@@ -170,8 +173,7 @@ def _opened(tx: Any, text: str, category: str) -> Any:
 
 
 def _emit(tx: Any, marker: Callable[..., None], *args: str) -> Any:
-    if _before_marker is not None:
-        _before_marker()
+    watch_compilers()  # who takes the markers out
     tx.output.create_proxy("call_function", marker, args, {})
     return _nothing()
 
@@ -188,6 +190,8 @@ def _nothing() -> Any:
 def absorb(graph_module: Any, keep: bool) -> None:
     """Take the markers out of a Dynamo graph and its subgraphs, in place; with `keep`, what is between them gets the
     ranges into its module stack: below the modules that were running where the range began."""
+    from .owners import UserRange
+
     for module in graph_module.modules():
         graph = getattr(module, "graph", None)
         markers = [n for n in getattr(graph, "nodes", ()) if n.op == "call_function" and n.target in (begin, end)]
@@ -216,3 +220,120 @@ def _with_ranges(stack: Any, inside: list[tuple[int, str, tuple[str, type]]]) ->
         found.update((key, entry) for above, key, entry in inside if min(above, len(entries)) == position)
         found.update(entries[position : position + 1])
     return found
+
+
+# --------------------------------------------------------------------------------------------------- who compiles what
+
+
+@functools.cache
+def watch_compilers() -> None:
+    """Now, or when Dynamo gets imported."""
+    when_imported(_GRAPH, _watch)
+    _ranges().on_listeners_changed(_tell)
+
+
+def silent_models() -> str | None:
+    """Which instrumented models were compiled by other backends, in words; None where there are none."""
+    if not _told and not _untold:
+        return None
+    return ", ".join(f'{model} by "{name}"' for model, name in (*_told, *_untold))
+
+
+def _watch(namespace: types.ModuleType) -> None:
+    kind = getattr(namespace, _KIND, None)
+    original = getattr(kind, _METHOD, None)
+    if not isinstance(kind, type) or original is None:
+        warn_once(
+            "others", "this torch does not show which backend compiles a model: fxnvtx cannot say what is missing"
+        )
+        return
+    setattr(kind, _METHOD, _watching(original))
+
+
+def _watching(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def call_user_compiler(self: Any, gm: Any, example_inputs: Any) -> Any:
+        compiler = getattr(self, "compiler_fn", None)
+        ours = None
+        try:
+            absorb(gm, keep=_is_ours(compiler))
+            ours = _look(compiler, gm, example_inputs)
+        except Exception as error:  # a model compiles, whatever we make of it
+            warn_once("others", f"what another backend compiled is not known, reading its graph failed: {error!r}")
+        if ours is None:
+            return original(self, gm, example_inputs)
+        self.compiler_fn = ours
+        try:
+            return original(self, gm, example_inputs)
+        finally:
+            self.compiler_fn = compiler
+
+    return call_user_compiler
+
+
+def _unwrapped(compiler: Any) -> tuple[Any, Any]:
+    """What torch.compile has put around a backend, and the backend."""
+    while hasattr(compiler, "_torchdynamo_orig_backend"):
+        compiler = compiler._torchdynamo_orig_backend
+    return compiler, getattr(compiler, "compiler_fn", compiler)
+
+
+def _is_ours(compiler: Any) -> bool:
+    from ..control import controls
+    from .backend import Backend
+
+    wrapper, inner = _unwrapped(compiler)
+    taken = os.environ.get(TAKE_PART) == "1" or any(control.compiles for control in controls())
+    return isinstance(inner, Backend) or (taken and isinstance(getattr(wrapper, "config", None), dict))
+
+
+def _look(compiler: Any, graph_module: Any, inputs: Any) -> Any:
+    """The backend to compile with instead; None where it stays as it is."""
+    from ..control import controls
+    from .backend import Backend, fxnvtx_backend
+    from .module_index import current_frame, read_graph
+    from .naming import family
+
+    wrapper, inner = _unwrapped(compiler)
+    if not controls() or isinstance(inner, Backend):
+        return None
+    region, _ = read_graph(graph_module, current_frame(), list(inputs))
+    modules = [m for a in region.anchors if a.module is not None and (m := a.module()) is not None]
+    found = next((c for m in modules if (c := family(m)) is not None), None)
+    if found is None:
+        return None
+    name = getattr(wrapper, "compiler_name", None) or getattr(inner, "__name__", None) or type(inner).__name__
+    options = getattr(wrapper, "config", None)
+    taken = found.compiles or os.environ.get(TAKE_PART) == "1"
+    if name == "inductor" and isinstance(options, dict) and taken:
+        return functools.partial(fxnvtx_backend, options=dict(options))
+    reason = 'its layers show where the model is compiled with backend="fxnvtx"'
+    if name == "inductor":
+        reason += f", with instrument(model, compile=True), or with {TAKE_PART}=1 in the environment"
+    if _runs_operator():
+        reason = f"torch.cond, while_loop and their like compile themselves when they are called eagerly; {reason}"
+    note(CompiledRegion(region.title, name, "none", reason, region.paths))
+    _say(found.text(""), name, reason)
+    return None
+
+
+def _runs_operator() -> bool:
+    """Whether what is compiled is torch.cond, while_loop or another such operator, called in eager mode (seen in torch
+    2.13; where torch has no such mark the line just does not say so)."""
+    marks = getattr(sys.modules.get("torch._higher_order_ops.utils"), "_hop_compile_tls", None)
+    return bool(getattr(marks, "in_hop_compile", False))
+
+
+def _say(model: str, name: str, reason: str) -> None:
+    if (model, name) not in _told:
+        _untold[model, name] = f'{model} was compiled by "{name}", no layer inside is shown: {reason}'
+    _tell()
+
+
+def _tell() -> None:
+    """Said while somebody listens: to nobody else it matters."""
+    ranges = _ranges()
+    while ranges.active and _untold:
+        key, text = _untold.popitem()
+        _told.add(key)
+        ranges.log.warning("%s", text)

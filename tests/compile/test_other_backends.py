@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fxnvtx
-from fxnvtx.compile import others
+from fxnvtx.compile import dynamo
 from fxnvtx.compile.notices import regions
 
 from .generated import counted, kernel_hashes, without_graph_caches
@@ -18,8 +18,8 @@ from .models import Same, Unique
 
 @pytest.fixture
 def said(caplog, monkeypatch):
-    monkeypatch.setattr(others, "_told", set())
-    monkeypatch.setattr(others, "_untold", {})
+    monkeypatch.setattr(dynamo, "_told", set())
+    monkeypatch.setattr(dynamo, "_untold", {})
     caplog.set_level(logging.WARNING, logger="fxnvtx")
     return lambda: [r.getMessage() for r in caplog.records if "compiled by" in r.getMessage()]
 
@@ -107,7 +107,7 @@ def test_inductor_means_ours_where_it_is_asked_for(asked, monkeypatch, said):
         kernels = kernel_hashes()
     fxnvtx.instrument(model, "net", compile=asked == "argument")
     if asked == "environment":
-        monkeypatch.setenv(others.TAKE_PART, "1")
+        monkeypatch.setenv(dynamo.TAKE_PART, "1")
     with counted() as ours, without_graph_caches():
         if asked == "environment":
             call = torch.compile(model, options={"max_fusion_size": 8})
