@@ -12,7 +12,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from .compile.registered import register as _register_backend
+from .compile import register as _register_backend
 
 if TYPE_CHECKING:
     from . import integrations, models, pipeline, report

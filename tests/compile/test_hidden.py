@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import fxnvtx
-from fxnvtx.compile import hidden, notices
-from fxnvtx.compile.hidden import reads_none
+from fxnvtx import compile as compiled
+from fxnvtx.compile import notices, reads_none
 
 from .generated import counted
 
@@ -67,5 +67,5 @@ def test_a_module_compiled_in_place_is_inlined_as_it_is_without_us():
 def test_a_torch_without_the_place_is_left_alone_and_said(missing, caplog, monkeypatch):
     monkeypatch.setattr(notices, "_told", set())
     caplog.set_level(logging.WARNING, logger="fxnvtx")
-    hidden._patch(types.SimpleNamespace(**missing))
+    compiled._patch(types.SimpleNamespace(**missing))
     assert "graph breaks" in caplog.text

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import fxnvtx
+from fxnvtx import compile as registered
 from fxnvtx import control
-from fxnvtx.compile import registered
 from fxnvtx.compile.backend import fxnvtx_backend
 
 PACKAGE = Path(fxnvtx.__file__).parent
