@@ -4,7 +4,7 @@ How: Inductor's wrapper writes lines, one list per generated function. Where a l
 moves this call's cursor to the launch's owner is put before it. The function's body goes into one `try`, whose
 `finally` closes what is open. The kernels are not touched; where nobody listens, the lines cost an `is None` test each.
 
-Which launch belongs to whom: launches.py.
+Which launch belongs to whom: provenance.py.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from .launches import FLOW, LAUNCHING, Compilation, attributed
 from .owners import owners_of
+from .provenance import FLOW, LAUNCHING, Compilation, attributed
 from .work import Work, summed
 
 __all__ = ["Compilation", "compile_graph", "compile_plain", "config_of", "hindrance", "missing"]

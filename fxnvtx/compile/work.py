@@ -9,14 +9,12 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves, tree_map
-
-from .computed import Lowered
 
 __all__ = ["NOTHING", "Work", "formulas", "launch_work", "operator_work", "summed"]
 
@@ -180,6 +178,13 @@ def node_work(node: Node) -> Work:
         return NOTHING
     values = tree_map(lambda a: a.meta.get("val") if isinstance(a, Node) else a, (node.args, dict(node.kwargs)))
     return operator_work(node.target, values[0], values[1], node.meta.get("val"))
+
+
+class Lowered(Protocol):
+    """What is asked of one of Inductor's graphs, as provenance.py has looked through it."""
+
+    graph: Any
+    externs: dict[Node, list[Any]]
 
 
 def launch_work(nodes: Iterable[Node], parts: Iterable[Any], lowered: Lowered, counted: set[Any]) -> Work:

@@ -12,8 +12,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import fxnvtx
-from fxnvtx.compile import launches as launch_sites
 from fxnvtx.compile import module_index, notices, region
+from fxnvtx.compile import provenance as launch_sites
 
 from .launches import enclosing, innermost, witness
 from .models import Same, Unique, linear_shapes

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import fxnvtx
-from fxnvtx.compile.launches import unknown_forms
+from fxnvtx.compile.provenance import unknown_forms
 from fxnvtx.recording import Recording
 
 from ..compile.generated import forget_generated_code, kernel_hashes, wrapper_sources
