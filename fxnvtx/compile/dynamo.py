@@ -291,8 +291,8 @@ def _look(compiler: Any, graph_module: Any, inputs: Any) -> Any:
     """The backend to compile with instead; None where it stays as it is."""
     from ..control import controls
     from .backend import Backend, fxnvtx_backend
+    from .labels import family
     from .module_index import current_frame, read_graph
-    from .naming import family
 
     wrapper, inner = _unwrapped(compiler)
     if not controls() or isinstance(inner, Backend):

@@ -22,7 +22,7 @@ from torch.fx import GraphModule, Node
 
 from ..control import controls
 from ..names import walk_paths
-from .naming import named_tensors
+from .labels import named_tensors
 from .owners import OWN, Owners, Step, UserRange, stack_of
 from .region import Anchor, Region
 

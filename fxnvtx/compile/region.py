@@ -14,7 +14,7 @@ from torch import nn
 from ..categories import MODULE
 from ..control import Control, controls
 from ..ranges import label, local, push
-from .naming import Binding, Names, at, named_tensors
+from .labels import Binding, Names, at, named_tensors
 from .torch_private import hide_module
 
 __all__ = ["BACKWARD", "Anchor", "Call", "Region", "families"]

@@ -30,9 +30,9 @@ from ..ranges import (
     pop,
     push,
 )
+from .labels import moved_row, moves_of
 from .notices import warn_once
 from .region import BACKWARD, Call, families
-from .shared import moved_row, moves_of
 from .tell import tell_work
 from .torch_private import hide_module
 
@@ -160,7 +160,7 @@ class Table:
         return None
 
     def resolve(self, call: Call, tensors: tuple[Any, ...]) -> Resolved:
-        moved = moves_of(self.rows, call, tensors) if self.below else None
+        moved = moves_of(self.rows, call.bindings, call.region.repeats, tensors) if self.below else None
         signature = (call.signature, moved)
         found = self._resolved.get(signature)
         if found is None:

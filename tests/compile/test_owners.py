@@ -8,9 +8,8 @@ from types import SimpleNamespace
 import torch
 from torch.fx import Graph
 
-from fxnvtx.compile.naming import fused_text
+from fxnvtx.compile.labels import _move, fused_text, moved_row
 from fxnvtx.compile.owners import Before, Owners, Step, common, input_shapes
-from fxnvtx.compile.shared import _move, moved_row
 
 ATEN = torch.ops.aten
 
