@@ -1,18 +1,23 @@
-"""Counting the work of eager calls: while a recorder wants it, at the first call of a module with some input shapes.
+"""Work carried by labels: that of compiled code, told once per table, and that of eager calls, counted as they run.
 
-Torch shows every operator of one real call to a dispatch mode that looks at shapes and calls the operator: nothing runs
-twice, no value and no random number changes. The mode must not be on where torch.compile may begin, which would skip
-what it was to compile. So once something was compiled in the process, only modules are counted whose code is known to
-call nothing but torch's operators and each other; compiled ones among them are left out.
+A table of generated code knows what each of its launches does. Generated code goes through its rows in one order, so
+how often each range opens in one run follows from the table: once per table and block, when it first runs for a
+listener, its work becomes entries of labels.
+
+Eager calls are counted while a recorder wants it, at the first call of a module with some input shapes. Torch shows
+every operator of one real call to a dispatch mode that looks at shapes and calls the operator: nothing runs twice, no
+value and no random number changes. The mode must not be on where torch.compile may begin, which would skip what it was
+to compile. So once something was compiled in the process, only modules are counted whose code is known to call nothing
+but torch's operators and each other; compiled ones among them are left out.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -21,15 +26,18 @@ from torch.utils._python_dispatch import TorchDispatchMode  # where torch keeps 
 from .. import ranges as _ranges
 from .. import slot as _slot
 from ..categories import MODULE
+from ..labels import Label
 from ..names import input_shapes
 from ..ranges import Mark, Open, local
 from ..slot import Slot, slot_of
 from ..stack import Live
 from ..work import Entry, register
+from .notices import warn_once
+from .region import Call
 from .torch_private import dynamo_active, hide_module, jit_traces
 from .work import Work, formulas, operator_work, summed
 
-__all__ = ["metering"]
+__all__ = ["metering", "register_work"]
 
 Key = tuple[str, str]  # label, and the module around where the range is no module's
 
@@ -229,6 +237,103 @@ def metering() -> Iterator[None]:
     finally:
         _ranges.remove_sink(meter)
         _slot.metered = None
+
+
+# ------------------------------------------------------------------------------------------------- compiled code
+
+
+class _Key(NamedTuple):
+    label: str
+    under: str
+
+
+class _Base(NamedTuple):
+    """The range that is open where no row's is. module: the nearest one around what opens in it. why: its calls may
+    not be those of the generated function."""
+
+    key: _Key
+    module: str
+    why: str
+
+
+class _Table(Protocol):
+    work: list[Any]
+    backward: bool
+    below: bool
+
+
+class _Resolved(Protocol):
+    levels: list[tuple[tuple[Any, Label], ...]]
+
+
+def register_work(table: _Table, resolved: _Resolved, call: Call) -> None:
+    """Register what the ranges of this table's rows stand for. Never raises."""
+    if not table.work:
+        return
+    try:
+        register(_entries(table, resolved, call), None if call.control is None else call.control.model())
+    except Exception as error:  # a model runs, whatever its work may be
+        warn_once("carried work", f"the work of a compiled region is not carried: {error!r}")
+
+
+def _entries(table: _Table, resolved: _Resolved, call: Call) -> Iterable[Entry]:
+    opened: dict[_Key, int] = {}
+    flops: dict[_Key, dict[str, int]] = {}
+    moved: dict[_Key, int] = {}
+    unknown: dict[_Key, str] = {}
+    base = _base(table, call)
+    device = next((t.device.type for held in call.alive if (t := held()) is not None), "")
+    seen: set[Any] = set()
+    here: tuple[tuple[Any, Label], ...] = ()
+    for row, launched, size, why in table.work:
+        levels = resolved.levels[row]
+        same = 0
+        while same < min(len(here), len(levels)) and here[same] == levels[same]:
+            same += 1
+        for depth in range(same, len(levels)):
+            step, text = levels[depth]
+            if text.category == MODULE:
+                if step in seen:
+                    continue  # a piece of a call that was counted
+                seen.add(step)
+            key = _key(levels[: depth + 1], base)
+            opened[key] = opened.get(key, 0) + 1
+        here = levels
+        key = _key(levels, base)
+        if not levels:
+            opened[key] = 1
+            why = why or base.why
+        total = flops.setdefault(key, {})
+        for kind, count in launched:
+            total[kind] = total.get(kind, 0) + count
+        moved[key] = moved.get(key, 0) + size
+        unknown[key] = unknown.get(key) or why
+    opened.setdefault(base.key, 1)
+    for key, calls in opened.items():
+        numbers = tuple(sorted(flops.get(key, {}).items()))
+        why = unknown.get(key, "")
+        yield Entry(*key, table.backward, call.region.part, calls, numbers, moved.get(key, 0), why, device)
+
+
+def _key(levels: tuple[tuple[Any, Label], ...], base: _Base) -> _Key:
+    if not levels:
+        return base.key
+    text = levels[-1][1]
+    if text.category == MODULE:
+        return _Key(text.text, "")
+    around = [above.text for _, above in levels[:-1] if above.category == MODULE]
+    return _Key(text.text, around[-1] if around else base.module)
+
+
+def _base(table: _Table, call: Call) -> _Base:
+    again = "a part of the code that may run several times" if table.below else ""
+    if call.base is not None and call.region.framed:
+        return _Base(_Key(call.base, ""), call.base, again)
+    around = [entry[0].text for entry in local.stack if entry[0].category == MODULE]
+    module = around[-1] if around else ""
+    if call.base is not None:
+        return _Base(_Key(call.base, module), module, again)
+    return _Base(_Key(module, ""), module, "in a compiled function that is no module's")
 
 
 hide_module(globals())  # compiled code may be called inside

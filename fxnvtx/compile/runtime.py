@@ -31,9 +31,9 @@ from ..ranges import (
     push,
 )
 from .labels import moved_row, moves_of
+from .metering import register_work
 from .notices import warn_once
 from .region import BACKWARD, Call, families
-from .tell import tell_work
 from .torch_private import hide_module
 
 __all__ = ["Cursor", "Table", "current"]
@@ -169,7 +169,7 @@ class Table:
             names = call.names()
             found = (Resolved([names.levels(moved_row(row, moved)) for row in self.rows]), call)
             self._resolved[signature] = found
-            tell_work(self, found[0], call)
+            register_work(self, found[0], call)
         return found[0]
 
 

@@ -80,4 +80,6 @@ def test_known_work_costs_compiled_code_no_call() -> None:
                 compiled(x)
             finally:
                 sys.setprofile(None)
-    assert called and not [path for path in called if path.endswith(("/tell.py", "fxnvtx/work.py", "compile/work.py"))]
+    assert called and not [
+        path for path in called if path.endswith(("/metering.py", "fxnvtx/work.py", "compile/work.py"))
+    ]
