@@ -67,14 +67,14 @@ def _add(registry: types.ModuleType) -> None:
 
 
 def _follow_sessions(profiler: types.ModuleType) -> None:
-    from .kineto import follow_sessions
+    from .listeners import follow_sessions
 
     follow_sessions(profiler)
 
 
 def _listen_on_rocm(version: types.ModuleType) -> None:
     if getattr(version, "hip", None) is not None:
-        from .roctx import listen_on_rocm
+        from .listeners import listen_on_rocm
 
         listen_on_rocm(version.hip)
 

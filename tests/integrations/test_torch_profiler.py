@@ -14,8 +14,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 import fxnvtx
 from fxnvtx import ranges
-from fxnvtx.compile.kineto import ProfilerListener
-from fxnvtx.compile.roctx import RoctxListener, chosen
+from fxnvtx.compile.listeners import ProfilerListener, RoctxListener, chosen
 from fxnvtx.report import from_recording, load
 from fxnvtx.report.trace import CLOCKS_NS, settled
 

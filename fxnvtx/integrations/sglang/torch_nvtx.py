@@ -82,6 +82,6 @@ def on_roctx() -> bool:
     """Whether every range goes through these functions already."""
     import torch
 
-    from ...compile.roctx import chosen
+    from ...compile.listeners import chosen
 
     return chosen(getattr(torch.version, "hip", None), ranges.mode, os.environ)
