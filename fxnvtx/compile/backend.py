@@ -20,9 +20,8 @@ from . import inductor
 from .module_index import current_frame, digest, read_graph
 from .notices import CompiledRegion, note, warn_once
 from .owners import Chain, Owners, Row, owners_of
-from .ranged import ranged, watched
 from .region import Region, remember
-from .runtime import Table, current
+from .runtime import Table, current, ranged, watched
 
 __all__ = ["Backend", "backend", "fxnvtx_backend"]
 

@@ -193,8 +193,8 @@ class _Writer:
 def _events(writer: _Writer, events: list[Any], annotated: bool = False) -> None:
     """Complete events (X), begins and ends (B, E); of Kineto's, launches and what they launched.
 
-    annotated: fxnvtx's ranges are in this trace of torch.profiler (compile/listeners.py says so). Torch's own, operators
-    and compiled regions, are then left out, and it reads like any other capture of those ranges.
+    annotated: fxnvtx's ranges are in this trace of torch.profiler (compile/listeners.py says so). Torch's own,
+    operators and compiled regions, are then left out, and it reads like any other capture of those ranges.
     """
     ours = any(type(pid) is int and pid >= _OUR_DEVICES for pid in {_pid(event) for event in events})
     kineto = not ours and any(isinstance(event, dict) and event.get("cat") in _KINETO for event in events)

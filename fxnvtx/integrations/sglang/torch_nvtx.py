@@ -1,5 +1,6 @@
 """Ranges that go through torch.cuda.nvtx, as SGLang's own do, for those who listen there and not to NVTX: whoever puts
-functions of their own in the place of torch's (a test, another tracer) wants to be called. Roctx is compile/roctx.py's.
+functions of their own in the place of torch's (a test, another tracer) wants to be called. Roctx is
+compile/listeners.py's.
 
 Nothing is asked at a range: the module notices when one of its functions is replaced.
 """
