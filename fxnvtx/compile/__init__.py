@@ -14,16 +14,19 @@ So nothing below compile/ needs to know of it.
 from __future__ import annotations
 
 import functools
+import importlib.abc
+import importlib.machinery
 import inspect
+import sys
+import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from .._imports import when_imported
-from .dynamo import see_ranges, watch_compilers
+from . import dynamo
 from .notices import warn_once
 
-__all__ = ["NAME", "hide_slots", "reads_none", "register"]
+__all__ = ["NAME", "hide_slots", "no_longer_when_imported", "reads_none", "register", "when_imported"]
 
 NAME = "fxnvtx"
 _REGISTRY = "torch._dynamo.backends.registry"  # torch 2.0 to 2.15
@@ -47,7 +50,8 @@ def register() -> None:
         return
     _registered = True
     when_imported(_REGISTRY, _add)
-    see_ranges()
+    for traced, patch in dynamo.TRACED.items():
+        when_imported(traced, patch)
     when_imported(_RANGES, lambda _: when_imported(_PROFILER, _follow_sessions))
     when_imported(_RANGES, lambda _: when_imported(_VERSION, _listen_on_rocm))
     when_imported(_CONTROL, _with_first_slot)
@@ -85,7 +89,7 @@ def _with_first_slot(control: types.ModuleType) -> None:
 
 def _first_slot() -> None:
     hide_slots()
-    watch_compilers()
+    when_imported(dynamo.HANDS_OVER, dynamo.watch_compilers)
 
 
 # ------------------------------------------------------------------------------------------------------- hidden slots
@@ -170,3 +174,77 @@ def _none(variable: Any, tx: Any, slot: str) -> Any:
     if not reads_none(value) or (changed is not None and changed(variable, slot)):
         return None  # the program being traced assigns to it
     return ConstantVariable.create(None)
+
+
+# ------------------------------------------------------------------------------------------------- once it is imported
+
+Then = Callable[[types.ModuleType], None]
+_lock = threading.Lock()
+
+
+def when_imported(name: str, then: Then) -> None:
+    """Call `then(module)` right after the module has run: now, where that has happened, else during its import."""
+    with _lock:
+        module = sys.modules.get(name)
+        if module is None:
+            _finder.waiting.setdefault(name, []).append(then)
+            if _finder not in sys.meta_path:
+                sys.meta_path.insert(0, _finder)
+            return
+    then(module)
+
+
+def no_longer_when_imported(name: str, then: Then) -> None:
+    """Take `when_imported(name, then)` back, where the module has not been imported yet."""
+    with _lock:
+        waiting = _finder.waiting.get(name, [])
+        if then in waiting:
+            waiting.remove(then)
+            if not waiting:
+                _finder.leave(name)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds nothing itself: asks the others and adds to what they found."""
+
+    def __init__(self) -> None:
+        self.waiting: dict[str, list[Then]] = {}
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname not in self.waiting:
+            return None
+        for other in sys.meta_path:
+            spec = other.find_spec(fullname, path, target) if other is not self else None
+            if spec is not None:
+                self._watch(spec)
+                return spec
+        return None
+
+    def _watch(self, spec: importlib.machinery.ModuleSpec) -> None:
+        loader = spec.loader
+        if loader is None or not hasattr(loader, "__dict__"):
+            return
+
+        def exec_module(module: types.ModuleType) -> None:
+            loader.__dict__.pop("exec_module", None)
+            loader.exec_module(module)
+            for then in self._done(spec.name):
+                then(module)
+
+        loader.__dict__["exec_module"] = exec_module
+
+    def _done(self, name: str) -> list[Then]:
+        with _lock:
+            return self.leave(name)
+
+    def leave(self, name: str) -> list[Then]:
+        """Wait for this module no longer; returns what was to be done. Called with the lock held."""
+        found = self.waiting.pop(name, [])
+        if not self.waiting and self in sys.meta_path:
+            sys.meta_path.remove(self)
+        return found
+
+
+_finder = _Finder()

@@ -23,10 +23,9 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from .._imports import when_imported
 from .notices import CompiledRegion, note, warn_once
 
-__all__ = ["TAKE_PART", "absorb", "see_ranges", "silent_models", "watch_compilers"]
+__all__ = ["HANDS_OVER", "TAKE_PART", "TRACED", "absorb", "silent_models", "watch_compilers"]
 
 TAKE_PART = "FXNVTX_COMPILE"
 # torch 2.11 to 2.15: the variables for Python functions and for classes, and who makes one for an object that is there
@@ -34,7 +33,7 @@ _FUNCTIONS = ("torch._dynamo.variables.functions", "UserFunctionVariable")
 _CLASSES = ("torch._dynamo.variables.user_defined", "UserDefinedClassVariable")
 _OBJECTS = ("torch._dynamo.variables.builder", "VariableBuilder", "_wrap")
 # and the method that hands a graph to a backend; it is older than that
-_GRAPH, _KIND, _METHOD = "torch._dynamo.output_graph", "OutputGraph", "call_user_compiler"
+HANDS_OVER, _KIND, _METHOD = "torch._dynamo.output_graph", "OutputGraph", "call_user_compiler"
 _untold: dict[tuple[str, str], str] = {}  # (model, backend) -> what to say once somebody listens
 _told: set[tuple[str, str]] = set()
 
@@ -50,13 +49,6 @@ def end() -> None:
 def _ranges() -> Any:
     """The module of the public forms, once somebody has used one."""
     return sys.modules.get(f"{(__package__ or '').partition('.')[0]}.ranges")
-
-
-def see_ranges() -> None:
-    """Have Dynamo take our ranges for what they are, now or when it gets imported."""
-    when_imported(_FUNCTIONS[0], lambda namespace: _patch(namespace, _FUNCTIONS[1], _instead_of_functions))
-    when_imported(_CLASSES[0], lambda namespace: _patch(namespace, _CLASSES[1], _instead_of_the_class))
-    when_imported(_OBJECTS[0], _patch_objects)
 
 
 def _patch_objects(namespace: types.ModuleType) -> None:
@@ -173,7 +165,7 @@ def _opened(tx: Any, text: str, category: str) -> Any:
 
 
 def _emit(tx: Any, marker: Callable[..., None], *args: str) -> Any:
-    watch_compilers()  # who takes the markers out
+    watch_compilers(sys.modules[HANDS_OVER])  # which takes the markers out
     tx.output.create_proxy("call_function", marker, args, {})
     return _nothing()
 
@@ -222,14 +214,15 @@ def _with_ranges(stack: Any, inside: list[tuple[int, str, tuple[str, type]]]) ->
     return found
 
 
+# Module -> what makes Dynamo take our ranges for what they are, to be called once the module is imported
+TRACED: dict[str, Callable[[types.ModuleType], None]] = {
+    _FUNCTIONS[0]: lambda namespace: _patch(namespace, _FUNCTIONS[1], _instead_of_functions),
+    _CLASSES[0]: lambda namespace: _patch(namespace, _CLASSES[1], _instead_of_the_class),
+    _OBJECTS[0]: _patch_objects,
+}
+
+
 # --------------------------------------------------------------------------------------------------- who compiles what
-
-
-@functools.cache
-def watch_compilers() -> None:
-    """Now, or when Dynamo gets imported."""
-    when_imported(_GRAPH, _watch)
-    _ranges().on_listeners_changed(_tell)
 
 
 def silent_models() -> str | None:
@@ -239,7 +232,10 @@ def silent_models() -> str | None:
     return ", ".join(f'{model} by "{name}"' for model, name in (*_told, *_untold))
 
 
-def _watch(namespace: types.ModuleType) -> None:
+@functools.cache  # once: what is wrapped stays wrapped
+def watch_compilers(namespace: types.ModuleType) -> None:
+    """See every graph that Dynamo hands to a backend. `namespace`: the module HANDS_OVER."""
+    _ranges().on_listeners_changed(_tell)
     kind = getattr(namespace, _KIND, None)
     original = getattr(kind, _METHOD, None)
     if not isinstance(kind, type) or original is None:

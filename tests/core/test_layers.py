@@ -35,7 +35,7 @@ PROGRAMS = "programs"  # the command line and what it runs: may import everythin
 
 # files at the top of the package, and files that lie in another folder than the part they are of
 PARTS = {
-    "ground": ["_imports", "categories", "errors", "output", "printable", "steps"],
+    "ground": ["categories", "errors", "output", "printable", "steps"],
     "torch": ["compile/torch_private"],
     "ranges": ["events", "labels", "ranges", "stack", "window"],
     "recording": ["loops", "recording", "spool", "work"],

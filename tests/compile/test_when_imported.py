@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from fxnvtx import _imports as imports
-from fxnvtx._imports import no_longer_when_imported, when_imported
+from fxnvtx import compile as imports
+from fxnvtx.compile import no_longer_when_imported, when_imported
 
 
 @pytest.fixture
