@@ -77,12 +77,10 @@ class Backend:
         if mode and options:
             raise CompileError("give the fxnvtx backend either a mode or options, not both")
         patches = inductor.config_of(mode, options)
-        hindrance = inductor.hindrance(patches)
-        if hindrance is not None:
-            about.path, about.reason = "region", hindrance
-            warn_once(
-                hindrance, f"layers inside {region.title} will not be visible, one range per region is: {hindrance}"
-            )
+        reason = inductor.why_no_ranges(patches)
+        if reason is not None:
+            about.path, about.reason = "region", reason
+            warn_once(reason, f"layers inside {region.title} will not be visible, one range per region is: {reason}")
             return ranged(region, inductor.compile_plain(graph_module, inputs, patches))
         region.replayed = inductor.replays(patches)
         self._cuda_graphs = self._cuda_graphs or region.replayed

@@ -34,8 +34,8 @@ _CLASSES = ("torch._dynamo.variables.user_defined", "UserDefinedClassVariable")
 _OBJECTS = ("torch._dynamo.variables.builder", "VariableBuilder", "_wrap")
 # and the method that hands a graph to a backend; it is older than that
 HANDS_OVER, _KIND, _METHOD = "torch._dynamo.output_graph", "OutputGraph", "call_user_compiler"
-_untold: dict[tuple[str, str], str] = {}  # (model, backend) -> what to say once somebody listens
-_told: set[tuple[str, str]] = set()
+_unsaid: dict[tuple[str, str], str] = {}  # (model, backend) -> what to say once somebody listens
+_said: set[tuple[str, str]] = set()
 
 
 def begin(text: str, category: str) -> None:
@@ -227,15 +227,15 @@ TRACED: dict[str, Callable[[types.ModuleType], None]] = {
 
 def silent_models() -> str | None:
     """Which instrumented models were compiled by other backends, in words; None where there are none."""
-    if not _told and not _untold:
+    if not _said and not _unsaid:
         return None
-    return ", ".join(f'{model} by "{name}"' for model, name in (*_told, *_untold))
+    return ", ".join(f'{model} by "{name}"' for model, name in (*_said, *_unsaid))
 
 
 @functools.cache  # once: what is wrapped stays wrapped
 def watch_compilers(namespace: types.ModuleType) -> None:
     """See every graph that Dynamo hands to a backend. `namespace`: the module HANDS_OVER."""
-    _ranges().on_listeners_changed(_tell)
+    _ranges().on_listeners_changed(_say_it)
     kind = getattr(namespace, _KIND, None)
     original = getattr(kind, _METHOD, None)
     if not isinstance(kind, type) or original is None:
@@ -321,15 +321,15 @@ def _runs_operator() -> bool:
 
 
 def _say(model: str, name: str, reason: str) -> None:
-    if (model, name) not in _told:
-        _untold[model, name] = f'{model} was compiled by "{name}", no layer inside is shown: {reason}'
-    _tell()
+    if (model, name) not in _said:
+        _unsaid[model, name] = f'{model} was compiled by "{name}", no layer inside is shown: {reason}'
+    _say_it()
 
 
-def _tell() -> None:
+def _say_it() -> None:
     """Said while somebody listens: to nobody else it matters."""
     ranges = _ranges()
-    while ranges.active and _untold:
-        key, text = _untold.popitem()
-        _told.add(key)
+    while ranges.active and _unsaid:
+        key, text = _unsaid.popitem()
+        _said.add(key)
         ranges.log.warning("%s", text)

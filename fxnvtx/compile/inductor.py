@@ -22,7 +22,7 @@ from .owners import owners_of
 from .provenance import FLOW, LAUNCHING, Compilation, attributed
 from .work import Work, summed
 
-__all__ = ["Compilation", "compile_graph", "compile_plain", "config_of", "hindrance", "missing"]
+__all__ = ["Compilation", "compile_graph", "compile_plain", "config_of", "missing", "why_no_ranges"]
 
 
 class _Active(threading.local):
@@ -179,7 +179,7 @@ def config_of(mode: str | None, options: Any) -> dict[str, Any]:
     return dict(torch._TorchCompileInductorWrapper(mode, options, None).config)
 
 
-def hindrance(config_patches: dict[str, Any]) -> str | None:
+def why_no_ranges(config_patches: dict[str, Any]) -> str | None:
     """Why Inductor's generated code cannot have ranges under this configuration; None where it can."""
     lacking = missing()
     if lacking is not None:

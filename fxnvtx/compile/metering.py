@@ -1,4 +1,4 @@
-"""Work carried by labels: that of compiled code, told once per table, and that of eager calls, counted as they run.
+"""Work carried by labels: of compiled code, made known once per table, and of eager calls, counted as they run.
 
 A table of generated code knows what each of its launches does. Generated code goes through its rows in one order, so
 how often each range opens in one run follows from the table: once per table and block, when it first runs for a

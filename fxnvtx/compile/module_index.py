@@ -97,7 +97,7 @@ def current_frame() -> Frame:
         return Frame(None, {}, {})
 
 
-class Book:
+class ModuleIndex:
     """Module stack entries -> steps. Anchors are found as they are met."""
 
     def __init__(self, frame: Frame) -> None:
@@ -222,26 +222,26 @@ def digest(start: str, graph_module: GraphModule, owners: Owners) -> str:
 
 def read_graph(graph_module: GraphModule, frame: Frame, tensors: list[Any]) -> tuple[Region, Owners]:
     """What a Dynamo graph is made of. `tensors`: its arguments, parameters and buffers as the real objects."""
-    book = Book(frame)
-    owners = Owners(book.step)
+    modules = ModuleIndex(frame)
+    owners = Owners(modules.step)
     for node in _all_nodes(graph_module):
         if node.op not in ("placeholder", "output", "get_attr"):
-            book.read(node)
+            modules.read(node)
             owners.read(node)
-    names = _parameter_names(book)
+    names = _parameter_names(modules)
     for position, tensor in enumerate(tensors):
         for index, found in enumerate(names):
             if id(tensor) in found:
-                book.anchors[index].parameters[position] = found[id(tensor)]
+                modules.anchors[index].parameters[position] = found[id(tensor)]
                 break
     function = None
-    if not book.framed and frame.own_code and frame.name:
+    if not modules.framed and frame.own_code and frame.name:
         function = f"{frame.name}()"
-    paths = list(dict.fromkeys(s.path or book.anchors[s.anchor].kind.__name__ for s in book.steps()))
-    book.frame = Frame(None, {}, {})  # its variables must not live as long as the compiled code
+    paths = list(dict.fromkeys(s.path or modules.anchors[s.anchor].kind.__name__ for s in modules.steps()))
+    modules.frame = Frame(None, {}, {})  # its variables must not live as long as the compiled code
     key = digest("", graph_module, owners)
     part = "" if frame.code is None else frame.code.co_name
-    return Region(key, book.anchors, book.framed, function, paths, _repeats(graph_module), part), owners
+    return Region(key, modules.anchors, modules.framed, function, paths, _repeats(graph_module), part), owners
 
 
 def _repeats(graph_module: GraphModule) -> bool:
@@ -258,9 +258,9 @@ def _repeats(graph_module: GraphModule) -> bool:
     return False
 
 
-def _parameter_names(book: Book) -> list[dict[int, str]]:
+def _parameter_names(modules: ModuleIndex) -> list[dict[int, str]]:
     found: list[dict[int, str]] = []
-    for anchor in book.anchors:
+    for anchor in modules.anchors:
         names: dict[int, str] = {}
         module = anchor.module() if anchor.module is not None else None
         if module is not None:

@@ -11,16 +11,16 @@ __all__ = ["CompiledRegion", "note", "regions", "warn_once"]
 
 SHOWN = 6
 log = logging.getLogger("fxnvtx")
-_told: set[str] = set()
+_said: set[str] = set()
 _regions: deque[CompiledRegion] = deque(maxlen=1000)
 _lock = threading.Lock()
 
 
 def warn_once(reason: str, text: str) -> None:
     with _lock:
-        if reason in _told:
+        if reason in _said:
             return
-        _told.add(reason)
+        _said.add(reason)
     log.warning("%s", text)
 
 

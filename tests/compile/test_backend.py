@@ -26,7 +26,7 @@ def _labels(recording, category="module"):
 
 @pytest.fixture
 def said(caplog, monkeypatch):
-    monkeypatch.setattr(notices, "_told", set())
+    monkeypatch.setattr(notices, "_said", set())
     caplog.set_level(logging.WARNING, logger="fxnvtx")
     return lambda: [r.getMessage() for r in caplog.records if r.name == "fxnvtx"]
 

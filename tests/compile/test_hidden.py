@@ -65,7 +65,7 @@ def test_a_module_compiled_in_place_is_inlined_as_it_is_without_us():
     "missing", [{}, {"UnspecializedNNModuleVariable": type("Other", (), {}), "NNModuleVariable": 1}]
 )
 def test_a_torch_without_the_place_is_left_alone_and_said(missing, caplog, monkeypatch):
-    monkeypatch.setattr(notices, "_told", set())
+    monkeypatch.setattr(notices, "_said", set())
     caplog.set_level(logging.WARNING, logger="fxnvtx")
     compiled._patch(types.SimpleNamespace(**missing))
     assert "graph breaks" in caplog.text

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def said(caplog, monkeypatch):
-    monkeypatch.setattr(notices, "_told", set())
+    monkeypatch.setattr(notices, "_said", set())
     caplog.set_level(logging.WARNING, logger="fxnvtx")
     return lambda: [r.getMessage() for r in caplog.records if r.name == "fxnvtx"]
 
@@ -147,7 +147,7 @@ def test_reading_that_fails_leaves_the_compilation_alone(said, monkeypatch, wher
     x = model.inputs()
     expected = torch.compile(model, backend="inductor")(x)
     if where == "graph":
-        monkeypatch.setattr(module_index.Book, "read", fail)
+        monkeypatch.setattr(module_index.ModuleIndex, "read", fail)
     else:
         monkeypatch.setattr(launch_sites, "_launch_of", fail)
     fxnvtx.instrument(model, "net")

@@ -18,8 +18,8 @@ from .models import Same, Unique
 
 @pytest.fixture
 def said(caplog, monkeypatch):
-    monkeypatch.setattr(dynamo, "_told", set())
-    monkeypatch.setattr(dynamo, "_untold", {})
+    monkeypatch.setattr(dynamo, "_said", set())
+    monkeypatch.setattr(dynamo, "_unsaid", {})
     caplog.set_level(logging.WARNING, logger="fxnvtx")
     return lambda: [r.getMessage() for r in caplog.records if "compiled by" in r.getMessage()]
 

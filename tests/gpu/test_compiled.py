@@ -372,7 +372,7 @@ def test_c7_a_triton_kernel_of_the_users_own():
 
 
 def test_c8_a_cpp_wrapper_still_runs_and_says_once_what_is_missing(caplog, monkeypatch):
-    monkeypatch.setattr(notices, "_told", set())
+    monkeypatch.setattr(notices, "_said", set())
     model, inputs = _model(Vae), _inputs(VAE)
     compiled = torch.compile(model, backend="fxnvtx", options={"cpp_wrapper": True})
     with torch.no_grad(), caplog.at_level("WARNING", logger="fxnvtx"):
