@@ -1,6 +1,9 @@
-"""Every error that a user of fxnvtx can cause. One line each, and the line says what to do."""
+"""Every error that a user of fxnvtx can cause, one line each that says what to do; and what is said only once."""
 
 from __future__ import annotations
+
+import logging
+import threading
 
 __all__ = [
     "CaptureError",
@@ -14,7 +17,21 @@ __all__ = [
     "SelectionError",
     "ToolError",
     "TraceError",
+    "warn_once",
 ]
+
+log = logging.getLogger("fxnvtx")
+_said: set[str] = set()
+_lock = threading.Lock()
+
+
+def warn_once(reason: str, text: str) -> None:
+    """Log what a user has to know: once per process and reason."""
+    with _lock:
+        if reason in _said:
+            return
+        _said.add(reason)
+    log.warning("%s", text)
 
 
 class FxnvtxError(Exception):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import threading
+from collections import deque
 from dataclasses import dataclass, field
 from io import StringIO
 
@@ -15,7 +17,7 @@ from .errors import InstrumentError
 from .instrument import unwrapped
 from .names import is_callable_module, walk_paths
 
-__all__ = ["Explanation", "Row", "explain"]
+__all__ = ["CompiledRegion", "Explanation", "Row", "explain", "note", "regions"]
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def explain(model: nn.Module) -> Explanation:
             found.rows.append(Row(fqn, kind, "", "", _why_not(control, fqn, module)))
         else:
             found.rows.append(Row(fqn, kind, control.text(_shown_as(entry, fqn)), entry.path, _why(entry, fqn)))
-    found.notes = [*_state(control, inner), *_compiled()]
+    found.notes = [*_state(control, inner), *map(str, regions())]
     return found
 
 
@@ -140,15 +142,6 @@ def _state(control: Control, model: nn.Module) -> list[str]:
     return notes
 
 
-def _compiled() -> list[str]:
-    """What the compiled path says of the regions it has seen; nothing where nothing was compiled."""
-    if "fxnvtx.compile.backend" not in sys.modules:
-        return []
-    from .compile.notices import regions
-
-    return [str(region) for region in regions()]
-
-
 def _explain_graph(model: fx.GraphModule) -> Explanation:
     """A GraphModule with range nodes shows what its nodes say."""
     found = Explanation(f"{type(model).__name__}: a graph")
@@ -160,3 +153,53 @@ def _explain_graph(model: fx.GraphModule) -> Explanation:
             if all(r.label != text for r in found.rows):
                 found.rows.append(Row(text, "", text, "fx", "range nodes in the graph"))
     return found
+
+
+# ------------------------------------------------------------------------------------------------- compiled regions
+
+_SHOWN = 6
+
+
+@dataclass
+class CompiledRegion:
+    """`path`: "kernels" (ranges around kernel launches), "pieces" (one compiled piece per module), "nodes" (range nodes
+    in the graph that runs), "region" (one range around the whole) or "none" (another backend compiled it). `reason`:
+    why not "kernels", empty otherwise. `owners`: paths of the modules in the region, relative to `name`; `launches`:
+    launch sites in the generated code, 0 where it came from a cache; `unknown`: those whose owner is not known; `note`:
+    where else than in a range of its own it is shown, and why."""
+
+    name: str
+    backend: str
+    path: str
+    reason: str = ""
+    owners: list[str] = field(default_factory=list)
+    launches: int = 0
+    unknown: int = 0
+    note: str = ""
+
+    def __str__(self) -> str:
+        shown = ", ".join(self.owners[:_SHOWN]) + (", ..." if len(self.owners) > _SHOWN else "")
+        text = f"compiled region {self.name} ({self.backend}): path {self.path}, {len(self.owners)} modules"
+        if shown:
+            text += f" [{shown}]"
+        if self.launches:
+            text += f", {self.launches} launch sites"
+        if self.unknown:
+            text += f", {self.unknown} of them cannot be attributed"
+        return "; ".join(filter(None, (text, self.reason, self.note)))
+
+
+_regions: deque[CompiledRegion] = deque(maxlen=1000)
+_lock = threading.Lock()
+
+
+def note(region: CompiledRegion) -> CompiledRegion:
+    with _lock:
+        _regions.append(region)
+    return region
+
+
+def regions() -> list[CompiledRegion]:
+    """The last 1000 regions compiled with the fxnvtx backend, the oldest first."""
+    with _lock:
+        return list(_regions)

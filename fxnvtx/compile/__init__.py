@@ -23,8 +23,8 @@ import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..errors import warn_once
 from . import dynamo
-from .notices import warn_once
 
 __all__ = ["NAME", "hide_slots", "no_longer_when_imported", "reads_none", "register", "when_imported"]
 

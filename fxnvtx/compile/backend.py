@@ -14,11 +14,11 @@ from typing import Any, cast
 from torch.fx import GraphModule, Node
 from torch.fx.node import has_side_effect
 
-from ..errors import CompileError
+from ..errors import CompileError, warn_once
+from ..explain import CompiledRegion, note
 from ..ranges import label, pop, push
 from . import inductor
 from .module_index import current_frame, digest, read_graph
-from .notices import CompiledRegion, note, warn_once
 from .owners import Chain, Owners, Row, owners_of
 from .region import Region, remember
 from .runtime import Table, current, ranged, watched

@@ -23,7 +23,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from .notices import CompiledRegion, note, warn_once
+from ..errors import warn_once
 
 __all__ = ["HANDS_OVER", "TAKE_PART", "TRACED", "absorb", "silent_models", "watch_compilers"]
 
@@ -286,6 +286,7 @@ def _is_ours(compiler: Any) -> bool:
 def _look(compiler: Any, graph_module: Any, inputs: Any) -> Any:
     """The backend to compile with instead; None where it stays as it is."""
     from ..control import controls
+    from ..explain import CompiledRegion, note
     from .backend import Backend, fxnvtx_backend
     from .labels import family
     from .module_index import current_frame, read_graph

@@ -26,13 +26,13 @@ from torch.utils._python_dispatch import TorchDispatchMode  # where torch keeps 
 from .. import ranges as _ranges
 from .. import slot as _slot
 from ..categories import MODULE
+from ..errors import warn_once
 from ..labels import Label
 from ..names import input_shapes
 from ..ranges import Mark, Open, local
 from ..slot import Slot, slot_of
 from ..stack import Live
 from ..work import Entry, register
-from .notices import warn_once
 from .region import Call
 from .torch_private import dynamo_active, hide_module, jit_traces
 from .work import Work, formulas, operator_work, summed

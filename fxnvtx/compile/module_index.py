@@ -105,20 +105,18 @@ class ModuleIndex:
         self.anchors: list[Anchor] = []
         self._below: list[dict[int, list[str]]] = []  # per anchor: id(module) -> its paths below the anchor
         self._steps: dict[tuple[str, str], Step | None] = {}
-        self._sources: list[str] = []  # per anchor: the source text it was first reached by
         module = frame.module
         self.framed = module is not None
         if module is not None:
-            self._add(type(module), module, "")
+            self._add(type(module), module)
 
-    def _add(self, kind: type, module: nn.Module | None, source: str) -> int:
+    def _add(self, kind: type, module: nn.Module | None) -> int:
         below: dict[int, list[str]] = {}
         if module is not None:
             for path, found, _ in walk_paths(module):
                 below.setdefault(id(found), []).append(".".join(path))
         self.anchors.append(Anchor(kind, None if module is None else weakref.ref(module)))
         self._below.append(below)
-        self._sources.append(source)
         return len(self.anchors) - 1
 
     def read(self, node: Node) -> None:
@@ -150,9 +148,9 @@ class ModuleIndex:
                     return Step(index, _pick(below[identity], hint, above, index), hint, call)
             module = self._find(identity)
             if module is not None or above is None:
-                return Step(self._add(kind, module, source), "", hint, call)
+                return Step(self._add(kind, module), "", hint, call)
         if above is None:
-            return Step(self._add(kind, None, source), "", hint, call)
+            return Step(self._add(kind, None), "", hint, call)
         # Not a module of anything we hold: only the text tells. Children of an unknown module get here.
         outer = above.path
         return Step(above.anchor, f"{outer}.{hint}" if outer else hint, hint, call)

@@ -26,7 +26,8 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor
 from torch.fx import Node
 
-from .notices import CompiledRegion, warn_once
+from ..errors import warn_once
+from ..explain import CompiledRegion
 from .owners import Before, Owners, Row, input_shapes, is_folded
 from .work import NOTHING, Work, launch_work
 

@@ -20,6 +20,7 @@ import torch
 
 from .. import ranges as _ranges
 from ..categories import MODULE, PIECE
+from ..errors import warn_once
 from ..ranges import (
     HANDLE,
     Entry,
@@ -35,7 +36,6 @@ from ..ranges import (
 )
 from .labels import moved_row, moves_of
 from .metering import register_work
-from .notices import warn_once
 from .region import BACKWARD, Call, Region, families
 from .torch_private import hide_module
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import fxnvtx
-from fxnvtx.compile import inductor, notices
-from fxnvtx.compile.notices import regions
+from fxnvtx import errors
+from fxnvtx.compile import inductor
 from fxnvtx.errors import CompileError
+from fxnvtx.explain import regions
 
 from ..support.limits import CHILD_S
 from .generated import counted, without_graph_caches
@@ -26,7 +27,7 @@ def _labels(recording, category="module"):
 
 @pytest.fixture
 def said(caplog, monkeypatch):
-    monkeypatch.setattr(notices, "_said", set())
+    monkeypatch.setattr(errors, "_said", set())
     caplog.set_level(logging.WARNING, logger="fxnvtx")
     return lambda: [r.getMessage() for r in caplog.records if r.name == "fxnvtx"]
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import fxnvtx
-from fxnvtx.compile.notices import regions
 from fxnvtx.compile.provenance import unknown_forms
+from fxnvtx.explain import regions
 
 from .launches import empty_ranges, enclosing, innermost, witness
 

@@ -11,7 +11,8 @@ from torch import nn
 
 import fxnvtx
 from fxnvtx import compile as compiled
-from fxnvtx.compile import notices, reads_none
+from fxnvtx import errors
+from fxnvtx.compile import reads_none
 
 from .generated import counted
 
@@ -65,7 +66,7 @@ def test_a_module_compiled_in_place_is_inlined_as_it_is_without_us():
     "missing", [{}, {"UnspecializedNNModuleVariable": type("Other", (), {}), "NNModuleVariable": 1}]
 )
 def test_a_torch_without_the_place_is_left_alone_and_said(missing, caplog, monkeypatch):
-    monkeypatch.setattr(notices, "_said", set())
+    monkeypatch.setattr(errors, "_said", set())
     caplog.set_level(logging.WARNING, logger="fxnvtx")
     compiled._patch(types.SimpleNamespace(**missing))
     assert "graph breaks" in caplog.text

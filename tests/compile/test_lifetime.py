@@ -12,7 +12,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import fxnvtx
-from fxnvtx.compile import module_index, notices, region
+from fxnvtx import errors
+from fxnvtx.compile import module_index, region
 from fxnvtx.compile import provenance as launch_sites
 
 from .launches import enclosing, innermost, witness
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def said(caplog, monkeypatch):
-    monkeypatch.setattr(notices, "_said", set())
+    monkeypatch.setattr(errors, "_said", set())
     caplog.set_level(logging.WARNING, logger="fxnvtx")
     return lambda: [r.getMessage() for r in caplog.records if r.name == "fxnvtx"]
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fxnvtx
-from fxnvtx.compile.notices import regions
+from fxnvtx.explain import regions
 
 from .generated import counted
 from .launches import innermost, witness

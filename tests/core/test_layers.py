@@ -43,7 +43,6 @@ PARTS = {
         "attachments",
         "control",
         "deferred",
-        "compile/notices",
         "explain",
         "gate",
         "graph",

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 import fxnvtx
-from fxnvtx import ranges
-from fxnvtx.compile import notices
+from fxnvtx import errors, ranges
 
 from ..compile.generated import counted, forget_generated_code, kernel_hashes, without_graph_caches
 from ..compile.launches import KernelError, empty_ranges, enclosing, innermost, witness
@@ -372,7 +371,7 @@ def test_c7_a_triton_kernel_of_the_users_own():
 
 
 def test_c8_a_cpp_wrapper_still_runs_and_says_once_what_is_missing(caplog, monkeypatch):
-    monkeypatch.setattr(notices, "_said", set())
+    monkeypatch.setattr(errors, "_said", set())
     model, inputs = _model(Vae), _inputs(VAE)
     compiled = torch.compile(model, backend="fxnvtx", options={"cpp_wrapper": True})
     with torch.no_grad(), caplog.at_level("WARNING", logger="fxnvtx"):
