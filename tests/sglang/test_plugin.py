@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 import fxnvtx
+from fxnvtx import compile as imports
 from fxnvtx import ranges
 from fxnvtx.attachments import Attachments
 from fxnvtx.cli import doctor
-from fxnvtx.compile import imports
 from fxnvtx.integrations.everything import instrument_everything
 from fxnvtx.integrations.sglang import missing_targets, patch_older_releases, register
 from fxnvtx.integrations.sglang.targets import TARGETS, Options, found_in, read_options

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ...compile.imports import no_longer_when_imported, when_imported
+from ...compile import no_longer_when_imported, when_imported
 from ...compile.torch_private import hide_module
 from ...control import controls_of, sync
 from ...errors import SelectionError

@@ -58,7 +58,7 @@ def patch_older_releases(options: Options | None = None) -> None:
         return
     if not (package / "multimodal_gen" / "runtime").is_dir():
         return
-    from ...compile.imports import when_imported
+    from ...compile import when_imported
 
     for target, handler in _handlers(options):
         when_imported(f"{ROOT}{target.module}", functools.partial(_patch, target, handler))

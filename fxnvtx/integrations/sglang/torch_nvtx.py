@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from ... import ranges
-from ...compile.imports import when_imported
+from ...compile import when_imported
 from .targets import guarded
 
 __all__ = ["also_through_torch"]
