@@ -8,11 +8,11 @@ from statistics import median
 
 from ..categories import REQUEST, RESIDENCY, STAGE, STEP
 from .calls import Calls, merged, spread_of
+from .format import readable_ns
 from .labels import category_of, fold, fused_owners, is_module
 from .report import Report
 from .split import split_fused
 from .tree import Node, total
-from .units import readable_ns
 
 __all__ = ["Change", "Comparison", "Unit", "diff", "verdict"]
 

@@ -10,9 +10,8 @@ from dataclasses import asdict
 
 from ..printable import csv_cell, json_text, printable
 from .diff import CHANGE, NOISE, Change, Comparison
+from .format import GAP, Column, Line, middle, painted, readable_ns, table
 from .render_text import wrapped
-from .table import GAP, Column, Line, painted, table
-from .units import middle, readable_ns
 
 __all__ = ["diff_csv", "diff_json", "diff_markdown", "diff_text"]
 

@@ -6,9 +6,19 @@ import shutil
 from collections.abc import Callable, Sequence
 
 from ..printable import printable, width_of
+from .format import (
+    GAP,
+    Column,
+    Line,
+    painted,
+    readable_bytes,
+    readable_count,
+    readable_ns,
+    readable_share,
+    shortened,
+    table,
+)
 from .report import Report
-from .table import GAP, Column, Line, painted, table
-from .units import readable_bytes, readable_count, readable_ns, readable_share, shortened
 from .views import Row
 
 __all__ = ["render_text"]

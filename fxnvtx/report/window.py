@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 from ..categories import COMPILE, REQUEST, STEP
 from ..errors import ConfigError
 from ..steps import Numbers
+from .format import readable_ns
 from .labels import category_of, fold
 from .span import Point, Span
-from .units import readable_ns
 
 __all__ = ["WHOLE", "Numbers", "Omitted", "Window", "omitted"]
 

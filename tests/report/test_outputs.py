@@ -15,7 +15,7 @@ from fxnvtx import record
 from fxnvtx.errors import OutputError
 from fxnvtx.output import write_text
 from fxnvtx.report import Report, chrome, from_recording, load, render_csv, render_json, render_text, speedscope
-from fxnvtx.report.units import middle, readable_bytes, readable_ns
+from fxnvtx.report.format import middle, readable_bytes, readable_ns
 
 from .captures import DATA, Capture
 from .samples import pipeline
