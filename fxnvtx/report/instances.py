@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..recording import Recording
+from .labels import Span
 from .load import as_sqlite, kind_of, rank_of
 from .nsys import PUSH_POP, START_END, Reader
 from .recording import damaged_recording, spans_of
 from .schema import damaged, detect, open_capture
-from .span import Span
 
 __all__ = ["Process", "Work", "nested", "processes"]
 

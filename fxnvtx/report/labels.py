@@ -1,4 +1,4 @@
-"""What a range's text says about it: category, component, fused list; and texts folded together (pure)."""
+"""What a range is called and what its text says about it: category, role, fused list; texts folded together (pure)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from typing import Any, NamedTuple
 from ..categories import CATEGORIES, MODULE
 
 __all__ = [
+    "PIECE",
     "UNKNOWN",
     "Folding",
     "Name",
+    "Point",
+    "Span",
     "category_of",
     "clean",
     "fold",
@@ -22,6 +25,7 @@ __all__ = [
     "numbered",
     "role_of",
 ]
+
 
 UNKNOWN = "cannot attribute: "
 
@@ -217,3 +221,21 @@ def _folded_owners(owners: tuple[str, ...]) -> list[str]:
 
 def _counted(parts: list[str]) -> tuple[str, ...]:
     return tuple("*" if place and part.isdecimal() else part for place, part in enumerate(parts))
+
+
+# ----------------------------------------------------------------------------------------- ranges as readers give them
+
+
+class _Piece(str):
+    """A payload that no other range has."""
+
+    __slots__ = ()
+
+
+PIECE = _Piece("one more piece of a call")  # the payload of a range that goes on with a call seen before
+
+# thread, start, end, name, payload, is still open. Sorted by thread, start, and end downwards.
+Span = tuple[int, int, int, Name, Any, bool]
+
+# thread, start, end of a call that launched device work, and what it launched. Sorted by thread and start.
+Point = tuple[int, int, int, Any]

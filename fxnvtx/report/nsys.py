@@ -14,12 +14,11 @@ from ..categories import COMPILE, MODULE
 from ..categories import PIECE as PIECE_CATEGORY
 from ..errors import CaptureError
 from ..work import PREFIX, Entry, decoded
-from .labels import Name, clean, infer_category, numbered
+from .labels import PIECE, Name, Span, clean, infer_category, numbered
 from .ops import COPY, GRAPH, KERNEL, PROCESS, PUSH_POP, START_END
 from .part import Part, Timeline
 from .peaks import Gpu
 from .schema import HOW_TO_RECORD, Schema, damaged, detect, open_capture
-from .span import PIECE, Span
 from .timeline import timeline_of
 from .window import WHOLE, Omitted, Window, omitted
 

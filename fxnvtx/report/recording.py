@@ -11,10 +11,9 @@ from ..categories import PIECE as PIECE_CATEGORY
 from ..errors import CaptureError, FxnvtxError
 from ..recording import Range, Recording
 from ..work import read_entry
-from .labels import Name, clean, infer_category, numbered
+from .labels import PIECE, Name, Span, clean, infer_category, numbered
 from .part import Part
 from .schema import one_line
-from .span import PIECE, Span
 from .timeline import timeline_of
 from .window import WHOLE, Window, omitted
 

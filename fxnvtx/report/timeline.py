@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterable
 from itertools import islice
 
 from ..categories import REQUEST, STEP
-from .labels import category_of
+from .labels import Span, category_of
 from .part import Timeline
-from .span import Span
 from .tree import Node
 
 __all__ = ["timeline_of"]

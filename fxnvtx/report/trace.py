@@ -20,8 +20,7 @@ from typing import Any
 
 from ..categories import PIECE as PIECE_CATEGORY
 from ..errors import CaptureError
-from .labels import fused_owners
-from .span import PIECE
+from .labels import PIECE, fused_owners
 
 __all__ = ["CLOCKS_NS", "converted", "is_gzip", "settled"]
 

@@ -13,8 +13,7 @@ from ..categories import COMPILE, REQUEST, STEP
 from ..errors import ConfigError
 from ..steps import Numbers
 from .format import readable_ns
-from .labels import category_of, fold
-from .span import Point, Span
+from .labels import Point, Span, category_of, fold
 
 __all__ = ["WHOLE", "Numbers", "Omitted", "Window", "omitted"]
 

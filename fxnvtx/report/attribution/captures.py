@@ -11,11 +11,10 @@ from numpy.typing import NDArray
 
 from ...categories import COMPILE, REQUEST, STEP
 from ..graphs import BEFORE, LEVEL, NO_TABLE, place
-from ..labels import UNKNOWN, Name, category_of
+from ..labels import UNKNOWN, Name, Span, category_of
 from ..ops import COPY, GRAPH, PUSH_POP, SET, START_END
 from ..part import Part
 from ..schema import Table
-from ..span import Span
 from ..tree import Node, Tree
 from ..window import Omitted, inside
 from . import waits

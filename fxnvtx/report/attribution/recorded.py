@@ -9,7 +9,7 @@ from itertools import groupby
 import numpy as np
 from numpy.typing import NDArray
 
-from ..span import PIECE, Span
+from ..labels import PIECE, Span
 from ..tree import Tree
 from .batches import Ints
 from .device import check_times

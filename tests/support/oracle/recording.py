@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterable
 
-from fxnvtx.report.span import Span
+from fxnvtx.report.labels import Span
 from fxnvtx.report.tree import Tree
 
 from .overlap import Compute

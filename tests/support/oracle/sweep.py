@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from fxnvtx.report.calls import added
-from fxnvtx.report.labels import UNKNOWN, Name
-from fxnvtx.report.span import PIECE, Span
+from fxnvtx.report.labels import PIECE, UNKNOWN, Name, Span
 from fxnvtx.report.tree import Node, Tree
 
 __all__ = ["OUTSIDE", "PIECE", "Point", "Span", "Sweep"]
