@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from statistics import median
 
 from ..categories import REQUEST, RESIDENCY, STAGE, STEP
-from .calls import Calls, merged, spread_of
 from .format import readable_ns
 from .labels import category_of, fold, fused_owners, is_module
 from .report import Report
 from .split import split_fused
-from .tree import Node, total
+from .tree import Calls, Node, merged, spread_of, total
 
 __all__ = ["Change", "Comparison", "Unit", "diff", "verdict"]
 

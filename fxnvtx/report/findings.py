@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from statistics import median
 
 from ..categories import COMPILE, MODULE, RESIDENCY, STEP
-from .calls import Calls, merged, spread_of
 from .format import readable_bytes, readable_ns, readable_share
 from .labels import category_of, is_module
 from .report import Report
 from .rows import Row
-from .tree import Node
+from .tree import Calls, Node, merged, spread_of
 
 __all__ = ["RULES", "Finding", "Silence", "findings", "findings_text"]
 

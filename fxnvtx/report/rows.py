@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..errors import ConfigError
-from .calls import Calls, Spread, spread_of
+from .tree import Calls, Spread, spread_of
 
 __all__ = ["FLAT", "VIEWS", "Row", "Selection", "Spread", "check_paths"]
 

@@ -22,6 +22,7 @@ from fxnvtx.report.calls import Spread
 from fxnvtx.report.render_csv import COLUMNS
 from fxnvtx.report.render_json import row_fields
 from fxnvtx.report.rows import VIEWS, Row
+from fxnvtx.report.tree import Spread
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *ROOT.glob("[A-Z]*.md")])

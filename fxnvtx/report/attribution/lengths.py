@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ..calls import Calls
+from ..tree import Calls
 from .batches import Ints
 from .intern import Interner, Sums, grown
 

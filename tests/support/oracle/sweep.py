@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from fxnvtx.report.calls import added
 from fxnvtx.report.labels import PIECE, UNKNOWN, Name, Span
-from fxnvtx.report.tree import Node, Tree
+from fxnvtx.report.tree import Node, Tree, added
 
 __all__ = ["OUTSIDE", "PIECE", "Point", "Span", "Sweep"]
 
