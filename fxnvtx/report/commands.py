@@ -17,8 +17,7 @@ from .findings import findings_text
 from .folder import expanded
 from .load import load
 from .options import check_options, refuse
-from .order import ORDERS
-from .peaks import parse_peaks
+from .part import Numbers, Window, read_times
 from .progress import Late
 from .recording import load_recording
 from .render_csv import render_csv
@@ -26,9 +25,10 @@ from .render_diff import diff_csv, diff_json, diff_markdown, diff_text
 from .render_html import diff_html, render_html
 from .render_json import render_json
 from .render_text import render_text
+from .rows import ORDERS
 from .scrub import scrub
 from .views import VIEWS
-from .window import Numbers, Window, read_times
+from .work import parse_peaks
 
 __all__ = ["diff_command", "report_command"]
 

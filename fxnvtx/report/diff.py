@@ -10,7 +10,7 @@ from ..categories import REQUEST, RESIDENCY, STAGE, STEP
 from .format import readable_ns
 from .labels import category_of, fold, fused_owners, is_module
 from .report import Report
-from .split import split_fused
+from .selection import split_fused
 from .tree import Calls, Node, merged, spread_of, total
 
 __all__ = ["Change", "Comparison", "Unit", "diff", "verdict"]

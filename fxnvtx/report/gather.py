@@ -13,8 +13,7 @@ from typing import Protocol
 
 from .. import errors
 from ..errors import CaptureError
-from .part import Part
-from .window import WHOLE, Window
+from .part import WHOLE, Part, Window
 
 __all__ = ["gather", "read_one"]
 

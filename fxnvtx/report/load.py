@@ -17,13 +17,12 @@ from .export import exported
 from .folder import expanded
 from .gather import gather
 from .nsys import read_sqlite
-from .part import Part
-from .peaks import Peaks
+from .part import WHOLE, Part, Window
 from .recording import load_recording, read_recording
 from .report import Report
 from .tables import is_tables, tabled
 from .trace import converted, is_gzip
-from .window import WHOLE, Window
+from .work import Peaks
 
 __all__ = ["from_recording", "load", "read_file"]
 

@@ -16,11 +16,8 @@ from ..errors import CaptureError
 from ..work import PREFIX, Entry, decoded
 from .labels import PIECE, Name, Span, clean, infer_category, numbered
 from .ops import COPY, GRAPH, KERNEL, PROCESS, PUSH_POP, START_END
-from .part import Part, Timeline
-from .peaks import Gpu
+from .part import WHOLE, Gpu, Omitted, Part, Timeline, Window, omitted, timeline_of
 from .schema import HOW_TO_RECORD, Schema, damaged, detect, open_capture
-from .timeline import timeline_of
-from .window import WHOLE, Omitted, Window, omitted
 
 if TYPE_CHECKING:
     from .attribution.spool import Limits

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import click
 from click.core import ParameterSource
 
-from .rows import VIEWS
+from .selection import VIEWS
 
 __all__ = ["check_options", "refuse"]
 

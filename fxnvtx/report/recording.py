@@ -12,10 +12,8 @@ from ..errors import CaptureError, FxnvtxError
 from ..recording import Range, Recording
 from ..work import read_entry
 from .labels import PIECE, Name, Span, clean, infer_category, numbered
-from .part import Part
+from .part import WHOLE, Part, Window, omitted, timeline_of
 from .schema import one_line
-from .timeline import timeline_of
-from .window import WHOLE, Window, omitted
 
 __all__ = ["damaged_recording", "load_recording", "read_recording", "spans_of"]
 

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 
 from ..errors import ConfigError
 from .labels import Name
-from .order import ORDERS, ordered
 from .part import Part
-from .peaks import Peaks, peaks_of
-from .roof import Table, rate
+from .rows import ORDERS, ordered
 from .tree import Node, merge_into, total
 from .views import Row, Selection, rows_of, tree_of
+from .work import Peaks, Table, peaks_of, rate
 
 __all__ = ["Report"]
 

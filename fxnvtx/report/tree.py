@@ -172,7 +172,7 @@ class Node:
     the process at an allocation in here or below (as far as the capture saw allocations), None where there was none.
     flops, moved: operations and bytes of the range's own work. rated, unrated: its own time, where its work is known
     and where it is not. roof: how long the work would take at the device's peaks, roof_compute: of that, of ranges that
-    computing limits and not memory. roofless: of rated, where no peak is known. See roof.py, which fills these.
+    computing limits and not memory. roofless: of rated, where no peak is known. work.py fills these.
     """
 
     __slots__ = (

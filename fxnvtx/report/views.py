@@ -6,12 +6,10 @@ inside another, in the others the `self` columns are each row's own. What no row
 
 from __future__ import annotations
 
-from .filter import by_path, filtered, matches
-from .keys import Keys
 from .labels import Folding, fused_owners
 from .part import Part
-from .rows import FLAT, VIEWS, Row, Selection
-from .split import split_fused
+from .rows import FLAT, Row
+from .selection import VIEWS, Keys, Selection, by_path, filtered, matches, split_fused
 from .tree import BELOW, FROM_DEVICE, FROM_WORK, NOTHING, Node, merge_into, merged, total
 
 __all__ = ["VIEWS", "Row", "Selection", "row_of", "rows_of", "tree_of"]

@@ -21,7 +21,8 @@ from fxnvtx.cli.doctor import findings
 from fxnvtx.report.calls import Spread
 from fxnvtx.report.render_csv import COLUMNS
 from fxnvtx.report.render_json import row_fields
-from fxnvtx.report.rows import VIEWS, Row
+from fxnvtx.report.rows import Row
+from fxnvtx.report.selection import VIEWS
 from fxnvtx.report.tree import Spread
 
 ROOT = Path(__file__).parents[2]

@@ -21,10 +21,9 @@ from fxnvtx.report.attribution.intern import Interner, Sums
 from fxnvtx.report.attribution.recorded import fill
 from fxnvtx.report.attribution.spool import Limits, Spool
 from fxnvtx.report.nsys import read_sqlite
-from fxnvtx.report.part import Part
+from fxnvtx.report.part import WHOLE, Part, Window
 from fxnvtx.report.recording import spans_of
 from fxnvtx.report.tree import BELOW, SUMS, Node, Tree
-from fxnvtx.report.window import WHOLE, Window
 from fxnvtx.steps import Numbers
 from tests.support.limits import CHILD_S
 from tests.support.oracle.nsys import read_sqlite as read_by_rows

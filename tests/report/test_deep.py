@@ -11,7 +11,8 @@ from click.testing import CliRunner
 from fxnvtx.cli.commands import cli
 from fxnvtx.recording import Range
 from fxnvtx.report import load, render_text
-from fxnvtx.report.rows import VIEWS, Row
+from fxnvtx.report.rows import Row
+from fxnvtx.report.selection import VIEWS
 
 from .captures import Capture
 from .samples import recorded

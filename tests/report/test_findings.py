@@ -13,7 +13,7 @@ from fxnvtx.cli.commands import cli
 from fxnvtx.recording import Range
 from fxnvtx.report import Report, from_recording, load
 from fxnvtx.report.findings import RULES, Finding, Silence, findings, findings_text
-from fxnvtx.report.peaks import parse_peaks
+from fxnvtx.report.work import parse_peaks
 from fxnvtx.work import Entry, encoded
 
 from .captures import DATA, Capture

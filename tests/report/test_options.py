@@ -11,8 +11,8 @@ from click.testing import CliRunner
 from fxnvtx.cli.commands import cli
 from fxnvtx.cli.profile import kind_of, profile_command
 from fxnvtx.report.commands import DIFF_FORMATS, FORMATS, diff_command, report_command
-from fxnvtx.report.order import ORDERS
-from fxnvtx.report.rows import VIEWS
+from fxnvtx.report.rows import ORDERS
+from fxnvtx.report.selection import VIEWS
 from fxnvtx.work import Entry, encoded
 
 from .captures import Capture

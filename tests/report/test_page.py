@@ -17,7 +17,7 @@ from fxnvtx.recording import Range
 from fxnvtx.report import Report, from_recording, load, render_html, render_text
 from fxnvtx.report.findings import findings
 from fxnvtx.report.labels import Name, role_of
-from fxnvtx.report.window import Window
+from fxnvtx.report.part import Window
 
 from .browser import Browser, find_chromium
 from .captures import Capture

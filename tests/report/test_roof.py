@@ -18,8 +18,9 @@ from fxnvtx.cli.commands import cli
 from fxnvtx.report import load
 from fxnvtx.report.findings import above_the_roof, far_below_the_roof
 from fxnvtx.report.load import from_recording
-from fxnvtx.report.peaks import KNOWN, Gpu, Peaks, parse_peaks, peaks_of
+from fxnvtx.report.part import Gpu
 from fxnvtx.report.rows import Row
+from fxnvtx.report.work import KNOWN, Peaks, parse_peaks, peaks_of
 from fxnvtx.work import Entry, decoded, encoded, read_entry
 
 from .captures import Capture

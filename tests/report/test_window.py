@@ -13,7 +13,7 @@ from fxnvtx.cli.commands import cli
 from fxnvtx.errors import ConfigError
 from fxnvtx.recording import Range
 from fxnvtx.report import Report, from_recording, load
-from fxnvtx.report.window import Window
+from fxnvtx.report.part import Window
 from fxnvtx.steps import Numbers
 
 from .captures import Capture

@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from fxnvtx.recording import Recording
 from fxnvtx.report import Report
 from fxnvtx.report.load import from_recording
-from fxnvtx.report.peaks import parse_peaks
 from fxnvtx.report.tree import BELOW
+from fxnvtx.report.work import parse_peaks
 
 _FLOPS = BELOW.index("flops")
 PEAKS = parse_peaks("fp32=1T,bf16=1T,fp64=1T,mem=1T")

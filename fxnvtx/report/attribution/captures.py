@@ -13,10 +13,9 @@ from ...categories import COMPILE, REQUEST, STEP
 from ..graphs import BEFORE, LEVEL, NO_TABLE, place
 from ..labels import UNKNOWN, Name, Span, category_of
 from ..ops import COPY, GRAPH, PUSH_POP, SET, START_END
-from ..part import Part
+from ..part import Omitted, Part, inside
 from ..schema import Table
 from ..tree import Node, Tree
-from ..window import Omitted, inside
 from . import waits
 from .batches import Batch, Ints, Source
 from .device import NODE, OVERLAPS, PROCESS, Device, both, check_times, distinct, kind_of

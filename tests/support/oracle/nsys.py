@@ -12,10 +12,9 @@ from fxnvtx.categories import COMPILE
 from fxnvtx.errors import CaptureError
 from fxnvtx.report import nsys
 from fxnvtx.report.labels import UNKNOWN, Name
-from fxnvtx.report.part import Part
+from fxnvtx.report.part import WHOLE, Omitted, Part, Window, omitted
 from fxnvtx.report.schema import HOW_TO_RECORD, Schema, damaged, detect, open_capture
 from fxnvtx.report.tree import Node, Tree
-from fxnvtx.report.window import WHOLE, Omitted, Window, omitted
 
 from .graphs import BEFORE, LEVEL, NO_TABLE, GraphNodes, place
 from .ops import COPY, GRAPH, KERNEL, Op, launches, stage, strays
