@@ -32,7 +32,7 @@ from .torch_private import hide_module
 
 __all__ = ["METADATA", "ProfilerListener", "RoctxListener", "chosen", "follow_sessions", "listen_on_rocm"]
 
-METADATA = "fxnvtx"  # the key in a trace; report/trace.py reads it
+METADATA = "fxnvtx"  # the key in a trace; report/capture/kineto.py reads it
 
 
 class ProfilerListener:

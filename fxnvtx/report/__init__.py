@@ -1,5 +1,6 @@
 """From a capture to an answer: read captures, attribute time to modules, show and compare."""
 
+from .capture.scrub import scrub
 from .diff import Change, Comparison, diff
 from .load import from_recording, load
 from .render_csv import render_csv
@@ -7,7 +8,6 @@ from .render_html import render_html
 from .render_json import render_json
 from .render_text import render_text
 from .report import Report
-from .scrub import scrub
 from .views import VIEWS, Row
 
 __all__ = [

@@ -12,21 +12,21 @@ from ..output import STDOUT, check_target, complain, is_stdout, write_text, wrot
 from ..printable import printable_lines
 from ..steps import EXAMPLES
 from . import chrome, speedscope
+from .capture import expanded
+from .capture.recording import load_recording
+from .capture.scrub import scrub
 from .diff import Comparison, diff
 from .findings import findings_text
-from .folder import expanded
 from .load import load
 from .options import check_options, refuse
 from .part import Numbers, Window, read_times
 from .progress import Late
-from .recording import load_recording
 from .render_csv import render_csv
 from .render_diff import diff_csv, diff_json, diff_markdown, diff_text
 from .render_html import diff_html, render_html
 from .render_json import render_json
 from .render_text import render_text
 from .rows import ORDERS
-from .scrub import scrub
 from .views import VIEWS
 from .work import parse_peaks
 

@@ -29,7 +29,7 @@ class Mapper(Protocol):
 
 def read_one(job: Job) -> list[Part]:
     """What every worker runs: the processes of one file."""
-    from .load import read_file
+    from .capture import read_file
 
     return read_file(Path(job[0]), job[1], window=job[2])
 
@@ -48,7 +48,7 @@ def gather(
     if mapper is not None:
         results = mapper(read_one, work)
     elif workers < 2:
-        from .load import read_file
+        from .capture import read_file
 
         results = (read_file(path, exact, tick, window) for path in files)
     else:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..recording import Recording
+from .capture import as_sqlite, kind_of, rank_of
+from .capture.nsys import PUSH_POP, START_END, Reader
+from .capture.recording import damaged_recording, spans_of
+from .capture.schema import damaged, detect, open_capture
 from .labels import Span
-from .load import as_sqlite, kind_of, rank_of
-from .nsys import PUSH_POP, START_END, Reader
-from .recording import damaged_recording, spans_of
-from .schema import damaged, detect, open_capture
 
 __all__ = ["Process", "Work", "nested", "processes"]
 

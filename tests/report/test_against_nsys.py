@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fxnvtx.report import Report, load, scrub
+from fxnvtx.report import Report, load
+from fxnvtx.report.capture import scrub
 
 from .captures import DATA, Capture
 from .conftest import Stats

@@ -20,9 +20,9 @@ from fxnvtx.report.attribution import spool as spools
 from fxnvtx.report.attribution.intern import Interner, Sums
 from fxnvtx.report.attribution.recorded import fill
 from fxnvtx.report.attribution.spool import Limits, Spool
-from fxnvtx.report.nsys import read_sqlite
+from fxnvtx.report.capture import read_sqlite
+from fxnvtx.report.capture.recording import spans_of
 from fxnvtx.report.part import WHOLE, Part, Window
-from fxnvtx.report.recording import spans_of
 from fxnvtx.report.tree import BELOW, SUMS, Node, Tree
 from fxnvtx.steps import Numbers
 from tests.support.limits import CHILD_S

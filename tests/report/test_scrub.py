@@ -8,7 +8,8 @@ import pytest
 
 from fxnvtx.errors import CaptureError, OutputError
 from fxnvtx.recording import Recording
-from fxnvtx.report import load, scrub
+from fxnvtx.report import load
+from fxnvtx.report.capture import scrub
 
 from .captures import Capture
 from .samples import pipeline

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..schema import capture_uri
+from ..capture.schema import capture_uri
 
 __all__ = ["Batch", "Ints", "Source"]
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...categories import COMPILE, REQUEST, STEP
+from ..capture.nsys import Reader
+from ..capture.schema import COPY, GRAPH, PUSH_POP, SET, START_END, Table
 from ..graphs import BEFORE, LEVEL, NO_TABLE, place
 from ..labels import UNKNOWN, Name, Span, category_of
-from ..ops import COPY, GRAPH, PUSH_POP, SET, START_END
 from ..part import Omitted, Part, inside
-from ..schema import Table
 from ..tree import Node, Tree
 from . import waits
 from .batches import Batch, Ints, Source
@@ -27,9 +27,6 @@ from .nesting import NONE
 from .overlaps import COMMUNICATION, COMPUTE, COPYING, SETTING, Moves, Shared
 from .spool import Limits, Spool, windows
 from .threads import HAS_PAYLOAD, OPEN, SPAN, SPAN_TIES, Calls, Spans, Threads
-
-if TYPE_CHECKING:
-    from ..nsys import Reader
 
 __all__ = ["OUTSIDE", "Capture"]
 

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..ops import COPY, GRAPH, KERNEL, SET
-from ..schema import Schema, Table
+from ..capture.schema import COPY, GRAPH, KERNEL, SET, Schema, Table
 from .batches import Batch, Ints, Mask, Source
 from .intern import Interner
 from .spool import Limits, Spool, windows

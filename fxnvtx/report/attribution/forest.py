@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from ..capture.schema import GRAPH, KERNEL
 from ..labels import Name
-from ..ops import GRAPH, KERNEL
 from ..tree import FROM_DEVICE, Node, Tree
 from .batches import Ints
 from .intern import Interner, Sums, grown

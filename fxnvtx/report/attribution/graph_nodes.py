@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ..schema import Schema
+from ..capture.schema import Schema
 from .batches import Ints, Source
 from .device import PROCESS
 

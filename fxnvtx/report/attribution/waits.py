@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..schema import Schema
+from ..capture.schema import Schema
 from .batches import Batch, Ints, Source
 from .device import PROCESS, check_times, distinct
 from .forest import Forest

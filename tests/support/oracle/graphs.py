@@ -5,8 +5,8 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator
 
+from fxnvtx.report.capture.schema import Schema
 from fxnvtx.report.labels import UNKNOWN, Name
-from fxnvtx.report.schema import Schema
 from fxnvtx.report.tree import Node, Tree
 
 __all__ = ["BEFORE", "LEVEL", "NO_TABLE", "GraphNodes", "layers", "place"]

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from fxnvtx.categories import COMPILE
 from fxnvtx.errors import CaptureError
-from fxnvtx.report import nsys
+from fxnvtx.report.capture import nsys
+from fxnvtx.report.capture.schema import HOW_TO_RECORD, Schema, damaged, detect, open_capture
 from fxnvtx.report.labels import UNKNOWN, Name
 from fxnvtx.report.part import WHOLE, Omitted, Part, Window, omitted
-from fxnvtx.report.schema import HOW_TO_RECORD, Schema, damaged, detect, open_capture
 from fxnvtx.report.tree import Node, Tree
 
 from .graphs import BEFORE, LEVEL, NO_TABLE, GraphNodes, place

@@ -6,7 +6,7 @@ import sqlite3
 from collections.abc import Iterator
 from typing import Any
 
-from fxnvtx.report.schema import Schema, Table
+from fxnvtx.report.capture.schema import Schema, Table
 
 __all__ = ["COPY", "GRAPH", "KERNEL", "SET", "Op", "launches", "stage", "strays"]
 

@@ -8,9 +8,31 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import CaptureError, FxnvtxError
+from ...errors import CaptureError, FxnvtxError
 
-__all__ = ["HOW_TO_RECORD", "Schema", "Table", "capture_uri", "damaged", "detect", "one_line", "open_capture"]
+__all__ = [
+    "COPY",
+    "GRAPH",
+    "HOW_TO_RECORD",
+    "KERNEL",
+    "PROCESS",
+    "PUSH_POP",
+    "SET",
+    "START_END",
+    "Schema",
+    "Table",
+    "capture_uri",
+    "damaged",
+    "detect",
+    "one_line",
+    "open_capture",
+]
+
+
+KERNEL, COPY, SET, GRAPH = 0, 1, 2, 3
+PUSH_POP, START_END = (59, 70), (60, 71)  # NVTX event types: with a text, and with a registered one of older exports
+PROCESS = "~16777215"  # globalTid & this = globalPid: the low 24 bits are the thread
+
 
 _MAGIC = b"SQLite format 3\0"
 _SMALL = 64 << 20  # bytes; files up to this size are checked page by page before they are trusted

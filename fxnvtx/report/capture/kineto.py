@@ -18,11 +18,12 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
-from ..categories import PIECE as PIECE_CATEGORY
-from ..errors import CaptureError
-from .labels import PIECE, fused_owners
+from ...categories import PIECE as PIECE_CATEGORY
+from ...errors import CaptureError
+from ..labels import PIECE, fused_owners
 
 __all__ = ["CLOCKS_NS", "converted", "is_gzip", "settled"]
+
 
 _TABLES = """
 CREATE TABLE NVTX_EVENTS (start INTEGER, end INTEGER, eventType INTEGER, globalTid INTEGER, text TEXT, textId INTEGER,

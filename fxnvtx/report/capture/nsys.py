@@ -1,70 +1,24 @@
-"""Reader of Nsight Systems exports: rows in, one tree per process out."""
+"""Rows of an Nsight Systems export as ranges, calls and operations, with their names."""
 
 from __future__ import annotations
 
-import gc
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..categories import COMPILE, MODULE
-from ..categories import PIECE as PIECE_CATEGORY
-from ..errors import CaptureError
-from ..work import PREFIX, Entry, decoded
-from .labels import PIECE, Name, Span, clean, infer_category, numbered
-from .ops import COPY, GRAPH, KERNEL, PROCESS, PUSH_POP, START_END
-from .part import WHOLE, Gpu, Omitted, Part, Timeline, Window, omitted, timeline_of
-from .schema import HOW_TO_RECORD, Schema, damaged, detect, open_capture
+from ...categories import COMPILE, MODULE
+from ...categories import PIECE as PIECE_CATEGORY
+from ...work import PREFIX, Entry, decoded
+from ..labels import PIECE, Name, Span, clean, infer_category, numbered
+from ..part import WHOLE, Gpu, Omitted, Part, Timeline, Window, omitted, timeline_of
+from .schema import COPY, GRAPH, KERNEL, PROCESS, PUSH_POP, START_END, Schema
 
-if TYPE_CHECKING:
-    from .attribution.spool import Limits
+__all__ = ["PUSH_POP", "START_END", "Reader"]
 
-__all__ = ["PUSH_POP", "START_END", "Reader", "read_sqlite"]
 
 CROSS_THREAD = "ranges that end on another thread than they began on were left out"
-
-
-def read_sqlite(
-    path: Path,
-    exact: bool = False,
-    tick: Callable[[int], None] | None = None,
-    rank: int | None = None,
-    shown: Path | None = None,
-    window: Window = WHOLE,
-    limits: Limits | None = None,
-    adbc: bool = True,
-) -> list[Part]:
-    """One `Part` per process that emitted ranges or did device work.
-
-    exact: keep the running numbers of torch's emit_nvtx in the names. tick: called now and then with the number of
-    rows read since the last call. shown: the file that `path` was made from. limits: how many rows
-    are in memory at a time. adbc: read columns through adbc-driver-sqlite, where it is installed. Raises CaptureError.
-    """
-    connection = open_capture(path)
-    try:
-        if tick is not None:
-            # while SQLite sorts, no row comes out; this keeps whoever watches informed
-            connection.set_progress_handler(lambda: tick(0), 5_000_000)
-        with damaged(shown or path):
-            schema = detect(connection, shown or path)
-            return Reader(connection, schema, shown or path, exact, tick, window).read(path, rank, limits, adbc)
-    finally:
-        connection.close()
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """A growing tree is no garbage, but Python's collector would search it again and again."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 class Reader:
@@ -94,50 +48,7 @@ class Reader:
         self.last = 0  # the last moment of any range
         self.aside: dict[int, int] = {}  # process -> number of start/end ranges
 
-    def read(self, path: Path, rank: int | None, limits: Limits | None = None, adbc: bool = True) -> list[Part]:
-        # here, because numpy is needed for nothing else
-        from .attribution.batches import Source
-        from .attribution.captures import Capture
-        from .attribution.spool import Limits
-
-        limits = limits or Limits()
-        source = Source(self.connection, path, limits.batch, adbc)
-        capture = None
-        try:
-            with _uncollected():
-                capture = Capture(self, source, limits)
-                self.last = capture.last
-                self.notes.extend(capture.notes)
-                if capture.device.count and self.schema.runtime is None:
-                    self.notes.append("the export has no CUDA API calls: device work cannot be put under ranges")
-                parts = []
-                for pid in sorted(capture.pids):
-                    parts.append(capture.part(pid))
-                    if self.window.timeline:
-                        parts[-1].timeline = self._timeline(pid, parts[-1])
-        except OSError as error:
-            raise CaptureError(
-                f"{self.path}: {error.strerror or error}; point SQLITE_TMPDIR to a disk with room for a copy of it"
-            ) from error
-        finally:
-            if capture is not None:
-                capture.close()
-            source.close()
-        parts = [part for part in parts if part.tree.root.kids or part.side.root.kids]
-        if not parts and not self.has_ranges:
-            raise CaptureError(f"{self.path} holds neither NVTX ranges nor work of a device: {HOW_TO_RECORD}")
-        if not parts:
-            self.notes.append("the capture holds no push/pop range")
-            parts = [Part(str(self.path), 0)]
-        work, gpus = self._work(), self._gpus()
-        for index, part in enumerate(parts):
-            part.notes = [*self.notes, *part.notes]
-            part.rank = rank if rank is not None and len(parts) == 1 else None
-            part.index = index
-            part.work, part.gpus = work, gpus
-        return parts
-
-    def _timeline(self, pid: int, part: Part) -> Timeline | None:
+    def timeline(self, pid: int, part: Part) -> Timeline | None:
         return timeline_of(
             part.tree.root,
             lambda times: self.spans(pid, PUSH_POP, times),
@@ -146,14 +57,14 @@ class Reader:
 
     # ------------------------------------------------------------------------------------------ small tables
 
-    def _work(self) -> list[Entry]:
+    def work(self) -> list[Entry]:
         """What fxnvtx has registered about its ranges. Strings are kept from before a capture range began, too."""
         if not self.has_strings:
             return []
         rows = self.connection.execute("SELECT value FROM StringIds WHERE value GLOB ? || '*'", (PREFIX,))
         return [entry for (text,) in rows if isinstance(text, str) and (entry := decoded(text)) is not None]
 
-    def _gpus(self) -> list[Gpu]:
+    def gpus(self) -> list[Gpu]:
         try:
             rows = self.connection.execute("SELECT name, memoryBandwidth FROM TARGET_INFO_GPU").fetchall()
         except sqlite3.OperationalError:  # no such table, or another form of it

@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import CaptureError, OutputError
-from ..output import check_target, writing_file
-from ..recording import Recording
-from .load import as_sqlite, kind_of
+from ...errors import CaptureError, OutputError
+from ...output import check_target, writing_file
+from ...recording import Recording
+from . import as_sqlite, kind_of
 from .schema import damaged, detect, one_line, open_capture
 
 __all__ = ["scrub"]
+
 
 # A list of what may stay: what the next version of Nsight Systems adds is left out until somebody looked at it.
 _KEPT = (

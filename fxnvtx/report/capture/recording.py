@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..categories import MODULE
-from ..categories import PIECE as PIECE_CATEGORY
-from ..errors import CaptureError, FxnvtxError
-from ..recording import Range, Recording
-from ..work import read_entry
-from .labels import PIECE, Name, Span, clean, infer_category, numbered
-from .part import WHOLE, Part, Window, omitted, timeline_of
+from ...categories import MODULE
+from ...categories import PIECE as PIECE_CATEGORY
+from ...errors import CaptureError, FxnvtxError
+from ...recording import Range, Recording
+from ...work import read_entry
+from ..labels import PIECE, Name, Span, clean, infer_category, numbered
+from ..part import WHOLE, Part, Window, omitted, timeline_of
 from .schema import one_line
 
 __all__ = ["damaged_recording", "load_recording", "read_recording", "spans_of"]
@@ -33,7 +33,7 @@ def read_recording(
     ranges = recording.ranges
     with damaged_recording(source):
         # here, because numpy is needed for nothing else
-        from .attribution.recorded import fill
+        from ..attribution.recorded import fill
 
         left_out = omitted(lambda: spans_of(ranges, exact), window)
         if window.between is not None and ranges:

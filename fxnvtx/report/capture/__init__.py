@@ -1,0 +1,213 @@
+"""Captures as they lie on disk: which reader reads what, and what a folder stands for."""
+
+from __future__ import annotations
+
+import gc
+import os
+import re
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...errors import CaptureError
+from ...spool import SUFFIX, read_spool
+from ..part import WHOLE, Part, Window
+from .kineto import converted, is_gzip
+from .nsys import Reader
+from .nsys_cli import exported, is_tables, tabled
+from .recording import load_recording, read_recording
+from .schema import HOW_TO_RECORD, damaged, detect, open_capture
+
+if TYPE_CHECKING:
+    from ..attribution.spool import Limits
+
+__all__ = ["as_sqlite", "expanded", "kind_of", "rank_of", "read_file", "read_sqlite"]
+
+
+_RANK = re.compile(r"(?<![a-z])rank[-_.]?(\d+)", re.IGNORECASE)
+
+
+def read_file(
+    path: Path, exact: bool = False, tick: Callable[[int], None] | None = None, window: Window = WHOLE
+) -> list[Part]:
+    """The processes of one file: a recording, a trace (Kineto, Chrome, speedscope), an SQLite export, or a .nsys-rep
+    (where nsys is installed)."""
+    rank = rank_of(path)
+    kind = kind_of(path)
+    if kind == "recording":
+        part = load_recording(path, exact, window)
+        if part.rank is None:
+            part.rank = rank
+        return [part]
+    if kind == "spool":
+        return [read_recording(read_spool(path), str(path), exact, window)]
+    if kind == "sqlite":
+        return read_sqlite(path, exact, tick, rank, window=window)
+    with as_sqlite(path, kind, tick) as sqlite:
+        return read_sqlite(sqlite, exact, tick, rank, path, window)
+
+
+def as_sqlite(path: Path, kind: str, tick: Callable[[int], None] | None = None) -> AbstractContextManager[Path]:
+    """What is no SQLite file yet (kind: nsys-rep, tables or trace) as one, for the duration of the block."""
+    return exported(path, tick) if kind == "nsys-rep" else tabled(path) if kind == "tables" else converted(path)
+
+
+def kind_of(path: Path) -> str:
+    """recording, spool, trace, sqlite, nsys-rep or (a folder) tables, by what the file begins with."""
+    if path.suffix == SUFFIX:
+        return "spool"
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode) and is_tables(path):
+            return "tables"
+        if stat.S_ISDIR(mode):
+            raise CaptureError(f"{path} is a folder: name the captures in it")
+        if not stat.S_ISREG(mode):
+            raise CaptureError(f"{path} is a pipe or a device: captures are read from files, save it to one first")
+        with open(path, "rb") as file:
+            head = file.read(4096)
+    except (OSError, ValueError) as error:
+        raise CaptureError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    if head.startswith(b"SQLite format 3\0"):
+        return "sqlite"
+    if path.suffix in {".nsys-rep", ".qdrep"}:
+        return "nsys-rep"
+    if is_gzip(head):
+        return "trace"
+    begin = head.lstrip()[:1]
+    if begin == b"[" or (begin == b"{" and b'"fxnvtx-recording"' not in head and len(head.strip()) > 2):
+        return "trace"
+    if begin == b"{":
+        return "recording"
+    return "sqlite"  # whose reader says what is wrong with it
+
+
+def rank_of(path: Path) -> int | None:
+    """The rank that a file's name tells ("capture.rank3.sqlite"), or the folder it is in ("rank3/capture.sqlite")."""
+    found = _RANK.findall(path.name) or _RANK.findall(path.absolute().parent.name)
+    return int(found[-1]) if found else None
+
+
+_RECORDING = b'"fxnvtx-recording"'
+
+
+def expanded(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """Each folder replaced by the captures in it, or else by the recordings: of one run, which are the same ranges,
+    a capture knows more. A folder of tables, which nsys exported, is a capture itself. Raises CaptureError for a folder
+    with neither."""
+    found: list[Path] = []
+    for path in map(Path, paths):
+        found += _inside(path) if path.is_dir() else [path]
+    return found
+
+
+def _inside(folder: Path) -> list[Path]:
+    if is_tables(folder):
+        return [folder]
+    captures = sorted(folder.glob("*.sqlite"))
+    named = {path.stem for path in captures}
+    captures += sorted(path for path in folder.glob("*.nsys-rep") if path.stem not in named)
+    # what `fxnvtx run` could not gather, for it was killed or the process still runs, lies one folder below
+    spools = sorted([*folder.glob(f"*{SUFFIX}"), *folder.glob(f".fxnvtx-run-*/*{SUFFIX}")])
+    found = captures or [*sorted(path for path in folder.glob("*.json") if _is_recording(path)), *spools]
+    if not found:
+        raise CaptureError(f"{folder} is a folder without a capture or recording: name one that fxnvtx run -o wrote")
+    return found
+
+
+def _is_recording(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return _RECORDING in file.read(200)
+    except OSError:
+        return False
+
+
+def read_sqlite(
+    path: Path,
+    exact: bool = False,
+    tick: Callable[[int], None] | None = None,
+    rank: int | None = None,
+    shown: Path | None = None,
+    window: Window = WHOLE,
+    limits: Limits | None = None,
+    adbc: bool = True,
+) -> list[Part]:
+    """One `Part` per process that emitted ranges or did device work.
+
+    exact: keep the running numbers of torch's emit_nvtx in the names. tick: called now and then with the number of
+    rows read since the last call. shown: the file that `path` was made from. limits: how many rows
+    are in memory at a time. adbc: read columns through adbc-driver-sqlite, where it is installed. Raises CaptureError.
+    """
+    connection = open_capture(path)
+    try:
+        if tick is not None:
+            # while SQLite sorts, no row comes out; this keeps whoever watches informed
+            connection.set_progress_handler(lambda: tick(0), 5_000_000)
+        with damaged(shown or path):
+            schema = detect(connection, shown or path)
+            reader = Reader(connection, schema, shown or path, exact, tick, window)
+            parts = _parts(reader, path, limits, adbc)
+            work, gpus = reader.work(), reader.gpus()
+    finally:
+        connection.close()
+    for index, part in enumerate(parts):
+        part.notes = [*reader.notes, *part.notes]
+        part.rank = rank if rank is not None and len(parts) == 1 else None
+        part.index = index
+        part.work, part.gpus = work, gpus
+    return parts
+
+
+def _parts(reader: Reader, path: Path, limits: Limits | None, adbc: bool) -> list[Part]:
+    """The processes that did anything; one without anything where the capture holds no more."""
+    # not at the top: numpy is imported only when a capture is read
+    from ..attribution.batches import Source
+    from ..attribution.captures import Capture
+    from ..attribution.spool import Limits
+
+    limits = limits or Limits()
+    source = Source(reader.connection, path, limits.batch, adbc)
+    capture = None
+    parts = []
+    try:
+        with _uncollected():
+            capture = Capture(reader, source, limits)
+            reader.last = capture.last
+            reader.notes.extend(capture.notes)
+            if capture.device.count and reader.schema.runtime is None:
+                reader.notes.append("the export has no CUDA API calls: device work cannot be put under ranges")
+            for pid in sorted(capture.pids):
+                part = capture.part(pid)
+                if reader.window.timeline:
+                    part.timeline = reader.timeline(pid, part)
+                parts.append(part)
+    except OSError as error:
+        raise CaptureError(
+            f"{reader.path}: {error.strerror or error}; point SQLITE_TMPDIR to a disk with room for a copy of it"
+        ) from error
+    finally:
+        if capture is not None:
+            capture.close()
+        source.close()
+    parts = [part for part in parts if part.tree.root.kids or part.side.root.kids]
+    if parts:
+        return parts
+    if not reader.has_ranges:
+        raise CaptureError(f"{reader.path} holds neither NVTX ranges nor work of a device: {HOW_TO_RECORD}")
+    reader.notes.append("the capture holds no push/pop range")
+    return [Part(str(reader.path), 0)]
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """A growing tree is no garbage, but Python's collector would search it again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
