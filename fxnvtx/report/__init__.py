@@ -2,12 +2,11 @@
 
 from .capture.scrub import scrub
 from .diff import Change, Comparison, diff
-from .load import from_recording, load
 from .render_csv import render_csv
 from .render_html import render_html
 from .render_json import render_json
 from .render_text import render_text
-from .report import Report
+from .report import Report, from_recording, load
 from .views import VIEWS, Row
 
 __all__ = [

@@ -17,7 +17,6 @@ from .capture.recording import load_recording
 from .capture.scrub import scrub
 from .diff import Comparison, diff
 from .findings import findings_text
-from .load import load
 from .options import check_options, refuse
 from .part import Numbers, Window, read_times
 from .progress import Late
@@ -26,8 +25,9 @@ from .render_diff import diff_csv, diff_json, diff_markdown, diff_text
 from .render_html import diff_html, render_html
 from .render_json import render_json
 from .render_text import render_text
+from .report import load
 from .rows import ORDERS
-from .views import VIEWS
+from .selection import VIEWS, Selection
 from .work import parse_peaks
 
 __all__ = ["diff_command", "report_command"]
@@ -159,18 +159,16 @@ def report_command(
         found = load(*captures, exact=exact, jobs=jobs, tick=tick, window=window, peak=peaks)
     if classes is not None:
         found.classes.update(load_recording(classes).classes)
-    chosen = {"include": include, "exclude": exclude, "fold": fold, "kernels": kernels, "split_fused": split_fused}
-    if form != "html":
-        chosen["sort"] = sort
+    chosen = Selection(by, depth, include, exclude, fold, kernels, split_fused, sort)
     if form == "text":
         text = findings_text(found) + "\n" if findings_ else ""
-        text = printable_lines(text) + render_text(found, by, depth, color=_colored(output), limit=limit, **chosen)  # type: ignore[arg-type]
+        text = printable_lines(text) + render_text(found, chosen, color=_colored(output), limit=limit)
     elif form == "json":
-        text = render_json(found, by, depth, findings=findings_, **chosen)  # type: ignore[arg-type]
+        text = render_json(found, chosen, findings=findings_)
     elif form == "csv":
-        text = render_csv(found, by, depth, **chosen)  # type: ignore[arg-type]
+        text = render_csv(found, chosen)
     else:
-        text = render_html(found, **chosen)  # type: ignore[arg-type]
+        text = render_html(found, include=include, exclude=exclude, fold=fold, kernels=kernels, split_fused=split_fused)
     _give(text, output, inputs)
 
 

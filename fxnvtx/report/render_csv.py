@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from ..printable import csv_cell
 from .report import Report
-from .rows import check_paths
-from .views import Row
+from .rows import Row, check_paths
+from .selection import Options, Selection, selected
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["COLUMNS", "render_csv"]
 
@@ -66,20 +69,16 @@ COLUMNS = (
 
 def render_csv(
     report: Report,
-    by: str = "tree",
+    by: str | Selection = "tree",
     depth: int | None = None,
-    *,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    fold: bool = False,
-    kernels: bool = False,
-    split_fused: bool = False,
-    sort: str | None = None,
+    **options: Unpack[Options],
 ) -> str:
+    """by, depth, options: as `Report.rows` has them; or all of it as a Selection."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\r\n")
     writer.writerow(COLUMNS)
-    rows = report.rows(by, depth, include, exclude, fold, kernels, split_fused, sort)
+    chosen = selected(by, depth, options)
+    rows = report.select(chosen)
     check_paths(rows)
     for row in rows:
         writer.writerow(_line(row))

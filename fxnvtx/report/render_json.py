@@ -19,16 +19,18 @@ A change that takes a field away or changes its meaning raises `version`; new fi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, fields
 from operator import attrgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..printable import json_text
 from .findings import findings as all_findings
 from .report import Report
-from .rows import check_paths
-from .views import Row
+from .rows import Row, check_paths
+from .selection import Options, Selection, selected
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["FORMAT", "VERSION", "document", "render_json", "row_fields"]
 
@@ -67,20 +69,17 @@ def document(report: Report, by: str) -> dict[str, Any]:
 
 def render_json(
     report: Report,
-    by: str = "tree",
+    by: str | Selection = "tree",
     depth: int | None = None,
     *,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    fold: bool = False,
-    kernels: bool = False,
-    split_fused: bool = False,
-    sort: str | None = None,
     findings: bool = False,
+    **options: Unpack[Options],
 ) -> str:
-    rows = report.rows(by, depth, include, exclude, fold, kernels, split_fused, sort)
+    """by, depth, options: as `Report.rows` has them; or all of it as a Selection."""
+    chosen = selected(by, depth, options)
+    rows = report.select(chosen)
     check_paths(rows)
-    whole = document(report, by)
+    whole = document(report, chosen.by)
     if findings:
         found, silent = all_findings(report)
         whole["findings"] = [asdict(finding) for finding in found]

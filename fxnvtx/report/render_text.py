@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from ..printable import printable, width_of
 from .format import (
@@ -18,8 +19,11 @@ from .format import (
     shortened,
     table,
 )
-from .report import Report
-from .views import Row
+from .rows import Row
+from .selection import Options, Selection, Shown, selected
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["render_text"]
 
@@ -28,26 +32,22 @@ LEAST_NAME, NAME_SHARE = 24, 0.38  # columns give way to names up to this part o
 
 
 def render_text(
-    report: Report,
-    by: str = "tree",
+    report: Shown,
+    by: str | Selection = "tree",
     depth: int | None = None,
     width: int | None = None,
     *,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    fold: bool = False,
-    kernels: bool = False,
-    split_fused: bool = False,
-    sort: str | None = None,
     color: bool = False,
     limit: int | None = None,
+    **options: Unpack[Options],
 ) -> str:
-    """The table as text that fits `width` characters (default: the terminal). limit: at most so many rows, the
-    number of rows left out is said."""
-    rows = report.rows(by, depth, include, exclude, fold, kernels, split_fused, sort)
+    """The table as text that fits `width` characters (default: the terminal). by, depth, options: as `Report.rows` has
+    them; or all of it as a Selection. limit: at most so many rows, the number of rows left out is said."""
+    chosen = selected(by, depth, options)
+    rows = report.select(chosen)
     columns = width or shutil.get_terminal_size((120, 24)).columns
     shown = rows if limit is None else rows[:limit]
-    lines = _table(report, shown, by, columns, color, sort) if rows else [painted("no ranges to show", "yellow", color)]
+    lines = _table(report, shown, chosen, columns, color) if rows else [painted("no ranges to show", "yellow", color)]
     if len(rows) > len(shown):
         lines.append(painted(f"... and {len(rows) - len(shown):,} more rows", "dim", color))
     lines.extend(wrapped(f"note: {note}", columns, color) for note in report.notes)
@@ -69,7 +69,8 @@ def wrapped(note: str, width: int, color: bool, style: str = "yellow") -> str:
     return "\n".join(painted(each, style, color) for each in [*lines, line])
 
 
-def _table(report: Report, rows: list[Row], by: str, width: int, color: bool, sort: str | None) -> list[str]:
+def _table(report: Shown, rows: list[Row], chosen: Selection, width: int, color: bool) -> list[str]:
+    by, sort = chosen.by, chosen.sort
     columns = _columns(report, rows, by)
     texts = [[cell(row) for row in rows] for _title, cell in columns]
     widths = [max(len(title), *map(len, cells)) for (title, _cell), cells in zip(columns, texts, strict=True)]
@@ -77,16 +78,16 @@ def _table(report: Report, rows: list[Row], by: str, width: int, color: bool, so
     # what rows are sorted by is worth its width
     first = None if sort is None else sort.replace("-", " ")
     order = sorted(range(len(columns)), key=lambda i: (columns[i][0] != first, _PRIORITY.index(columns[i][0])))
-    chosen: list[int] = []
+    kept: list[int] = []
     tree = by == "tree"
     longest = max(len(row.name) + (2 * row.depth if tree else 0) for row in rows)
     room = width - max(LEAST_NAME, min(longest, int(width * NAME_SHARE)))
     for index in order:
         if widths[index] + GAP <= room:
-            chosen.append(index)
+            kept.append(index)
             room -= widths[index] + GAP
-    chosen.sort()
-    names = width - sum(widths[i] + GAP for i in chosen) - 1
+    kept.sort()
+    names = width - sum(widths[i] + GAP for i in kept) - 1
     lines = []
     for place, row in enumerate(rows):
         indent, above = "", ""
@@ -95,8 +96,8 @@ def _table(report: Report, rows: list[Row], by: str, width: int, color: bool, so
             indent = "  " * row.depth if 2 * row.depth <= names // 2 else f"{row.depth}: ".rjust(names // 2)
             above = row.above.name if row.above is not None else ""
         name = indent + shortened(printable(row.name), printable(above), max(8, names - len(indent)))
-        lines.append(Line(name, tuple(texts[i][place] for i in chosen), _STYLE.get(row.kind, "")))
-    titles = [Column(columns[i][0]) for i in chosen]
+        lines.append(Line(name, tuple(texts[i][place] for i in kept), _STYLE.get(row.kind, "")))
+    titles = [Column(columns[i][0]) for i in kept]
     return table(by if not tree else "range", names, titles, lines, color)
 
 
@@ -133,7 +134,7 @@ _PRIORITY = (
 )
 
 
-def _columns(report: Report, rows: list[Row], by: str) -> list[tuple[str, Cell]]:
+def _columns(report: Shown, rows: list[Row], by: str) -> list[tuple[str, Cell]]:
     """Columns that say something about these rows."""
     columns: list[tuple[str, Cell]] = [("calls", lambda row: f"{row.calls:,}" if row.calls else "-")]
     if by != "kernel":

@@ -5,16 +5,29 @@ which row a range belongs to (pure).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any, Protocol, TypedDict
 
 from ..categories import LOOP, MODULE, OP, STAGE
 from ..errors import ConfigError
 from .labels import Folding, Name, category_of, fused_owners
+from .rows import ORDERS, Row
 from .tree import SUMS, Node, merge_into, total
 
-__all__ = ["VIEWS", "Keys", "Selection", "by_path", "filtered", "matches", "split_fused"]
+__all__ = [
+    "VIEWS",
+    "Keys",
+    "Options",
+    "Selection",
+    "Shown",
+    "by_path",
+    "filtered",
+    "matches",
+    "selected",
+    "split_fused",
+]
 
 
 # ------------------------------------------------------------------------------------------------------------ the wish
@@ -23,8 +36,21 @@ __all__ = ["VIEWS", "Keys", "Selection", "by_path", "filtered", "matches", "spli
 VIEWS = ("tree", "request", "stage", "step", "component", "module", "class", "kernel", "range")
 
 
+class Options(TypedDict, total=False):
+    """What may be asked for besides view and depth, as `Report.rows` explains it."""
+
+    include: Sequence[str]
+    exclude: Sequence[str]
+    fold: bool
+    kernels: bool
+    split_fused: bool
+    sort: str | None
+
+
 @dataclass(frozen=True)
 class Selection:
+    """All that `Report.rows` may be asked for, as one value. Raises ConfigError for what has no meaning."""
+
     by: str = "tree"
     depth: int | None = None
     include: tuple[str, ...] = ()
@@ -32,12 +58,32 @@ class Selection:
     fold: bool = False
     kernels: bool = False
     split_fused: bool = False
+    sort: str | None = None
 
     def __post_init__(self) -> None:
         if self.by not in VIEWS:
             raise ConfigError(f"there is no view by {self.by!r}: choose one of {', '.join(VIEWS)}")
         if self.depth is not None and self.depth < 1:
             raise ConfigError(f"depth is {self.depth}: it counts levels, so 1 or more")
+        if self.sort is not None and self.sort not in ORDERS:
+            raise ConfigError(f"rows cannot be sorted by {self.sort!r}: choose one of {', '.join(ORDERS)}")
+
+
+def selected(by: str | Selection, depth: int | None, options: Options) -> Selection:
+    """What a renderer was asked for: by its own arguments, or by a whole Selection in place of the view."""
+    if isinstance(by, Selection):
+        return by
+    given: dict[str, Any] = {**options, "include": tuple(options.get("include", ()))}
+    return Selection(by, depth, **{**given, "exclude": tuple(options.get("exclude", ()))})
+
+
+class Shown(Protocol):
+    """What a table needs of a report."""
+
+    has_gpu: bool
+    notes: list[str]
+
+    def select(self, chosen: Selection) -> list[Row]: ...
 
 
 # ---------------------------------------------------------------------------------------------------- a part of a tree

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fxnvtx.report import Report, load
-from fxnvtx.report.capture import scrub
+from fxnvtx.report import Report, load, scrub
 
 from .captures import DATA, Capture
 from .conftest import Stats

@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 import fxnvtx
 from fxnvtx.cli.commands import cli
 from fxnvtx.errors import CaptureError
-from fxnvtx.report import Report, chrome, diff, from_recording, load, render_text, speedscope
-from fxnvtx.report.capture import scrub
+from fxnvtx.report import Report, chrome, diff, from_recording, load, render_text, scrub, speedscope
 from fxnvtx.report.labels import clean, fold, infer_category
 
 from .captures import VERSIONS, Capture

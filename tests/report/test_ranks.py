@@ -13,8 +13,8 @@ from fxnvtx.errors import CaptureError, ConfigError
 from fxnvtx.recording import Recording
 from fxnvtx.report import load, render_text
 from fxnvtx.report.capture import rank_of
-from fxnvtx.report.cluster import load_on
 from fxnvtx.report.labels import Name
+from fxnvtx.report.report import load_on
 from fxnvtx.report.tree import Node, Tree
 
 from .captures import Capture

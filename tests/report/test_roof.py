@@ -17,8 +17,8 @@ from fxnvtx import FxnvtxError
 from fxnvtx.cli.commands import cli
 from fxnvtx.report import load
 from fxnvtx.report.findings import above_the_roof, far_below_the_roof
-from fxnvtx.report.load import from_recording
 from fxnvtx.report.part import Gpu
+from fxnvtx.report.report import from_recording
 from fxnvtx.report.rows import Row
 from fxnvtx.report.work import KNOWN, Peaks, parse_peaks, peaks_of
 from fxnvtx.work import Entry, decoded, encoded, read_entry

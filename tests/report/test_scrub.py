@@ -8,8 +8,7 @@ import pytest
 
 from fxnvtx.errors import CaptureError, OutputError
 from fxnvtx.recording import Recording
-from fxnvtx.report import load
-from fxnvtx.report.capture import scrub
+from fxnvtx.report import load, scrub
 
 from .captures import Capture
 from .samples import pipeline

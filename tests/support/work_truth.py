@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fxnvtx.recording import Recording
 from fxnvtx.report import Report
-from fxnvtx.report.load import from_recording
+from fxnvtx.report.report import from_recording
 from fxnvtx.report.tree import BELOW
 from fxnvtx.report.work import parse_peaks
 
