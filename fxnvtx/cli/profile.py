@@ -141,7 +141,7 @@ def _in_process(job: Job, output: Path, rows: int) -> None:
         result = run(False, on_step)
     recording.meta["pipeline"] = job.pipeline
     recording.save(output / "recording.json")
-    chrome.write(recording, output / "trace.json")
+    write_chrome(recording, output / "trace.json")
     names = ["recording.json", "trace.json", PAGE, TREE, *_write_picture(result, output)]
     report = from_recording(recording)
     write_text(output / PAGE, render_html(report))

@@ -246,7 +246,7 @@ class Launched:
         try:
             if self.kept and self.recordings:
                 name = "trace.json" if self.rank is None else f"trace.rank{self.rank}.json"
-                chrome.write(list(self.recordings), self.output / name)
+                write_chrome(list(self.recordings), self.output / name)
             found = load(*self.recordings) if self.recordings else None
             if found is None or not self.shown:
                 complain(f"fxnvtx: {self._why_nothing()}")

@@ -2,12 +2,13 @@
 
 from .capture.scrub import scrub
 from .diff import Change, Comparison, diff
-from .render_csv import render_csv
-from .render_html import render_html
-from .render_json import render_json
-from .render_text import render_text
+from .render.data import render_csv, render_json
+from .render.html import render_html
+from .render.text import render_text
+from .render.traces import write_chrome, write_speedscope
 from .report import Report, from_recording, load
-from .views import VIEWS, Row
+from .rows import Row
+from .selection import VIEWS
 
 __all__ = [
     "VIEWS",
@@ -23,4 +24,6 @@ __all__ = [
     "render_json",
     "render_text",
     "scrub",
+    "write_chrome",
+    "write_speedscope",
 ]

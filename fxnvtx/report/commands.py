@@ -1,12 +1,18 @@
-"""`fxnvtx report` and `fxnvtx diff`."""
+"""`fxnvtx report` and `fxnvtx diff`; which option has a meaning in which mode: the others are errors, never ignored."""
 
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from types import TracebackType
 
 import click
+from click.core import ParameterSource
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from ..output import STDOUT, check_target, complain, is_stdout, write_text, wrote
 from ..printable import printable_lines
@@ -17,20 +23,19 @@ from .capture.recording import load_recording
 from .capture.scrub import scrub
 from .diff import Comparison, diff
 from .findings import findings_text
-from .options import check_options, refuse
 from .part import Numbers, Window, read_times
-from .progress import Late
-from .render_csv import render_csv
-from .render_diff import diff_csv, diff_json, diff_markdown, diff_text
-from .render_html import diff_html, render_html
-from .render_json import render_json
-from .render_text import render_text
+from .render.data import render_csv, render_json
+from .render.diff import diff_csv, diff_html, diff_json, diff_markdown, diff_text
+from .render.html import render_html
+from .render.text import render_text
+from .render.traces import write_chrome, write_speedscope
 from .report import load
 from .rows import ORDERS
 from .selection import VIEWS, Selection
 from .work import parse_peaks
 
-__all__ = ["diff_command", "report_command"]
+__all__ = ["Late", "check_options", "diff_command", "refuse", "report_command"]
+
 
 CAPTURE = click.Path(path_type=Path)
 ROWS = click.IntRange(1, 1_000_000_000)
@@ -150,7 +155,7 @@ def report_command(
     inputs = [*captures, *([classes] if classes else [])]
     check_target(output, inputs)
     if form in ("chrome", "speedscope"):
-        writer = chrome.write if form == "chrome" else speedscope.write
+        writer = write_chrome if form == "chrome" else write_speedscope
         with Late(f"writing {output.name}") as tick:  # type: ignore[union-attr]
             written = writer(list(captures), output, tick)  # type: ignore[arg-type]
         wrote(written)
@@ -282,3 +287,104 @@ def _colored(output: Path | None) -> bool:
 
 def _give(text: str, output: Path | None, inputs: list[Path]) -> None:
     wrote(write_text(STDOUT if output is None else output, text, inputs))
+
+
+# ------------------------------------------------------------------------------------------ which option has a meaning
+
+
+_TABLES = frozenset({"text", "json", "csv"})
+_ALL = _TABLES | {"html"}
+_NESTED = frozenset({"tree", "module", "class", "component", "range"})
+_STEPS = frozenset({"request", "step"})
+
+# option -> formats in which it has a meaning, and views (None: all) in which the tables have
+_MEANING: dict[str, tuple[frozenset[str], frozenset[str] | None]] = {
+    "by": (_TABLES, None),
+    "depth": (_TABLES, frozenset({"tree", "module"})),
+    "include": (_ALL, None),
+    "exclude": (_ALL, None),
+    "fold": (_ALL, _STEPS | (_NESTED - {"class"})),
+    "kernels": (_ALL, frozenset({"tree"})),
+    "split_fused": (_ALL, _NESTED - {"component"}),
+    "limit": (frozenset({"text"}), None),
+    "sort": (_TABLES, None),
+    "requests": (_ALL, None),
+    "steps": (_ALL, None),
+    "skip_warmup": (_ALL, None),
+    "skip_first": (_ALL, None),
+    "between": (_ALL, None),
+    "keep_compile": (_ALL, None),
+    "jobs": (_ALL, None),
+    "peak": (_ALL, frozenset(VIEWS) - {"kernel"}),
+    "findings_": (frozenset({"text", "json"}), None),
+    "exact": (_ALL, frozenset(VIEWS) - {"stage", "class", "kernel"}),
+    "classes": (_ALL, _NESTED),
+    "form": (_ALL | {"chrome", "speedscope"}, None),
+}
+
+
+def check_options(context: click.Context, mode: str, by: str, folded: bool) -> None:
+    """Raise a usage error for an option that was given and has no meaning. mode: a format, or "scrub"."""
+    for name, (formats, views) in _MEANING.items():
+        if context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+            continue
+        if mode not in formats:
+            refuse(context, name, "--scrub" if mode == "scrub" else f"--format {mode}")
+        if views is not None and mode in _TABLES and by not in views:
+            refuse(context, name, f"--by {by}")
+        if name == "classes" and mode in _TABLES and by != "class" and not folded:
+            refuse(context, name, f"--by {by} without --fold")
+
+
+def refuse(context: click.Context, name: str, mode: str) -> None:
+    """Raise the usage error for one option."""
+    option = next(parameter for parameter in context.command.params if parameter.name == name)
+    shown: Iterable[str] = [word for word in option.opts if word.startswith("--")] or option.opts
+    raise click.UsageError(f"{next(iter(shown))} has no meaning with {mode}")
+
+
+# ------------------------------------------------------------------------- a progress line where somebody would wonder
+
+
+AFTER = 2.0  # seconds
+
+
+class Late:
+    """Call it with the number of rows read since the last call; shows itself on a terminal's stderr after two seconds.
+
+    >>> with Late("reading") as tick:
+    ...     load(path, tick=tick)
+    """
+
+    def __init__(self, title: str, after: float = AFTER) -> None:
+        self._title = title
+        self._after = after
+        self._start = time.monotonic()
+        self._progress: Progress | None = None
+        self._rows = 0
+
+    def __enter__(self) -> Late:
+        return self
+
+    def __call__(self, rows: int) -> None:
+        self._rows += rows
+        if self._progress is None:
+            if time.monotonic() - self._start < self._after or not sys.stderr.isatty():
+                return
+            self._progress = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                TextColumn("{task.completed:,.0f} rows"),
+                TimeElapsedColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._progress.start()
+            self._progress.add_task(self._title, total=None)
+        self._progress.update(self._progress.task_ids[0], completed=self._rows)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()

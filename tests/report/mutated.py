@@ -29,7 +29,7 @@ from click.testing import CliRunner
 
 from fxnvtx.cli.commands import cli
 from fxnvtx.recording import Range
-from fxnvtx.report import chrome, speedscope
+from fxnvtx.report import write_chrome, write_speedscope
 
 from .captures import Capture
 from .samples import pipeline, recorded
@@ -126,7 +126,7 @@ def sources(folder: Path) -> list[Path]:
     zipped = folder / "kineto.json.gz"
     zipped.write_bytes(gzip.compress(kineto.read_bytes(), mtime=0))
     found.append(zipped)
-    for writer, name in ((chrome.write, "chrome.json"), (speedscope.write, "profile.speedscope.json")):
+    for writer, name in ((write_chrome, "chrome.json"), (write_speedscope, "profile.speedscope.json")):
         found.append(writer(found[1], folder / name))
     return found
 

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from fxnvtx.cli.commands import cli
 from fxnvtx.recording import Recording
 from fxnvtx.report import load, render_text
-from fxnvtx.report.progress import Late
+from fxnvtx.report.commands import Late
 
 from .samples import pipeline
 

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fxnvtx.errors import CaptureError, FxnvtxError, ToolError
-from fxnvtx.report import chrome, commands, load, render_text, speedscope
+from fxnvtx.report import commands, load, render_text, write_chrome, write_speedscope
 
 from . import mutated
 from .captures import DATA, Capture, process
@@ -351,7 +351,7 @@ def test_fuzzed_recordings(tmp_path: Path) -> None:
 
 def _answered_everywhere(path: Path, folder: Path) -> None:
     answered(path)
-    for write in (chrome.write, speedscope.write):
+    for write in (write_chrome, write_speedscope):
         refusal = ""
         try:
             write(path, folder / "out.json")

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import fxnvtx
 from fxnvtx.cli.commands import cli
 from fxnvtx.errors import CaptureError
-from fxnvtx.report import Report, chrome, diff, from_recording, load, render_text, scrub, speedscope
+from fxnvtx.report import Report, diff, from_recording, load, render_text, scrub, write_chrome, write_speedscope
 from fxnvtx.report.labels import clean, fold, infer_category
 
 from .captures import VERSIONS, Capture
@@ -58,7 +58,7 @@ def test_a_capture_without_ranges_is_one_tree_and_a_note(bare: Path, tmp_path: P
     assert [row.delta for row in found.rows] == [0]
     copy = scrub(bare, tmp_path / "copy.sqlite")
     assert table(load(copy)) == table(report)
-    assert json.loads(chrome.write(bare, tmp_path / "t.json").read_text())["traceEvents"]
+    assert json.loads(write_chrome(bare, tmp_path / "t.json").read_text())["traceEvents"]
 
 
 def test_a_capture_with_neither_ranges_nor_device_work_says_so(tmp_path: Path) -> None:
@@ -238,19 +238,19 @@ def test_our_own_trace_reads_back_as_the_recording(tmp_path: Path) -> None:
             with fxnvtx.range("step", category="step", payload=step):
                 net(torch.randn(2, 4))
     wanted = table(from_recording(recording))
-    back = load(chrome.write(recording, tmp_path / "trace.json"))
+    back = load(write_chrome(recording, tmp_path / "trace.json"))
     assert table(back) == wanted
     assert {row.category for row in back.rows()} == {"step", "module"}
-    plain = load(speedscope.write(recording, tmp_path / "speedscope.json"))
+    plain = load(write_speedscope(recording, tmp_path / "speedscope.json"))
     assert [row.cpu for row in plain.rows("component") if row.kind == "range"] == [
         row.cpu for row in from_recording(recording).rows("component") if row.kind == "range"
     ]
 
 
-@pytest.mark.parametrize("writer", [chrome, speedscope], ids=["chrome", "speedscope"])
+@pytest.mark.parametrize("writer", [write_chrome, write_speedscope], ids=["chrome", "speedscope"])
 def test_a_capture_written_as_a_trace_reads_back(tmp_path: Path, writer: Any) -> None:
     path = pipeline(tmp_path / "pipeline.sqlite").close()
-    back, wanted = load(writer.write(path, tmp_path / "trace.json")), load(path)
+    back, wanted = load(writer(path, tmp_path / "trace.json")), load(path)
     assert back.root.gpu == wanted.root.gpu, "device work is there, though no launch tells where it belongs"
     ranges = {row.path: (row.calls, row.cpu) for row in wanted.rows() if row.kind == "range"}
     assert {row.path: (row.calls, row.cpu) for row in back.rows() if row.kind == "range"} == ranges
@@ -351,7 +351,7 @@ def test_changed_traces_are_read_or_refused(changes: list[tuple[tuple[int, str],
         for row in report.rows():
             assert row.cpu >= 0
             assert row.gpu >= 0
-        chrome.write(path, Path(folder) / "again.json")
+        write_chrome(path, Path(folder) / "again.json")
 
 
 def test_a_pipe_as_input_does_not_hang(tmp_path: Path) -> None:

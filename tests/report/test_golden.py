@@ -13,7 +13,7 @@ import pytest
 
 from fxnvtx.report import Report, diff, load, render_csv, render_json, render_text
 from fxnvtx.report.findings import findings_text
-from fxnvtx.report.render_diff import diff_csv, diff_json, diff_markdown, diff_text
+from fxnvtx.report.render.diff import diff_csv, diff_json, diff_markdown, diff_text
 
 from .samples import pipeline
 

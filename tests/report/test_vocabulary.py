@@ -14,7 +14,7 @@ import fxnvtx
 from fxnvtx import record
 from fxnvtx.categories import CATEGORIES
 from fxnvtx.recording import Range, Recording
-from fxnvtx.report import VIEWS, Report, chrome, diff, from_recording, load
+from fxnvtx.report import VIEWS, Report, diff, from_recording, load, write_chrome
 from fxnvtx.report.labels import fold
 from fxnvtx.report.rows import FLAT
 
@@ -175,7 +175,7 @@ def test_pieces_in_a_capture_count_the_same_with_device_time(tmp_path: Path) -> 
 
 
 def test_a_trace_of_pieces_reads_back_as_calls(tmp_path: Path) -> None:
-    back = load(chrome.write(pieces(), tmp_path / "trace.json"))
+    back = load(write_chrome(pieces(), tmp_path / "trace.json"))
     assert {row.name: row.calls for row in back.rows("module") if row.kind == "range"} == {
         "net": 3, "net.a": 3, "net.a.x": 3, "net.b": 3,
     }  # fmt: skip

@@ -9,18 +9,17 @@ from dataclasses import asdict
 from importlib.resources import files
 from typing import Any
 
-from .diff import Comparison
-from .findings import findings as all_findings
-from .labels import Name, role_of
-from .report import Report
-from .tree import BELOW, Node
-from .views import VIEWS, Row, row_of
+from ..findings import findings as all_findings
+from ..labels import Name, role_of
+from ..report import Report
+from ..tree import BELOW, Node
+from ..views import VIEWS, Row, row_of
 
-__all__ = ["diff_html", "render_html"]
+__all__ = ["filled", "render_html"]
+
 
 # in this order: one scope, each builds on the ones before
-_SCRIPTS = ("page_model.js", "page_table.js", "page_icicle.js", "page_steps.js", "page_timeline.js", "page_app.js")
-MOST_CHANGES = 2_000  # rows of a comparison's table
+_SCRIPTS = ("model.js", "table.js", "icicle.js", "steps.js", "timeline.js", "app.js")
 _REPLAYED, _ESTIMATE, _OPEN = 1, 2, 4
 _WORK = ("flops", "moved", "roof", "bound", "headroom")
 _COLUMNS = ("calls", "cpu", "cpu_self", "gpu", "gpu_self", "gap")
@@ -71,51 +70,14 @@ def render_html(
         "work": report.has_work,
         **_columns(root, kernels, report.classes),
     }
-    return _page("page.html", report.sources, _SCRIPTS, data)
+    return filled("report.html", report.sources, _SCRIPTS, data)
 
 
-def diff_html(found: Comparison, a: Report, b: Report) -> str:
-    """A comparison as a page: both trees, folded, side by side, and the changes as a table."""
-    names: dict[str, int] = {}
-    shown = found.rows[:MOST_CHANGES]
-    data = {
-        "version": 1,
-        "measure": found.measure,
-        "headline": found.headline,
-        "notes": found.notes,
-        "titles": [", ".join(side.sources) for side in (a, b)],
-        "names": names,
-        "sides": [_side(side.tree(fold=True), found.measure, names) for side in (a, b)],
-        "rows": [
-            [row.name, row.a, row.b, row.relative, f"{row.verdict}, fused" if row.moved else row.verdict]
-            for row in shown
-        ],
-        "left": len(found.rows) - len(shown),
-    }
-    data["names"] = list(names)
-    return _page("page_diff.html", [*a.sources, *b.sources], ("page_diff.js",), data)
-
-
-def _side(root: Node, measure: str, names: dict[str, int]) -> dict[str, list[int]]:
-    """A tree as arrays, the children of a range by name order of their first start; parents before children."""
-    tree: dict[str, list[int]] = {"parent": [], "name": [], "value": [], "calls": []}
-    todo: list[tuple[Node, int]] = [(root, 0)]
-    while todo:
-        node, parent = todo.pop()
-        index = len(tree["parent"])
-        tree["parent"].append(parent)
-        tree["name"].append(names.setdefault(node.name.text, len(names)))
-        tree["value"].append(node.gpu if measure == "gpu" else node.cpu)
-        tree["calls"].append(node.calls)
-        todo.extend((kid, index) for kid in reversed(node.ordered()))
-    return tree
-
-
-def _page(name: str, sources: Sequence[str], scripts: Sequence[str], data: dict[str, Any]) -> str:
+def filled(name: str, sources: Sequence[str], scripts: Sequence[str], data: dict[str, Any]) -> str:
     page = _read(name)
     for mark, text in (
         ("__TITLE__", html.escape(", ".join(sources))),
-        ("__STYLE__", _read("page.css")),
+        ("__STYLE__", _read("style.css")),
         ("__SCRIPT__", "\n".join(map(_read, scripts))),
         # last, so that no range's name is taken for a mark
         ("__DATA__", _embedded(data)),
@@ -125,7 +87,7 @@ def _page(name: str, sources: Sequence[str], scripts: Sequence[str], data: dict[
 
 
 def _read(name: str) -> str:
-    return files(__package__).joinpath(name).read_text(encoding="utf-8")
+    return files("fxnvtx.report").joinpath("page", name).read_text(encoding="utf-8")
 
 
 def _embedded(data: dict[str, Any]) -> str:

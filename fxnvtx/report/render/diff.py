@@ -1,4 +1,4 @@
-"""A comparison as a table, JSON or CSV."""
+"""A comparison as a table, Markdown, JSON, CSV, or a page."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ import re
 import shutil
 from dataclasses import asdict
 
-from ..printable import csv_cell, json_text, printable
-from .diff import CHANGE, NOISE, Change, Comparison
-from .format import GAP, Column, Line, middle, painted, readable_ns, table
-from .render_text import wrapped
+from ...printable import csv_cell, json_text, printable
+from ..diff import CHANGE, NOISE, Change, Comparison
+from ..format import GAP, Column, Line, middle, painted, readable_ns, table
+from ..report import Report
+from ..tree import Node
+from .html import filled
+from .text import wrapped
 
-__all__ = ["diff_csv", "diff_json", "diff_markdown", "diff_text"]
+__all__ = ["diff_csv", "diff_html", "diff_json", "diff_markdown", "diff_text"]
+
 
 _MARKUP = re.compile(r"([\\`*_{}\[\]()#+!|~>])")
 COLUMNS = (
@@ -139,3 +143,46 @@ def diff_csv(found: Comparison) -> str:
             )
         )
     return out.getvalue()
+
+
+# -------------------------------------------------------------------------------------------------------------- a page
+
+
+MOST_CHANGES = 2_000  # rows of a comparison's table
+
+
+def diff_html(found: Comparison, a: Report, b: Report) -> str:
+    """A comparison as a page: both trees, folded, side by side, and the changes as a table."""
+    names: dict[str, int] = {}
+    shown = found.rows[:MOST_CHANGES]
+    data = {
+        "version": 1,
+        "measure": found.measure,
+        "headline": found.headline,
+        "notes": found.notes,
+        "titles": [", ".join(side.sources) for side in (a, b)],
+        "names": names,
+        "sides": [_side(side.tree(fold=True), found.measure, names) for side in (a, b)],
+        "rows": [
+            [row.name, row.a, row.b, row.relative, f"{row.verdict}, fused" if row.moved else row.verdict]
+            for row in shown
+        ],
+        "left": len(found.rows) - len(shown),
+    }
+    data["names"] = list(names)
+    return filled("diff.html", [*a.sources, *b.sources], ("diff.js",), data)
+
+
+def _side(root: Node, measure: str, names: dict[str, int]) -> dict[str, list[int]]:
+    """A tree as arrays, the children of a range by name order of their first start; parents before children."""
+    tree: dict[str, list[int]] = {"parent": [], "name": [], "value": [], "calls": []}
+    todo: list[tuple[Node, int]] = [(root, 0)]
+    while todo:
+        node, parent = todo.pop()
+        index = len(tree["parent"])
+        tree["parent"].append(parent)
+        tree["name"].append(names.setdefault(node.name.text, len(names)))
+        tree["value"].append(node.gpu if measure == "gpu" else node.cpu)
+        tree["calls"].append(node.calls)
+        todo.extend((kid, index) for kid in reversed(node.ordered()))
+    return tree

@@ -6,8 +6,8 @@ import shutil
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ..printable import printable, width_of
-from .format import (
+from ...printable import printable, width_of
+from ..format import (
     GAP,
     Column,
     Line,
@@ -19,13 +19,14 @@ from .format import (
     shortened,
     table,
 )
-from .rows import Row
-from .selection import Options, Selection, Shown, selected
+from ..rows import Row
+from ..selection import Options, Selection, Shown, selected
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = ["render_text"]
+
 
 Cell = Callable[[Row], str]
 LEAST_NAME, NAME_SHARE = 24, 0.38  # columns give way to names up to this part of the width

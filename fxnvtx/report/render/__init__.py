@@ -1,0 +1,1 @@
+"""A report, or a comparison, in the formats that people and programs read."""
