@@ -6,19 +6,22 @@ takes to say, or None where all is well. Its docstring is its condition.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import wraps
 from statistics import median
 
-from ..categories import COMPILE, MODULE, RESIDENCY, STEP
+from ..categories import COMPILE, RESIDENCY, STEP
 from .format import readable_bytes, readable_ns, readable_share
-from .labels import category_of, is_module
+from .labels import category_of
 from .report import Report
 from .rows import Row
+from .selection import with_modules
 from .tree import Calls, Node, merged, spread_of
 
 __all__ = ["RULES", "Finding", "Silence", "findings", "findings_text"]
 
+_WITHOUT_CONDITION = ("predict_noise.unconditional", "predict_noise.uncond")
 EVIDENCE = 3  # rows of evidence with each finding
 
 
@@ -41,6 +44,7 @@ class Silence:
 
 
 Answer = Finding | Silence | None
+Rule = Callable[["Report"], Answer]
 
 
 def findings(report: Report) -> tuple[list[Finding], list[Silence]]:
@@ -64,9 +68,25 @@ def findings_text(report: Report) -> str:
     return "\n".join(lines) + "\n"
 
 
-# ------------------------------------------------------------------------------------------------ the rules
+RULES: list[Rule] = []
 
 
+def _rule(rule: Rule) -> Rule:
+    RULES.append(rule)
+    return rule
+
+
+def _of_devices(rule: Rule) -> Rule:
+    """A rule that has nothing to say of captures without device work."""
+
+    @wraps(rule)
+    def asked(report: Report) -> Answer:
+        return rule(report) if report.has_gpu else Silence(rule.__name__, "no device work")
+
+    return _rule(asked)
+
+
+@_rule
 def first_step(report: Report) -> Answer:
     """The first step takes more than 1.5 times the median of at least three others."""
     steps = _rows(report, "step")
@@ -87,6 +107,7 @@ def first_step(report: Report) -> Answer:
     )
 
 
+@_rule
 def uneven_steps(report: Report) -> Answer:
     """Of ten steps or more, leaving the first out, the slowest hundredth takes more than twice the median."""
     calls: Calls = None
@@ -105,18 +126,15 @@ def uneven_steps(report: Report) -> Answer:
     )
 
 
+@_rule
 def late_compilation(report: Report) -> Answer:
     """Something is compiled in a step that is not the first: a recompilation, by a changed shape most often."""
     steps = [row.name for row in _rows(report, "step")]
     if len(steps) < 2:
         return Silence("late_compilation", "fewer than two steps")
-    late: dict[str, int] = {}
-    for node in report.root.walk():
-        if node.parent is None or category_of(node.name) != COMPILE:
-            continue
-        step = next((above for above in _above(node) if category_of(above.name) == STEP), None)
-        if step is not None and step.name.text != steps[0]:
-            late[step.name.text] = late.get(step.name.text, 0) + node.cpu
+    compiling = (node for node in report.root.walk() if node.parent is not None and category_of(node.name) == COMPILE)
+    places = ((next((n.text for n in node.path() if category_of(n) == STEP), steps[0]), node.cpu) for node in compiling)
+    late = _summed((step, time) for step, time in places if step != steps[0])
     if not late:
         return None
     return Finding(
@@ -127,10 +145,9 @@ def late_compilation(report: Report) -> Answer:
     )
 
 
+@_of_devices
 def launch_bound(report: Report) -> Answer:
     """The device is idle before launches for more than a fifth of its busy and idle time together."""
-    if not report.has_gpu:
-        return Silence("launch_bound", "no device work")
     root = report.root
     if root.gap * 5 <= root.gap + root.gpu:
         return None
@@ -143,10 +160,9 @@ def launch_bound(report: Report) -> Answer:
     )
 
 
+@_of_devices
 def idle_gaps(report: Report) -> Answer:
     """One single time that the device was idle between two launches is more than 1% of its busy and idle time."""
-    if not report.has_gpu:
-        return Silence("idle_gaps", "no device work")
     longest = sorted((gap for part in report.parts for gap in part.gaps), reverse=True)[:EVIDENCE]
     if not longest or longest[0][0] * 100 <= report.root.gap + report.root.gpu:
         return None
@@ -159,15 +175,13 @@ def idle_gaps(report: Report) -> Answer:
     )
 
 
+@_rule
 def residency_waits(report: Report) -> Answer:
     """Residency work that nothing hid takes more than 2% of the time."""
     nodes = [node for node in report.root.walk() if node.parent is not None and node.name.category == RESIDENCY]
     if not nodes:
         return Silence("residency_waits", "no residency ranges")
-    waits: dict[str, int] = {}
-    for node in nodes:
-        open_time = max(0, node.resident - node.overlap)
-        waits[node.name.text] = waits.get(node.name.text, 0) + open_time
+    waits = _summed((node.name.text, max(0, node.resident - node.overlap)) for node in nodes)
     total = sum(waits.values())
     if total * 50 <= report.root.cpu:
         return None
@@ -179,17 +193,12 @@ def residency_waits(report: Report) -> Answer:
     )
 
 
+@_of_devices
 def copies(report: Report) -> Answer:
     """Copies are more than 5% of the device's busy time, what kernels hid not counted."""
-    if not report.has_gpu:
-        return Silence("copies", "no device work")
-    kinds: dict[str, int] = {}
-    where: dict[str, int] = {}
-    for node in report.root.walk():
-        for name, (_count, _duration, credit) in (node.ops or {}).items():
-            if name.startswith("[memcpy"):
-                kinds[name] = kinds.get(name, 0) + credit
-                where[node.name.text] = where.get(node.name.text, 0) + credit
+    ops = [(node.name.text, *op) for node in report.root.walk() for op in (node.ops or {}).items()]
+    kinds = _summed((name, credit) for _, name, (_, _, credit) in ops if name.startswith("[memcpy"))
+    where = _summed((text, credit) for text, name, (_, _, credit) in ops if name.startswith("[memcpy"))
     total = sum(kinds.values())
     if total * 20 <= report.root.gpu:
         return None
@@ -202,15 +211,14 @@ def copies(report: Report) -> Answer:
     )
 
 
+@_rule
 def guidance(report: Report) -> Answer:
     """Passes without the condition, which only guidance needs, take more than a quarter of the steps' time."""
     steps = sum(_measure(report, row) for row in _rows(report, "step"))
     if not steps:
         return Silence("guidance", "no steps")
-    passes: dict[str, int] = {}
-    for node in report.root.walk():
-        if node.name.text in ("predict_noise.unconditional", "predict_noise.uncond"):
-            passes[node.name.text] = passes.get(node.name.text, 0) + (node.gpu if report.has_gpu else node.cpu)
+    nodes = (node for node in report.root.walk() if node.name.text in _WITHOUT_CONDITION)
+    passes = _summed((node.name.text, node.gpu if report.has_gpu else node.cpu) for node in nodes)
     total = sum(passes.values())
     if total * 4 <= steps:
         return None
@@ -222,6 +230,7 @@ def guidance(report: Report) -> Answer:
     )
 
 
+@_rule
 def rank_skew(report: Report) -> Answer:
     """Ranks are more than 10% apart in requests (steps where there are none)."""
     if len(report.parts) < 2:
@@ -237,10 +246,9 @@ def rank_skew(report: Report) -> Answer:
     return Finding("rank_skew", f"ranks are apart: {slow} takes the longest", sum(apart.values()), _largest(apart))
 
 
+@_of_devices
 def exposed_communication(report: Report) -> Answer:
     """Communication that no other kernel hides is more than 5% of the device's busy time."""
-    if not report.has_gpu:
-        return Silence("exposed_communication", "no device work")
     root = report.root
     if not root.of("communication"):
         return Silence("exposed_communication", "no communication kernels")
@@ -256,14 +264,10 @@ def exposed_communication(report: Report) -> Answer:
     )
 
 
+@_of_devices
 def waits(report: Report) -> Answer:
     """Calls inside of modules that wait for the device take more than 2% of the CPU time."""
-    if not report.has_gpu:
-        return Silence("waits", "no device work")
-    inside: dict[str, int] = {}
-    for node, module in _with_modules(report):
-        if module and node.waited:
-            inside[module] = inside.get(module, 0) + node.waited
+    inside = _summed((module, node.waited) for node, module, _ in with_modules(report.root) if module and node.waited)
     total = sum(inside.values())
     if total * 50 <= report.root.cpu:
         return None
@@ -276,12 +280,11 @@ def waits(report: Report) -> Answer:
     )
 
 
+@_of_devices
 def slow_launches(report: Report) -> Answer:
     """Calls that launch work take more than 10 us on average, more than 10% of the CPU time together, and longer than
     what they launch then waits to start. (Where that waits for long, the queue is full: the CPU is ahead, all is well.)
     """
-    if not report.has_gpu:
-        return Silence("slow_launches", "no device work")
     calls = sum(node.launches for node in report.root.kids.values())
     if not calls:
         return Silence("slow_launches", "no launching calls")
@@ -297,6 +300,7 @@ def slow_launches(report: Report) -> Answer:
     )
 
 
+@_rule
 def late_allocation(report: Report) -> Answer:
     """Device memory is allocated from the driver in a step that is not the first."""
     if not any(part.has_memory for part in report.parts):
@@ -304,26 +308,23 @@ def late_allocation(report: Report) -> Answer:
     steps = _rows(report, "step")
     if len(steps) < 2:
         return Silence("late_allocation", "fewer than two steps")
-    late = {row.name: row.allocated for row in steps[1:] if row.allocated}
+    late = [row for row in steps[1:] if row.allocated]
     if not late:
         return None
     return Finding(
         "late_allocation",
-        f"{readable_bytes(sum(late.values()))} of device memory are allocated in steps after the first"
+        f"{readable_bytes(sum(row.allocated for row in late))} of device memory are allocated in steps after the first"
         f" ({len(late)} of them): cudaMalloc waits for the device",
-        sum(_measure(report, row) for row in steps[1:] if row.allocated),
-        _largest({row.name: _measure(report, row) for row in steps[1:] if row.allocated}),
+        sum(_measure(report, row) for row in late),
+        _largest({row.name: _measure(report, row) for row in late}),
     )
 
 
+@_of_devices
 def unattributed(report: Report) -> Answer:
     """More than a tenth of the device time belongs to no range."""
-    if not report.has_gpu:
-        return Silence("unattributed", "no device work")
-    lost: dict[str, int] = {}
-    for node in report.root.walk():
-        if node.parent is not None and node.is_unknown():
-            lost[node.name.text] = lost.get(node.name.text, 0) + node.gpu_self
+    nodes = (node for node in report.root.walk() if node.parent is not None and node.is_unknown())
+    lost = _summed((node.name.text, node.gpu_self) for node in nodes)
     total = sum(lost.values())
     if total * 10 <= report.root.gpu:
         return None
@@ -335,17 +336,14 @@ def unattributed(report: Report) -> Answer:
     )
 
 
+@_rule
 def far_below_the_roof(report: Report) -> Answer:
     """Layers whose work is known take, at less than half of what the device can do, more than a tenth of the time."""
     whole = report.root.gpu if report.has_gpu else report.root.cpu
     known = [node for node in report.root.walk() if node.parent is not None and node.rated and not node.roofless]
     if not any(node.roof for node in known):
         return Silence("far_below_the_roof", "no work of layers, or no peaks of the device (--peak)")
-    far: dict[str, int] = {}
-    for node in known:
-        if node.roof and 2 * node.roof < node.rated:
-            name = node.name.text
-            far[name] = far.get(name, 0) + node.rated - node.roof
+    far = _summed((n.name.text, n.rated - n.roof) for n in known if n.roof and 2 * n.roof < n.rated)
     total = sum(far.values())
     if total * 10 <= whole:
         return None
@@ -357,15 +355,13 @@ def far_below_the_roof(report: Report) -> Answer:
     )
 
 
+@_rule
 def above_the_roof(report: Report) -> Answer:
     """A layer is faster than the device can be: its work, its time or the peak is wrong, or a cache held its data."""
     nodes = [node for node in report.root.walk() if node.parent is not None and node.roof and not node.roofless]
     if not nodes:
         return Silence("above_the_roof", "no work of layers, or no peaks of the device (--peak)")
-    over: dict[str, int] = {}
-    for node in nodes:
-        if node.roof > node.rated > 0:
-            over[node.name.text] = over.get(node.name.text, 0) + node.roof - node.rated
+    over = _summed((n.name.text, n.roof - n.rated) for n in nodes if n.roof > n.rated > 0)
     if not over:
         return None
     return Finding(
@@ -376,29 +372,6 @@ def above_the_roof(report: Report) -> Answer:
     )
 
 
-RULES: tuple[Callable[[Report], Answer], ...] = (
-    first_step,
-    uneven_steps,
-    late_compilation,
-    launch_bound,
-    idle_gaps,
-    residency_waits,
-    copies,
-    guidance,
-    rank_skew,
-    exposed_communication,
-    waits,
-    slow_launches,
-    late_allocation,
-    unattributed,
-    far_below_the_roof,
-    above_the_roof,
-)
-
-
-# ------------------------------------------------------------------------------------------------ shared
-
-
 def _rows(report: Report, by: str) -> list[Row]:
     return [row for row in report.rows(by) if row.kind == "range" and row.calls]
 
@@ -407,41 +380,16 @@ def _measure(report: Report, row: Row) -> int:
     return row.gpu if report.has_gpu else row.cpu
 
 
-def _above(node: Node) -> list[Node]:
-    found = []
-    at = node.parent
-    while at is not None and at.parent is not None:
-        found.append(at)
-        at = at.parent
-    return found
-
-
 def _by_module(report: Report, measure: Callable[[Node], int]) -> tuple[tuple[str, int], ...]:
-    """The modules with most of a measure of their own; what lies outside of modules by its range's name."""
+    """The modules with most of a measure of their own; what lies outside of modules by its outermost range's name."""
+    return _largest(_summed((module or outer, measure(node)) for node, module, outer in with_modules(report.root)))
+
+
+def _summed(items: Iterable[tuple[str, int]]) -> dict[str, int]:
     found: dict[str, int] = {}
-    outer: dict[int, str] = {}  # of nodes outside of modules, the outermost range's name
-    for node, module in _with_modules(report):
-        if not module:
-            above = outer.get(id(node.parent), node.name.text)
-            outer[id(node)] = module = above
-        found[module] = found.get(module, 0) + measure(node)
-    return _largest(found)
-
-
-def _with_modules(report: Report) -> Iterator[tuple[Node, str]]:
-    """All ranges, outer ones first, and where each is: the innermost module, and the operator in it if any
-    ("blocks.0.attn > aten::copy_"); without modules the outermost operator stands for one; "" where neither is."""
-    todo: list[tuple[Node, str, str]] = [(kid, "", "") for kid in report.root.kids.values()]
-    while todo:
-        node, module, inner = todo.pop()
-        text = node.name.text
-        # another library's domain, such as NCCL's, names no modules of a model
-        if is_module(node.name) and (not module or (category_of(node.name) == MODULE and not node.name.domain)):
-            module, inner = text, ""
-        elif module and is_module(node.name):
-            inner = text
-        yield node, f"{module} > {inner}" if inner else module
-        todo.extend((kid, module, inner) for kid in node.kids.values())
+    for name, value in items:
+        found[name] = found.get(name, 0) + value
+    return found
 
 
 def _largest(values: dict[str, int]) -> tuple[tuple[str, int], ...]:

@@ -5,14 +5,14 @@ which row a range belongs to (pure).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Protocol, TypedDict
 
 from ..categories import LOOP, MODULE, OP, STAGE
 from ..errors import ConfigError
-from .labels import Folding, Name, category_of, fused_owners
+from .labels import Folding, Name, category_of, fused_owners, is_module
 from .rows import ORDERS, Row
 from .tree import SUMS, Node, merge_into, total
 
@@ -27,6 +27,7 @@ __all__ = [
     "matches",
     "selected",
     "split_fused",
+    "with_modules",
 ]
 
 
@@ -322,3 +323,20 @@ class Keys:
 def _bare(text: str) -> str:
     """A label without the shapes of its inputs."""
     return text.partition(" in=")[0]
+
+
+def with_modules(root: Node) -> Iterator[tuple[Node, str, str]]:
+    """All ranges, outer ones first, and where each is: the innermost module, and the operator in it if any
+    ("blocks.0.attn > aten::copy_"); without modules the outermost operator stands for one; "" where neither is. And the
+    outermost range's name."""
+    todo: list[tuple[Node, str, str, str]] = [(kid, "", "", kid.name.text) for kid in root.kids.values()]
+    while todo:
+        node, module, inner, outer = todo.pop()
+        text = node.name.text
+        # another library's domain, such as NCCL's, names no modules of a model
+        if is_module(node.name) and (not module or (category_of(node.name) == MODULE and not node.name.domain)):
+            module, inner = text, ""
+        elif module and is_module(node.name):
+            inner = text
+        yield node, f"{module} > {inner}" if inner else module, outer
+        todo.extend((kid, module, inner, outer) for kid in node.kids.values())
