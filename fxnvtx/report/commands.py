@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import sys
 import time
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
+from typing import TYPE_CHECKING
 
 import click
 from click.core import ParameterSource
-from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from ..output import STDOUT, check_target, complain, is_stdout, write_text, wrote
 from ..printable import printable_lines
@@ -33,6 +33,9 @@ from .report import load
 from .rows import ORDERS
 from .selection import VIEWS, Selection
 from .work import parse_peaks
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 __all__ = ["Late", "check_options", "diff_command", "refuse", "report_command"]
 
@@ -157,23 +160,27 @@ def report_command(
     if form in ("chrome", "speedscope"):
         writer = write_chrome if form == "chrome" else write_speedscope
         with Late(f"writing {output.name}") as tick:  # type: ignore[union-attr]
-            written = writer(list(captures), output, tick)  # type: ignore[arg-type]
-        wrote(written)
+            wrote(writer(list(captures), output, tick))  # type: ignore[arg-type]
         return
-    with Late(f"reading {captures[0].name}") as tick:
-        found = load(*captures, exact=exact, jobs=jobs, tick=tick, window=window, peak=peaks)
-    if classes is not None:
-        found.classes.update(load_recording(classes).classes)
-    chosen = Selection(by, depth, include, exclude, fold, kernels, split_fused, sort)
-    if form == "text":
-        text = findings_text(found) + "\n" if findings_ else ""
-        text = printable_lines(text) + render_text(found, chosen, color=_colored(output), limit=limit)
-    elif form == "json":
-        text = render_json(found, chosen, findings=findings_)
-    elif form == "csv":
-        text = render_csv(found, chosen)
-    else:
-        text = render_html(found, include=include, exclude=exclude, fold=fold, kernels=kernels, split_fused=split_fused)
+    # a tree need not be searched for garbage while it grows, nor be taken apart at the program's end
+    atexit.register(gc.freeze)
+    with uncollected():
+        with Late(f"reading {captures[0].name}") as tick:
+            found = load(*captures, exact=exact, jobs=jobs, tick=tick, window=window, peak=peaks)
+        if classes is not None:
+            found.classes.update(load_recording(classes).classes)
+        chosen = Selection(by, depth, include, exclude, fold, kernels, split_fused, sort)
+        if form == "text":
+            text = findings_text(found) + "\n" if findings_ else ""
+            text = printable_lines(text) + render_text(found, chosen, color=_colored(output), limit=limit)
+        elif form == "json":
+            text = render_json(found, chosen, findings=findings_)
+        elif form == "csv":
+            text = render_csv(found, chosen)
+        else:
+            text = render_html(
+                found, include=include, exclude=exclude, fold=fold, kernels=kernels, split_fused=split_fused
+            )
     _give(text, output, inputs)
 
 
@@ -371,6 +378,10 @@ class Late:
         if self._progress is None:
             if time.monotonic() - self._start < self._after or not sys.stderr.isatty():
                 return
+            # not at the top: whoever waits for less than that needs none of it
+            from rich.console import Console
+            from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
             self._progress = Progress(
                 SpinnerColumn(),
                 TextColumn("{task.description}"),
@@ -383,8 +394,6 @@ class Late:
             self._progress.add_task(self._title, total=None)
         self._progress.update(self._progress.task_ids[0], completed=self._rows)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         if self._progress is not None:
             self._progress.stop()

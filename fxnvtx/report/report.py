@@ -48,7 +48,7 @@ class Report:
         if self.has_gpu:
             for part in self.parts:
                 if not part.device_calls:
-                    for node in part.tree.root.walk():
+                    for node in part.tree.root.every():
                         node.each = None  # CPU times would mix with the others' device times
         if len(self.parts) == 1:
             self.root = self.parts[0].tree.root
@@ -140,7 +140,7 @@ def _notes(parts: list[Part], root: Node) -> list[str]:
     if lost:
         share = f"{lost / root.gpu:.1%}" if root.gpu else "all"
         notes.append(f"{share} of the GPU time is not attributed to a layer: see the rows that say why")
-    still_open = sum(node.open for node in root.walk())
+    still_open = sum(node.open for node in root.every())
     if still_open:
         notes.append(f"{still_open:,} ranges were still open when the capture ended; their time ends there")
     return notes

@@ -23,7 +23,7 @@ from .schema import HOW_TO_RECORD, damaged, detect, open_capture
 if TYPE_CHECKING:
     from ..attribution.spool import Limits
 
-__all__ = ["as_sqlite", "expanded", "kind_of", "rank_of", "read_file", "read_sqlite"]
+__all__ = ["as_sqlite", "expanded", "kind_of", "rank_of", "read_file", "read_sqlite", "uncollected"]
 
 
 _RANK = re.compile(r"(?<![a-z])rank[-_.]?(\d+)", re.IGNORECASE)
@@ -173,7 +173,7 @@ def _parts(reader: Reader, path: Path, limits: Limits | None, adbc: bool) -> lis
     capture = None
     parts = []
     try:
-        with _uncollected():
+        with uncollected():
             capture = Capture(reader, source, limits)
             reader.last = capture.last
             reader.notes.extend(capture.notes)
@@ -202,7 +202,7 @@ def _parts(reader: Reader, path: Path, limits: Limits | None, adbc: bool) -> lis
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
+def uncollected() -> Iterator[None]:
     """A growing tree is no garbage, but Python's collector would search it again and again."""
     was_on = gc.isenabled()
     gc.disable()

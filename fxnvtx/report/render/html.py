@@ -5,15 +5,20 @@ from __future__ import annotations
 import html
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.resources import files
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..findings import findings as all_findings
 from ..labels import Name, role_of
 from ..report import Report
+from ..rows import Row
+from ..selection import VIEWS, Options, Selection, selected
 from ..tree import BELOW, Node
-from ..views import VIEWS, Row, row_of
+from ..views import row_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["filled", "render_html"]
 
@@ -37,22 +42,17 @@ _RARE = (
 )
 
 
-def render_html(
-    report: Report,
-    *,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    fold: bool = False,
-    kernels: bool = False,
-    split_fused: bool = False,
-) -> str:
-    """The page. `kernels`: device operations become boxes of their own under their range."""
-    root = report.tree(include, exclude, fold, split_fused)
+def render_html(report: Report, chosen: Selection | None = None, **options: Unpack[Options]) -> str:
+    """The page. chosen, or options as `Report.rows` has them: what is in it; the page sorts, and has all views.
+    `kernels`: device operations become boxes of their own under their range."""
+    chosen = chosen or selected("tree", None, options)
+    root = report.tree(chosen.include, chosen.exclude, chosen.fold, chosen.split_fused)
+    every = replace(chosen, depth=None, kernels=False, sort=None)
     views = {
         by: {"rows": [_view_row(row, report.classes) for row in rows]}
         for by in VIEWS
         if by not in ("tree", "range")
-        and (rows := report.rows(by, None, include, exclude, fold, False, split_fused))
+        and (rows := report.select(replace(every, by=by)))
         and not (by == "class" and not report.classes)
     }
     found, silent = all_findings(report)
@@ -68,7 +68,7 @@ def render_html(
         "timeline": _timeline(report),
         "classes": report.classes,
         "work": report.has_work,
-        **_columns(root, kernels, report.classes),
+        **_columns(root, chosen.kernels, report.classes),
     }
     return filled("report.html", report.sources, _SCRIPTS, data)
 
