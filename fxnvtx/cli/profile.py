@@ -15,7 +15,7 @@ from click.core import ParameterSource
 
 from ..errors import ConfigError
 from ..output import say, write_text
-from ..report.options import refuse
+from ..report.commands import refuse
 from .commands import writable_folder
 from .jobs import BUILT_IN, Job, runner
 
@@ -132,7 +132,7 @@ def _under_nsys(output: Path) -> None:
 
 def _in_process(job: Job, output: Path, rows: int) -> None:
     from ..recording import record
-    from ..report import chrome, from_recording, render_html, render_text
+    from ..report import from_recording, render_html, render_text, write_chrome
 
     run = runner(job)
     for _ in range(job.warmup):

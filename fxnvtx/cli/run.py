@@ -241,7 +241,7 @@ class Launched:
 
     def show(self, rows: int) -> None:
         """Print the tree of all processes, and say what is missing; write trace.json."""
-        from ..report import chrome, load, render_text
+        from ..report import load, render_text, write_chrome
 
         try:
             if self.kept and self.recordings:

@@ -17,8 +17,7 @@ from click.core import ParameterSource
 from ..output import STDOUT, check_target, complain, is_stdout, write_text, wrote
 from ..printable import printable_lines
 from ..steps import EXAMPLES
-from . import chrome, speedscope
-from .capture import expanded
+from .capture import expanded, uncollected
 from .capture.recording import load_recording
 from .capture.scrub import scrub
 from .diff import Comparison, diff

@@ -18,9 +18,7 @@ from torch import nn
 import fxnvtx
 from fxnvtx.cli.commands import cli
 from fxnvtx.cli.doctor import findings
-from fxnvtx.report.calls import Spread
-from fxnvtx.report.render_csv import COLUMNS
-from fxnvtx.report.render_json import row_fields
+from fxnvtx.report.render.data import COLUMNS, row_fields
 from fxnvtx.report.rows import Row
 from fxnvtx.report.selection import VIEWS
 from fxnvtx.report.tree import Spread
