@@ -176,7 +176,10 @@ def _settled(parts: dict[str, set[Known | str]]) -> Known | str:
 
 def _one(some: set[Known | str]) -> Known | str:
     if len(some) > 1:
-        return next((one for one in some if isinstance(one, str)), "it ran with different shapes")
+        return next(
+            (one for one in some if isinstance(one, str)),
+            f"it ran with {len(some)} different shapes, and nothing says how often with each",
+        )
     return next(iter(some))
 
 

@@ -1,4 +1,4 @@
-"""Exports of nsys as folders of Arrow and Parquet tables, and recordings as tables of pandas."""
+"""Exports of nsys as Arrow and Parquet tables, and recordings as tables of pandas."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import nanoarrow
 import pytest
 from click.testing import CliRunner
+from nanoarrow.c_array_stream import CArrayStream
+from nanoarrow.ipc import StreamWriter
 
 from fxnvtx.cli.commands import cli
 from fxnvtx.errors import CaptureError, FxnvtxError, ToolError
@@ -23,10 +28,24 @@ from .samples import pipeline, recorded
 
 def arrow_folder(source: Path, folder: Path) -> Path:
     """A capture's tables as `nsys export --type=arrowdir` writes them: a stream of record batches each."""
-    nanoarrow = pytest.importorskip("nanoarrow")
-    from nanoarrow.ipc import StreamWriter
-
     folder.mkdir()
+    for table, _schema, array in arrow_tables(source):
+        with StreamWriter.from_path(str(folder / f"{table}.arrow")) as writer:
+            writer.write_stream(array)
+    return folder
+
+
+def arrow_file(source: Path, path: Path) -> Path:
+    """The same as `--type=arrow` writes it: one stream after the other, which say whose they are."""
+    with open(path, "wb") as file:
+        for table, schema, array in arrow_tables(source):
+            named = nanoarrow.c_schema(schema).modify(metadata={"table_name": table, "table_desc": "a table"})
+            with StreamWriter.from_writable(file) as writer:
+                writer.write_stream(CArrayStream.from_c_arrays([array], named, validate=False))
+    return path
+
+
+def arrow_tables(source: Path) -> Iterator[tuple[str, Any, Any]]:
     database = sqlite3.connect(source)
     for (table,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
         described = database.execute(f'PRAGMA table_info("{table}")').fetchall()
@@ -38,16 +57,14 @@ def arrow_folder(source: Path, folder: Path) -> Path:
         columns = [
             nanoarrow.c_array([row[index] for row in rows], schema.field(index)) for index in range(len(described))
         ]
-        array = nanoarrow.c_array_from_buffers(schema, len(rows), [None], children=columns)
-        with StreamWriter.from_path(str(folder / f"{table}.arrow")) as writer:
-            writer.write_stream(array)
+        yield table, schema, nanoarrow.c_array_from_buffers(schema, len(rows), [None], children=columns)
     database.close()
-    return folder
 
 
-def test_a_folder_of_arrow_tables_says_what_the_capture_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("made", [arrow_folder, arrow_file])
+def test_arrow_tables_say_what_the_capture_does(tmp_path: Path, made: Callable[[Path, Path], Path]) -> None:
     capture = pipeline(tmp_path / "c.sqlite").close()
-    folder = arrow_folder(capture, tmp_path / "exported")
+    folder = made(capture, tmp_path / "exported")
     assert render_csv(load(folder)) == render_csv(load(capture))
     for words in (
         ["report", str(folder)],
@@ -70,13 +87,14 @@ def test_what_nsys_itself_exports(tmp_path: Path) -> None:
     (tmp_path / "app.py").write_text(script)
     command = ["nsys", "profile", "-t", "nvtx", "-s", "none", "--cpuctxsw", "none", "-o", str(tmp_path / "c")]
     subprocess.run([*command, sys.executable, str(tmp_path / "app.py")], check=True, capture_output=True, timeout=120)
-    for kind in ("sqlite", "arrowdir", "parquetdir"):
+    for kind in ("sqlite", "arrow", "arrowdir", "parquetdir"):
         command = ["nsys", "export", "-t", kind, "-o", str(tmp_path / f"{kind}.{kind}"), str(tmp_path / "c.nsys-rep")]
         subprocess.run(command, check=True, capture_output=True, timeout=120)
     expected = load(tmp_path / "sqlite.sqlite").rows()
     assert [row.name for row in expected] == ["request#0", "net"]
-    found = load(tmp_path / "arrowdir.arrowdir").rows()
-    assert [(row.path, row.calls, row.cpu) for row in found] == [(row.path, row.calls, row.cpu) for row in expected]
+    for name in ("arrowdir.arrowdir", "arrow.arrow"):
+        found = load(tmp_path / name).rows()
+        assert [(row.path, row.calls, row.cpu) for row in found] == [(row.path, row.calls, row.cpu) for row in expected]
     try:
         import pyarrow  # noqa: F401
     except ImportError:
@@ -110,6 +128,32 @@ def test_damaged_tables_are_one_line(tmp_path: Path) -> None:
             said = str(error)
         assert "\n" not in said
     assert answers < 40, "some are refused"
+
+
+def test_a_damaged_file_of_tables_is_one_line(tmp_path: Path) -> None:
+    whole = arrow_file(pipeline(tmp_path / "c.sqlite").close(), tmp_path / "whole").read_bytes()
+    path = tmp_path / "broken"
+    answers = 0
+    for case in range(40):
+        rng = random.Random(case)
+        content = bytearray(whole)
+        at = rng.randrange(4, len(content))
+        if case % 2:
+            del content[at:]
+        else:
+            content[at : at + 8] = rng.randbytes(8)
+        path.write_bytes(content)
+        said = ""
+        try:
+            load(path)
+            answers += 1
+        except FxnvtxError as error:
+            said = str(error)
+        assert "\n" not in said
+    assert answers < 40, "some are refused"
+    path.write_bytes(whole[:4])
+    with pytest.raises(FxnvtxError):
+        load(path)
 
 
 def test_an_empty_table_is_said(tmp_path: Path) -> None:

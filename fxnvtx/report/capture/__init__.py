@@ -16,7 +16,7 @@ from ...spool import SUFFIX, read_spool
 from ..part import WHOLE, Part, Window
 from .kineto import converted, is_gzip
 from .nsys import Reader
-from .nsys_cli import exported, is_tables, tabled
+from .nsys_cli import exported, is_arrow, is_tables, tabled
 from .recording import load_recording, read_recording
 from .schema import HOW_TO_RECORD, damaged, detect, open_capture
 
@@ -55,7 +55,7 @@ def as_sqlite(path: Path, kind: str, tick: Callable[[int], None] | None = None) 
 
 
 def kind_of(path: Path) -> str:
-    """recording, spool, trace, sqlite, nsys-rep or (a folder) tables, by what the file begins with."""
+    """recording, spool, trace, sqlite, nsys-rep or tables (a folder, or Arrow), by what the file begins with."""
     if path.suffix == SUFFIX:
         return "spool"
     try:
@@ -76,6 +76,8 @@ def kind_of(path: Path) -> str:
         return "nsys-rep"
     if is_gzip(head):
         return "trace"
+    if is_arrow(head):
+        return "tables"
     begin = head.lstrip()[:1]
     if begin == b"[" or (begin == b"{" and b'"fxnvtx-recording"' not in head and len(head.strip()) > 2):
         return "trace"

@@ -172,6 +172,7 @@ class _Writer:
     ) -> None:  # fmt: skip
         where = (start, end, device, stream, correlation, process)
         if kind == "gpu_memcpy":
+            name = name.removeprefix("Memcpy ")
             key = self.text(name)
             self.database.execute("INSERT OR IGNORE INTO ENUM_CUDA_MEMCPY_OPER VALUES (?, ?)", (key, name))
             self.database.execute(

@@ -1,8 +1,8 @@
-"""What nsys exports, as SQLite: a .nsys-rep by running nsys, and folders of Arrow or Parquet tables.
+"""What nsys exports, as SQLite: a .nsys-rep by running nsys, and Arrow or Parquet tables.
 
-A folder (`nsys export --type=arrowdir`, `parquetdir`) becomes a temporary SQLite file with the same tables, as other
-programs' traces do: everything after it is the one reader's. Arrow is read with nanoarrow, which the report needs
-anyway; Parquet needs pyarrow.
+A folder of tables (`nsys export --type=arrowdir`, `parquetdir`), or all of them in one file (`--type=arrow`), becomes a
+temporary SQLite file with the same tables, as other programs' traces do: everything after it is the one reader's. Arrow
+is read with nanoarrow, which the report needs anyway; Parquet needs pyarrow.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from ...errors import CaptureError, ToolError
 from .schema import one_line
 
-__all__ = ["exported", "is_tables", "tabled"]
+__all__ = ["exported", "is_arrow", "is_tables", "tabled"]
 
 
 @contextmanager
@@ -83,36 +83,45 @@ def is_tables(folder: Path) -> bool:
     return any((folder / f"{name}{ending}").is_file() for name in _FIRST for ending in _ENDINGS)
 
 
+def is_arrow(head: bytes) -> bool:
+    """Whether a file that begins so is Arrow's stream."""
+    return head.startswith(b"\xff\xff\xff\xff")
+
+
 @contextmanager
-def tabled(folder: Path) -> Iterator[Path]:
-    """The folder as an SQLite file, for the duration of the block. Raises CaptureError."""
+def tabled(source: Path) -> Iterator[Path]:
+    """The folder, or the file with all tables, as SQLite, for the duration of the block. Raises CaptureError."""
     with tempfile.TemporaryDirectory(prefix="fxnvtx-") as place:
-        target = Path(place) / f"{folder.name}.sqlite"
+        target = Path(place) / f"{source.name}.sqlite"
         database = sqlite3.connect(target, isolation_level=None)
         try:
             database.execute("PRAGMA journal_mode = OFF")
             database.execute("PRAGMA synchronous = OFF")
             database.execute("BEGIN")
-            for path in sorted(folder.iterdir()):
-                if path.suffix in _ENDINGS and path.name.startswith(_WANTED):
-                    _copy(path, database)
+            if source.is_dir():
+                for path in sorted(source.iterdir()):
+                    if path.suffix in _ENDINGS and path.name.startswith(_WANTED):
+                        _copy(path, _arrow(path) if path.suffix == ".arrow" else _parquet(path), database)
+            else:
+                _copy(source, _streams(source), database)
             database.execute("COMMIT")
         finally:
             database.close()
         yield target
 
 
-def _copy(path: Path, database: sqlite3.Connection) -> None:
-    read = _arrow if path.suffix == ".arrow" else _parquet
-    table = '"' + path.stem.replace('"', '""') + '"'
-    made = False
+Rows = Iterator[tuple[str, list[str], Iterator[tuple[Any, ...]]]]  # of a table: its name, its columns, some rows
+
+
+def _copy(path: Path, tables: Rows, database: sqlite3.Connection) -> None:
+    made: set[str] = set()
     try:
-        for names, rows in read(path):
-            if not made:
-                columns = ", ".join('"' + name.replace('"', '""') + '"' for name in names)
-                database.execute(f"CREATE TABLE {table} ({columns})")
-                made = True
-            database.executemany(f"INSERT INTO {table} VALUES ({', '.join('?' * len(names))})", map(_signed, rows))
+        for name, columns, rows in tables:
+            table = _quoted(name)
+            if name not in made:
+                database.execute(f"CREATE TABLE {table} ({', '.join(_quoted(column) for column in columns)})")
+                made.add(name)
+            database.executemany(f"INSERT INTO {table} VALUES ({', '.join('?' * len(columns))})", map(_signed, rows))
     except CaptureError:
         raise
     except (
@@ -122,7 +131,8 @@ def _copy(path: Path, database: sqlite3.Connection) -> None:
         TypeError,
         OverflowError,
         UnicodeError,
-        KeyError,
+        LookupError,
+        AttributeError,
         sqlite3.Error,
     ) as error:
         # nanoarrow's and pyarrow's own errors are RuntimeErrors and ValueErrors
@@ -131,12 +141,16 @@ def _copy(path: Path, database: sqlite3.Connection) -> None:
         ) from error
 
 
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
 def _signed(row: tuple[Any, ...]) -> tuple[Any, ...]:
     """Unsigned numbers as the export to SQLite writes them."""
     return tuple(value - 2 * _SIGNED if type(value) is int and value >= _SIGNED else value for value in row)
 
 
-def _arrow(path: Path) -> Iterator[tuple[list[str], Iterator[tuple[Any, ...]]]]:
+def _arrow(path: Path) -> Rows:
     import nanoarrow  # type: ignore[import-untyped]
     from nanoarrow.ipc import InputStream  # type: ignore[import-untyped]
 
@@ -145,12 +159,37 @@ def _arrow(path: Path) -> Iterator[tuple[list[str], Iterator[tuple[Any, ...]]]]:
     with InputStream.from_path(str(path)) as stream:
         arrays = nanoarrow.ArrayStream(stream)
         names = [field.name for field in arrays.schema.fields]
-        yield names, iter(())
+        yield path.stem, names, iter(())
         for array in arrays:
-            yield names, array.iter_tuples()
+            yield path.stem, names, array.iter_tuples()
 
 
-def _parquet(path: Path) -> Iterator[tuple[list[str], Iterator[tuple[Any, ...]]]]:
+def _streams(path: Path) -> Rows:
+    """One stream of Arrow's after the other; each says in its schema which table it is."""
+    import nanoarrow
+    from nanoarrow.ipc import InputStream
+
+    size = path.stat().st_size
+    found: set[str] = set()
+    with open(path, "rb") as file:
+        while file.tell() < size:
+            with InputStream.from_readable(file) as stream:
+                arrays = nanoarrow.ArrayStream(stream)
+                said = dict(arrays.schema.metadata.items()) if arrays.schema.metadata is not None else {}
+                table = said.get(b"table_name", b"").decode("utf-8", "replace")
+                wanted = table.startswith(_WANTED) and table not in found
+                found.add(table)
+                names = [field.name for field in arrays.schema.fields]
+                if wanted:
+                    yield table, names, iter(())
+                for array in arrays:
+                    if wanted:
+                        yield table, names, array.iter_tuples()
+    if not found.intersection(_FIRST):
+        raise CaptureError(f"{path} holds Arrow tables, but none that Nsight Systems exports")
+
+
+def _parquet(path: Path) -> Rows:
     try:
         from pyarrow import parquet  # type: ignore[import-not-found,import-untyped,unused-ignore]
     except ImportError as error:
@@ -160,6 +199,6 @@ def _parquet(path: Path) -> Iterator[tuple[list[str], Iterator[tuple[Any, ...]]]
         ) from error
     with parquet.ParquetFile(path) as file:
         names = list(file.schema_arrow.names)
-        yield names, iter(())
+        yield path.stem, names, iter(())
         for batch in file.iter_batches():
-            yield names, zip(*(column.to_pylist() for column in batch.columns), strict=True)
+            yield path.stem, names, zip(*(column.to_pylist() for column in batch.columns), strict=True)

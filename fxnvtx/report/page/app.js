@@ -43,12 +43,14 @@ function advice() {
 function redraw() { legend(); icicle.refresh(); timeline.draw(); steps.draw(); table.heading(); table.rebuild(); }
 
 function legend() {
-  const used = Object.keys(roleText).filter((name) => data.roles.includes(name));
+  const texts = model.colors === "headroom" ? bandText : roleText;
+  const there = new Set(model.colors === "headroom" ? tree.name.map((_, i) => bandOf(tree.roof?.[i])) : data.roles);
+  const used = Object.keys(texts).filter((name) => there.has(name));
   by("legend").replaceChildren(...used.map((name) => {
     const item = made("li", {}), mark = made("i", {});
     mark.style.background = fillOf(name);
-    item.append(mark, name);
-    item.title = roleText[name];
+    item.append(mark, model.colors === "headroom" ? texts[name] : name);
+    item.title = texts[name];
     return item;
   }));
 }
@@ -86,6 +88,10 @@ document.addEventListener("keydown", (event) => {
 choice("measures", data.gpu ? [["gpu", "GPU"], ["cpu", "CPU"]] : [["cpu", "CPU"]], model.measure, (measure) => {
   model.measure = measure;
   find(); redraw();
+});
+if (tree.roof) choice("colors", [["role", "Colours: kinds"], ["headroom", "Headroom"]], model.colors, (colors) => {
+  model.colors = colors;
+  legend(); icicle.refresh(); table.rebuild();
 });
 choice("views", [["tree", "Tree"], ...Object.keys(data.views).map((name) => [name, name[0].toUpperCase() + name.slice(1)])], "tree", (view) => table.choose(view));
 model.listeners.push(() => { table.rebuild(); steps.draw(); });

@@ -65,7 +65,7 @@ const icicle = (() => {
     const hits = model.hits;
     drawn.push([x0, x1, level, i]);
     paint.globalAlpha = hits && !hits[i] ? 0.28 : 1;
-    paint.fillStyle = hits && hits[i] & 1 ? colors.hit : fillOf(roleOf(i));
+    paint.fillStyle = hits && hits[i] & 1 ? colors.hit : colorOf(i);
     paint.fillRect(x0, y, wide, ROW - 1);
     if (wide > 3) { paint.fillStyle = colors.line; paint.fillRect(x1 - 1, y, 1, ROW - 1); }
     if (i === model.at && i > 0) {
@@ -145,6 +145,8 @@ const icicle = (() => {
     if (tree.resident?.[node]) parts.push(`hidden ${percent(tree.overlap?.[node] / tree.resident[node] || 0)}`);
     if (tree.communication?.[node]) parts.push(`exposed communication ${time(tree.communication[node] - (tree.communication_hidden?.[node] ?? 0))}`);
     if (tree.waited?.[node]) parts.push(`waits ${time(tree.waited[node])}`);
+    if (tree.headroom?.[node] != null) parts.push(`headroom ${time(tree.headroom[node])}`);
+    if (tree.roof?.[node] != null) parts.push(`${percent(tree.roof[node])} of the roof, ${tree.bound[node]}-bound`);
     if (tree.peak?.[node]) parts.push(`memory ${bytes(tree.peak[node])}`);
     parts.push(...explained(nameOf(node)));
     if (flags & 1) parts.push("replayed by a CUDA graph");

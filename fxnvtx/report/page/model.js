@@ -6,6 +6,7 @@ const count = tree.parent.length;
 
 const model = {
   measure: data.gpu ? "gpu" : "cpu",
+  colors: "role",   // what boxes are coloured by: "role" or "headroom"
   root: 0,          // the node the icicle is zoomed to; 0 is the whole capture
   at: 0,            // the node under the keyboard or the mouse
   query: "",
@@ -35,23 +36,10 @@ function inside(i, ancestor) {
   return i === ancestor;
 }
 
-// Every node's place between 0 and 1, for one measure. Children that add up to more than their parent (work that
-// overlaps) are scaled to fit into it.
+// Every node's place between 0 and 1, by measure.
 const places = {};
 function layout(measure) {
-  if (places[measure]) return places[measure];
-  const values = tree[measure];
-  const left = new Float64Array(count), right = new Float64Array(count);
-  right[0] = 1;
-  for (let i = 0; i < count; i++) {
-    let sum = 0;
-    for (const kid of kids[i]) sum += values[kid];
-    const whole = Math.max(values[i], sum);
-    const scale = whole > 0 ? (right[i] - left[i]) / whole : 0;
-    let x = left[i];
-    for (const kid of kids[i]) { left[kid] = x; x += values[kid] * scale; right[kid] = x; }
-  }
-  return (places[measure] = { left, right });
+  return (places[measure] ??= placed(kids, tree[measure]));
 }
 
 function search(query) {
@@ -75,47 +63,31 @@ function search(query) {
   return { found, share: valueOf(0) > 0 ? share / valueOf(0) : 0 };
 }
 
-function time(ns) {
-  const size = Math.abs(ns);
-  if (size < 999.5) return `${Math.round(ns)} ns`;
-  const [divisor, unit] = size < 999.95e3 ? [1e3, "µs"] : size < 999.95e6 ? [1e6, "ms"] : [1e9, "s"];
-  return `${(ns / divisor).toFixed(size < 99.995 * divisor ? 2 : 1)} ${unit}`;
-}
-const percent = (x) => `${(x * 100).toFixed(1)}%`;
-const whole = (x) => x.toLocaleString("en-US");
-
 // Fill and ink per role, legible in both themes. Told apart by hue: modules are cool, what computes most is warm.
 const palette = {
   light: { request: "#c9ccd3", stage: "#a9d3ea", loop: "#bfe0d6", step: "#d5ecc2", block: "#cfd6f7", module: "#e2e4f3", attention: "#f6c1b5",
     mlp: "#f9dca0", norm: "#b9e6cf", fused: "#e3bdf0", op: "#ebe9f5", residency: "#ffb870", compile: "#c2c4c9", unknown: "#f3ea8c",
-    kernel: "#cfe0ea", range: "#e6e1d8", "": "#eceef1", ink: "#1b1c1e", dim: "#5c6068", hit: "#ffe100", line: "#ffffff" },
+    kernel: "#cfe0ea", range: "#e6e1d8", "": "#eceef1",
+    near: "#bfe5c4", half: "#eeea9f", far: "#fbcb8f", farthest: "#f7ab9c", above: "#d8bdf5", unrated: "#e9eaec", ink: "#1b1c1e", dim: "#5c6068", hit: "#ffe100", line: "#ffffff" },
   dark: { request: "#51555d", stage: "#1f5f84", loop: "#23594c", step: "#3e5f2c", block: "#3b4787", module: "#353a57", attention: "#8a3d31",
     mlp: "#75561a", norm: "#1d6245", fused: "#6d3583", op: "#3d3a52", residency: "#a3560c", compile: "#44474d", unknown: "#6d6410",
-    kernel: "#2f4b59", range: "#4a453c", "": "#2b2f35", ink: "#f2f3f4", dim: "#a3a8b1", hit: "#a07c00", line: "#1d2024" },
+    kernel: "#2f4b59", range: "#4a453c", "": "#2b2f35",
+    near: "#22603a", half: "#66600f", far: "#87500f", farthest: "#8e3226", above: "#5c3d8c", unrated: "#33373d", ink: "#f2f3f4", dim: "#a3a8b1", hit: "#a07c00", line: "#1d2024" },
 };
 const roleText = {
   request: "one request", stage: "a part of a request", loop: "all denoising steps", step: "one denoising step", block: "a block, numbered",
   module: "another module", attention: "attention", mlp: "MLP, feed-forward", norm: "normalisation", fused: "one kernel of several modules",
   op: "an operator", residency: "weights on their way", compile: "compilation", unknown: "not attributable", kernel: "device operation", range: "another range",
 };
+// How far from what the device can do: of a box's time, what the device needs at its best.
+const bandText = {
+  near: "80 % of the roof or more", half: "50 to 80 %", far: "20 to 50 %", farthest: "under 20 %",
+  above: "above the roof: suspect", unrated: "work or peak not known",
+};
 const themeNow = () => (document.documentElement.dataset.theme === "dark" ? palette.dark : palette.light);
 const fillOf = (role) => themeNow()[role] ?? themeNow().module;
 const roleOf = (i) => data.roles[tree.role[i]];
-
-// What a fused range is, from its own text: `fused(norm1, attn.to_q)`.
-function explained(name) {
-  const match = /^fused\((.*)\)$/.exec(name);
-  return match ? [`the compiler made one kernel of ${match[1].split(", ").join(" and ")}; its time is of all of them together (--split-fused shares it out)`] : [];
-}
-
-function bytes(value) {
-  let size = value;
-  for (const unit of ["B", "KiB", "MiB", "GiB"]) {
-    if (Math.abs(size) < 1024) return `${unit === "B" ? size : size.toFixed(1)} ${unit}`;
-    size /= 1024;
-  }
-  return `${size.toFixed(1)} TiB`;
-}
+const colorOf = (i) => fillOf(model.colors === "headroom" ? bandOf(tree.roof?.[i]) : roleOf(i));
 
 function showTip(event, title, parts) {
   const tip = document.getElementById("tip");

@@ -131,7 +131,7 @@ const table = (() => {
       row.setAttribute("aria-level", String(depths[item]));
     }
     const dot = document.createElement("i");
-    dot.className = "dot"; dot.style.background = fillOf(r.role);
+    dot.className = "dot"; dot.style.background = fillOf(model.colors === "headroom" ? bandOf(r.roof) : r.role);
     name.append(dot, isNode && box.clientWidth < 700 ? icicle.relative(item) : r.name); name.title = r.name; name.setAttribute("role", "gridcell");
     row.append(name);
     for (const column of list) {

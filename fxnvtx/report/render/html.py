@@ -24,7 +24,7 @@ __all__ = ["filled", "render_html"]
 
 
 # in this order: one scope, each builds on the ones before
-_SCRIPTS = ("model.js", "table.js", "icicle.js", "steps.js", "timeline.js", "app.js")
+_SCRIPTS = ("pure.js", "model.js", "table.js", "icicle.js", "steps.js", "timeline.js", "app.js")
 _REPLAYED, _ESTIMATE, _OPEN = 1, 2, 4
 _WORK = ("flops", "moved", "roof", "bound", "headroom")
 _COLUMNS = ("calls", "cpu", "cpu_self", "gpu", "gpu_self", "gap")
