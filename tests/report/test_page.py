@@ -18,10 +18,12 @@ from fxnvtx.report import Report, from_recording, load, render_html, render_text
 from fxnvtx.report.findings import findings
 from fxnvtx.report.labels import Name, role_of
 from fxnvtx.report.part import Window
+from fxnvtx.report.work import parse_peaks
 
 from .browser import Browser, find_chromium
 from .captures import Capture
 from .samples import pipeline, recorded
+from .test_roof import entry, layers
 
 needs_browser = pytest.mark.skipif(find_chromium() is None, reason="no Chromium on the PATH")
 
@@ -323,6 +325,68 @@ def test_the_legend_tells_what_the_colours_are(browser: Browser, rich: tuple[Pat
         ("attn_blocks.0", "", "block"),
     ):  # fmt: skip
         assert role_of(Name(text, "module"), kind) == role, text
+
+
+@pytest.fixture(scope="module")
+def rated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Layers at 90, 40 and 10 % of the roof, one above it, one whose work nobody told."""
+    folder = tmp_path_factory.mktemp("rated")
+    shares = {"net.a": 90, "net.b": 40, "net.c": 10, "net.d": 150}
+    entries = [entry(label, bf16=share * 10**6) for label, share in shares.items()]
+    times = {label: [100_000] for label in [*shares, "net.e"]}
+    report = load(layers(folder / "rated.sqlite", [*entries, entry("net")], times), peak=parse_peaks("bf16=1000G"))
+    path = folder / "rated.html"
+    path.write_text(render_html(report), encoding="utf-8")
+    return path
+
+
+@needs_browser
+def test_headroom_as_colour(browser: Browser, rated: Path) -> None:
+    browser.open(rated)
+    legend = "[...document.querySelectorAll('#legend li')].map((li) => li.textContent)"
+    kinds = browser.run(legend)
+    assert kinds == ["module"]
+    browser.click_on("#colors [data-key='headroom']")
+    settled(browser)
+    assert browser.run(legend) == [
+        "80 % of the roof or more", "50 to 80 %", "20 to 50 %", "under 20 %", "above the roof: suspect",
+        "work or peak not known",
+    ]  # fmt: skip
+    bands = {"net.a": "near", "net.b": "far", "net.c": "farthest", "net.d": "above", "net.e": "unrated", "net": "half"}
+    for theme in ("light", "dark"):
+        assert browser.run("document.documentElement.dataset.theme") == theme
+        shown = {name: painted_color(browser, node(browser, name)) for name in bands}
+        assert shown == {name: browser.run(f"themeNow()[{json.dumps(band)}]") for name, band in bands.items()}
+        assert len({*shown.values()}) == len(bands)
+        for name, color in shown.items():
+            assert contrast(browser.run("themeNow().ink"), color) >= 4.5, (theme, name)
+        browser.click_on("#theme")
+        settled(browser)
+    browser.hover(*center(browser, node(browser, "net.b")))
+    said = browser.run("document.getElementById('tip').textContent")
+    assert "headroom 60.00 µs" in said
+    assert "40.0% of the roof, compute-bound" in said
+    browser.click_on("#colors [data-key='role']")
+    assert browser.run(legend) == kinds
+
+
+@needs_browser
+def test_without_work_there_is_nothing_to_choose(browser: Browser, rich: tuple[Path, Report]) -> None:
+    browser.open(rich[0])
+    assert browser.run("document.getElementById('colors').children.length") == 0
+
+
+def painted_color(browser: Browser, index: int) -> str:
+    """The fill of a box in the picture."""
+    return str(
+        browser.run(
+            f"(() => {{ const r = fxnvtx.icicle.rectOf({index}), d = window.devicePixelRatio || 1;"
+            " const copy = new OffscreenCanvas(1, 1).getContext('2d', { willReadFrequently: true });"
+            " copy.drawImage(document.getElementById('icicle'), -(r.x + 3) * d, -(r.y + 3) * d);"
+            " return '#' + [...copy.getImageData(0, 0, 1, 1).data].slice(0, 3)"
+            ".map((v) => v.toString(16).padStart(2, '0')).join(''); })()"
+        )
+    )
 
 
 @needs_browser
