@@ -1,4 +1,4 @@
-"""Two captures compared module by module, with noise told from change where there are repetitions (pure)."""
+"""Two captures compared module by module, with noise told apart from change where there are repetitions (pure)."""
 
 from __future__ import annotations
 

@@ -213,12 +213,12 @@ def _units(spans: Iterator[Span]) -> list[_Unit]:
                 request = _Unit(thread, start, end, True, name.text)
                 units.append(request)
             step_end = -1
-        here = request if request is not None and start < request.end else outer
+        unit = request if request is not None and start < request.end else outer
         if category == COMPILE:
-            here.compiles = True
+            unit.compiles = True
         elif category == STEP and start >= step_end:
             step_end = end
-            here.steps.append((start, end))
+            unit.steps.append((start, end))
     holders = _holding_requests(units)
     return [unit for unit in units if id(unit) not in holders]
 

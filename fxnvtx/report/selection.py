@@ -125,38 +125,38 @@ def filtered(
             changed.append(above)
             continue
         inside = inside or matches(node.name.text, path, include) or matches(other, other, include)
-        mine = _alone(node, above)
-        order.append((mine, inside))
-        todo.extend((kid, mine, path, inside) for kid in reversed(node.ordered()))
-    for mine, inside in reversed(order):
+        copied = _alone(node, above)
+        order.append((copied, inside))
+        todo.extend((kid, copied, path, inside) for kid in reversed(node.ordered()))
+    for copied, inside in reversed(order):
         if not inside:
-            parent = mine.parent
+            parent = copied.parent
             assert parent is not None
-            if not mine.kids:
-                del parent.kids[mine.name]
+            if not copied.kids:
+                del parent.kids[copied.name]
             else:
-                way.add(id(mine))
-                _empty(mine)
+                way.add(id(copied))
+                _empty(copied)
     for node in changed:
         at: Node | None = node
         while at is not None and at.parent is not None and at.each is not None:
             at.each = at.cpu_min = at.cpu_max = at.peak = None  # of whole calls; what is left of them is not known
             at.gpu_shared = 0
             at = at.parent
-    for mine, _ in reversed(order):
-        mine.cpu = mine.cpu_self + sum(kid.cpu for kid in mine.kids.values())
+    for copied, _ in reversed(order):
+        copied.cpu = copied.cpu_self + sum(kid.cpu for kid in copied.kids.values())
     total(copy)
     return copy, way
 
 
 def _alone(node: Node, parent: Node) -> Node:
     """A copy without what is inside."""
-    mine = parent.kids[node.name] = Node(node.name, parent)
+    copied = parent.kids[node.name] = Node(node.name, parent)
     for field in SUMS:
-        setattr(mine, field, getattr(node, field))
-    mine.each, mine.cpu_min, mine.cpu_max = node.each, node.cpu_min, node.cpu_max
-    mine.first, mine.flags, mine.ops, mine.peak = node.first, node.flags, node.ops, node.peak
-    return mine
+        setattr(copied, field, getattr(node, field))
+    copied.each, copied.cpu_min, copied.cpu_max = node.each, node.cpu_min, node.cpu_max
+    copied.first, copied.flags, copied.ops, copied.peak = node.first, node.flags, node.ops, node.peak
+    return copied
 
 
 def _empty(node: Node) -> None:

@@ -188,7 +188,7 @@ _QUIET = frozenset({MODULE, OP})  # ranges whose own time on the host is that of
 
 def rate(root: Node, table: Table, peaks: Peaks, gpu: bool) -> dict[str, int]:
     """Fill the counters of work of every node below `root`. `gpu`: its times are the device's. Returns why the work of
-    some ranges is not known, with how much time of theirs."""
+    some ranges is not known, with how much time they take."""
     why: dict[str, int] = {}
     timed = gpu or table.devices <= {"cpu", ""}  # the host's time says nothing about a device's
     # node, in a backward pass, the nearest module around, calls of the nearest range that has some
@@ -212,7 +212,7 @@ def _rate(
     else:
         now, busy = node.cpu_self, node.name.category in _QUIET and node.name.text != "backward"
     if known is None:
-        known = "nobody told it" if busy else Known((), Fraction(0))
+        known = "nothing was registered for it" if busy else Known((), Fraction(0))
     if isinstance(known, str):
         node.unrated = now
         if now:

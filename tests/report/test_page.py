@@ -329,7 +329,7 @@ def test_the_legend_tells_what_the_colours_are(browser: Browser, rich: tuple[Pat
 
 @pytest.fixture(scope="module")
 def rated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Layers at 90, 40 and 10 % of the roof, one above it, one whose work nobody told."""
+    """Layers at 90, 40 and 10 % of the roof, one above it, one without registered work."""
     folder = tmp_path_factory.mktemp("rated")
     shares = {"net.a": 90, "net.b": 40, "net.c": 10, "net.d": 150}
     entries = [entry(label, bf16=share * 10**6) for label, share in shares.items()]

@@ -109,7 +109,7 @@ def _fill(writer: _Writer, document: Any, path: Path) -> None:
 
 
 class _Writer:
-    """Rows of an export. Times are ns; processes and threads are told by any value that has a name."""
+    """Rows of an export. Times are ns; processes and threads may be any value that identifies one."""
 
     def __init__(self, database: sqlite3.Connection) -> None:
         self.database = database
@@ -310,7 +310,7 @@ def _device(writer: _Writer, event: dict[str, Any], callers: dict[int, Any], onl
 
 
 def _category(category: Any, kineto: bool) -> str | None:
-    """Kineto's categories say where an event came from, not what it is: that, the text tells."""
+    """Kineto's categories say where an event came from, not what it is: its text does."""
     return None if kineto or not isinstance(category, str) or not category else category
 
 

@@ -32,7 +32,7 @@ def read_recording(
         part.work = [entry for row in work if (entry := read_entry(row)) is not None]
     ranges = recording.ranges
     with damaged_recording(source):
-        # here, because numpy is needed for nothing else
+        # not at the top: numpy is imported only when a capture is read
         from ..attribution.recorded import fill
 
         left_out = omitted(lambda: spans_of(ranges, exact), window)

@@ -96,7 +96,7 @@ function fit(paint, text, room) {
   return low ? `${text.slice(0, low)}…` : "";
 }
 
-function told(key) {
+function facts(key) {
   const parts = sides.map((side, index) => {
     const i = side.keys.get(key), letter = index ? "B" : "A";
     return i === undefined ? `${letter}: not there` : `${letter}: ${time(side.tree.value[i])} in ${side.tree.calls[i]} calls`;
@@ -131,9 +131,9 @@ for (const side of sides) {
     const key = under(event), tip = by("tip");
     if (key !== at) { at = key; draw(); }
     tip.hidden = !key;
-    by("pointed").textContent = key ? `${nameOf(key)}: ${told(key).join(", ")}` : "";
+    by("pointed").textContent = key ? `${nameOf(key)}: ${facts(key).join(", ")}` : "";
     if (!key) return;
-    tip.replaceChildren(made("b", nameOf(key)), made("span", told(key).join(" · ")));
+    tip.replaceChildren(made("b", nameOf(key)), made("span", facts(key).join(" · ")));
     tip.style.left = `${Math.max(8, Math.min(event.clientX + 14, window.innerWidth - tip.offsetWidth - 8))}px`;
     tip.style.top = `${Math.max(8, Math.min(event.clientY + 16, window.innerHeight - tip.offsetHeight - 8))}px`;
   });

@@ -36,7 +36,7 @@ COLUMNS = (
 
 
 def diff_text(found: Comparison, width: int | None = None, limit: int | None = None, color: bool = False) -> str:
-    """The table, as wide as the terminal unless told."""
+    """The table, as wide as the terminal, or as `width` says."""
     columns = width or shutil.get_terminal_size((120, 24)).columns
     shown = found.rows if limit is None else found.rows[:limit]
     if shown:
