@@ -171,6 +171,7 @@ class Node:
     communication, copying: time of NCCL's and its like's kernels, of copies; *_hidden: how much of it passed while
     other kernels ran on the device. allocated, released: bytes of device memory. peak: the most that was allocated in
     the process at an allocation in here or below (as far as the capture saw allocations), None where there was none.
+    replays: how often CUDA graphs ran the range's operations, without a call of its own.
     flops, moved: operations and bytes of the range's own work. rated, unrated: its own time, where its work is known
     and where it is not. roof: how long the work would take at the device's peaks, roof_compute: of that, of ranges that
     computing limits and not memory. roofless: of rated, where no peak is known. work.py fills these.
@@ -191,6 +192,7 @@ class Node:
         "ops",
         "parent",
         "peak",
+        "replays",
     )
 
     def __init__(self, name: Name, parent: Node | None) -> None:
@@ -205,6 +207,7 @@ class Node:
         self.queued = self.launching = self.waited = self.allocated = self.released = 0
         self.communication = self.communication_hidden = self.copying = self.copying_hidden = 0
         self.peak: int | None = None
+        self.replays = 0
         self.flops = self.moved = self.roof = self.roof_compute = self.rated = self.unrated = self.roofless = 0
         self.cpu_min: int | None = None
         self.cpu_max: int | None = None
@@ -360,7 +363,7 @@ def absorb(into: Node, nodes: list[Node]) -> None:
             into.add_op(name, count, duration, credit)
 
 
-_STATE = (*SUMS, "below", "cpu_max", "cpu_min", "each", "first", "flags", "gap", "gpu", "ops", "peak")
+_STATE = (*SUMS, "below", "cpu_max", "cpu_min", "each", "first", "flags", "gap", "gpu", "ops", "peak", "replays")
 
 
 def _pack(root: Node) -> list[tuple[Any, ...]]:

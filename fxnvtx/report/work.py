@@ -196,7 +196,8 @@ def rate(root: Node, table: Table, peaks: Peaks, gpu: bool) -> dict[str, int]:
     while todo:
         node, backward, under, calls = todo.pop()
         backward = backward or node.name.text == "backward"
-        calls = node.calls or calls  # a replay of a CUDA graph runs no Python: the layers ran as often as it did
+        # a replay of a CUDA graph runs no Python: the layers ran as often as it did
+        calls = node.calls + node.replays or calls
         _rate(node, table.of(node.name, under, backward), calls, peaks, gpu, timed, why)
         below = node.name.text.partition(" in=")[0] if node.name.category == MODULE else under
         todo.extend((kid, backward, below, calls) for kid in node.kids.values())
@@ -218,6 +219,8 @@ def _rate(
         if now:
             why[known] = why.get(known, 0) + now
         return
+    if gpu and not node.kernels and not node.copies:
+        return  # the call was captured into a CUDA graph: the device did nothing of it then
     node.flops = round(sum(count for _, count in known.flops) * calls)
     node.moved = round(known.moved * calls)
     if not timed:

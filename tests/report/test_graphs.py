@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from fxnvtx.report import Report, load
+from fxnvtx.report.work import parse_peaks
+from fxnvtx.work import Entry, encoded
 
 from .captures import Capture
 
@@ -159,3 +161,34 @@ def test_a_replay_inside_the_captured_block_takes_only_what_is_below(capture: Ca
     assert gpu_by_path(load(capture.close())) == {
         "transformer/transformer.blocks.0/transformer.blocks.0.ff": 40,
     }
+
+
+def test_work_of_a_replayed_layer_counts_as_often_as_the_graph_ran(capture: Capture) -> None:
+    """Three steps replay it, the second one twice; the capture says what one call of the layer does."""
+    write_capture_phase(capture)
+    for layer, flops in (("norm", 30_000), ("attn", 120_000)):
+        label = f"transformer.blocks.0.{layer}"
+        capture.text(encoded(Entry(label, "", False, "forward", 1, (("bf16", flops),), 0, "", "cuda")))
+    capture.graph_node(850, 20, original=10)
+    capture.graph_node(850, 21, original=11)
+    for step in (3, 4, 5):
+        write_replay(capture, 10_000 * step, step, (20, 21))
+    again = capture.call(40_150, 40_170, name="cudaGraphLaunch_v10000")
+    capture.kernel(42_000, 42_030, again, "norm_kernel", node=20)
+    capture.kernel(42_040, 42_100, again, "attn_kernel", node=21)
+    report = load(capture.close(), peak=parse_peaks("bf16=4T"))
+    rows = {"/".join(row.path): row for row in report.rows()}
+    for step, runs in ((3, 1), (4, 2), (5, 1)):
+        above = f"request#1/denoising_step_{step}_t{step}"
+        norm, attn = (rows[f"{above}/{LAYER}{layer}"] for layer in ("norm", "attn"))
+        assert (norm.calls, norm.flops, norm.rated) == (0, 30_000 * runs, 30 * runs)
+        assert (attn.calls, attn.flops, attn.rated) == (0, 120_000 * runs, 60 * runs)
+        # at 4 T/s 30,000 operations take 7.5 ns and 120,000 take 30: a quarter and half of the time
+        assert attn.roof_share == 0.5
+        assert attn.headroom == 30 * runs
+        assert norm.roof == round(7.5 * runs)
+        assert rows[above].flops == 150_000 * runs
+    captured = rows[f"request#0/denoising_step_0_t999/{LAYER}attn"]
+    assert (captured.calls, captured.flops, captured.rated) == (1, 0, 0), "nothing ran while it was captured"
+    attn = next(row for row in report.rows(fold=True) if row.name == "transformer.blocks.*.attn")
+    assert (attn.flops, attn.rated, attn.roof_share) == (480_000, 240, 0.5)

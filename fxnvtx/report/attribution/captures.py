@@ -319,6 +319,7 @@ class Filler:
         self.moves: Moves | None = None
         self.gaps = Gaps()
         self._placed: dict[int, int] = {}  # (launching node, captured node) -> where it counts
+        self._runs: dict[int, int] = {}  # the same key -> how often
 
     def outside(self) -> int:
         return self.forest.below(ROOT, OUTSIDE)
@@ -376,11 +377,15 @@ class Filler:
             node[whole[node[whole] == number]] = self.forest.below(number, LEVEL)
         if len(single):
             # 0 for those that go back to nothing
-            keys, first, where = np.unique(
-                (node[single] << 32) | (self.origins(rows["node"][single]) + 1), return_index=True, return_inverse=True
-            )
+            origins = self.origins(rows["node"][single]) + 1
+            keys, first, where, counts = np.unique((node[single] << 32) | origins, True, True, True)
             calls = rows["call"][single][first]
             places = [self._place(key, call) for key, call in zip(keys.tolist(), calls.tolist(), strict=True)]
+            for key, number, count in zip(keys.tolist(), places, counts.tolist(), strict=True):
+                # a graph runs each of its nodes once: how often this one ran is how often its layer was replayed
+                self._runs[key] = self._runs.get(key, 0) + count
+                placed = self.forest.nodes[number]
+                placed.replays = max(placed.replays, self._runs[key])
             node[single] = np.array(places, np.int64)[where]
         return node
 
