@@ -62,9 +62,6 @@ EXCEPTIONS = {
     ("instrument", "compile/metering"): "a recording that counts work meters the modules of instrumented models",
     ("loops", "names"): "shapes of a model's inputs, in the process that runs it",
     ("recording", "report"): "Recording.report(), a method for the user's convenience",
-    ("report/report", "report/render_text"): "a Report shows itself in a notebook",
-    ("report/gather", "report/load"): "reads one file in a worker",
-    ("report/nsys", "report/attribution/captures"): "numpy is imported when a capture is read",
 }
 
 

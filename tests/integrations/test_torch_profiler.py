@@ -9,6 +9,7 @@ from decimal import Decimal
 
 import pytest
 import torch
+from fxnvtx.report.trace import CLOCKS_NS, settled
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, schedule
 
@@ -16,7 +17,6 @@ import fxnvtx
 from fxnvtx import ranges
 from fxnvtx.compile.listeners import ProfilerListener, RoctxListener, chosen
 from fxnvtx.report import from_recording, load
-from fxnvtx.report.trace import CLOCKS_NS, settled
 
 from ..core.tools import in_process, shape
 
