@@ -9,7 +9,6 @@ from decimal import Decimal
 
 import pytest
 import torch
-from fxnvtx.report.trace import CLOCKS_NS, settled
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, schedule
 
@@ -17,6 +16,7 @@ import fxnvtx
 from fxnvtx import ranges
 from fxnvtx.compile.listeners import ProfilerListener, RoctxListener, chosen
 from fxnvtx.report import from_recording, load
+from fxnvtx.report.capture.kineto import CLOCKS_NS, settled
 
 from ..core.tools import in_process, shape
 
