@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from fxnvtx.errors import CaptureError, FxnvtxError
 from fxnvtx.recording import Range
-from fxnvtx.report.attribution import spool as spools
-from fxnvtx.report.attribution.intern import Interner, Sums
-from fxnvtx.report.attribution.recorded import fill
-from fxnvtx.report.attribution.spool import Limits, Spool
+from fxnvtx.report.attribution import batches as spools
+from fxnvtx.report.attribution import fill
+from fxnvtx.report.attribution.batches import Limits, Spool
+from fxnvtx.report.attribution.names import Interner, Sums
 from fxnvtx.report.capture import read_sqlite
 from fxnvtx.report.capture.recording import spans_of
 from fxnvtx.report.part import WHOLE, Part, Window

@@ -449,7 +449,7 @@ def test_reading_needs_no_memory_per_range(tmp_path: Path) -> None:
         path = capture.close()
         code = (
             "import sys, tracemalloc; from pathlib import Path; from fxnvtx.report.capture import read_sqlite\n"
-            "from fxnvtx.report.attribution import captures; from fxnvtx.report.attribution.spool import Limits\n"
+            "from fxnvtx.report.attribution import captures; from fxnvtx.report.attribution.batches import Limits\n"
             "limits = Limits(batch=500, run=2000, window=1000)\n"
             "tracemalloc.start(); (part,) = read_sqlite(Path(sys.argv[1]), limits=limits)\n"
             "print(tracemalloc.get_traced_memory()[1], part.operations, part.tree.root.gpu)"

@@ -14,7 +14,7 @@ from fxnvtx.cli.commands import cli
 from fxnvtx.errors import ConfigError
 from fxnvtx.recording import Range
 from fxnvtx.report import Row, diff, load, render_csv, render_json, render_text
-from fxnvtx.report.attribution.spool import Limits
+from fxnvtx.report.attribution.batches import Limits
 from fxnvtx.report.capture import read_sqlite
 from fxnvtx.report.part import Window, read_times
 

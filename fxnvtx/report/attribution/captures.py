@@ -11,34 +11,28 @@ from numpy.typing import NDArray
 
 from ...categories import COMPILE, REQUEST, STEP
 from ..capture.nsys import Reader
-from ..capture.schema import COPY, GRAPH, PUSH_POP, SET, START_END, Table
-from ..graphs import BEFORE, LEVEL, NO_TABLE, place
+from ..capture.schema import COPY, GRAPH, SET
 from ..labels import UNKNOWN, Name, Span, category_of
-from ..part import Omitted, Part, inside
+from ..part import Omitted, Part
 from ..tree import Node, Tree
-from . import waits
-from .batches import Batch, Ints, Source
-from .device import NODE, OVERLAPS, PROCESS, Device, both, check_times, distinct, kind_of
-from .forest import EARLIEST, ROOT, Forest
-from .gaps import Gaps
-from .graph_nodes import GraphNodes, Origins
+from .batches import Ints, Limits, Source, Spool, windows
+from .device import NODE, OVERLAPS, PROCESS, Device, GraphNodes, Origins, distinct, kind_of
+from .forest import BEFORE, EARLIEST, LEVEL, NO_TABLE, ROOT, Forest, place
 from .names import Names
 from .nesting import NONE
-from .overlaps import COMMUNICATION, COMPUTE, COPYING, SETTING, Moves, Shared
-from .spool import Limits, Spool, windows
-from .threads import HAS_PAYLOAD, OPEN, SPAN, SPAN_TIES, Calls, Spans, Threads
+from .overlaps import COMMUNICATION, COMPUTE, COPYING, SETTING, Gaps, Moves, Shared, Waits, count_waits
+from .ranges import Ranges
+from .threads import HAS_PAYLOAD, OPEN, Calls, Spans, Threads, calls_of, cut, without
 
 __all__ = ["OUTSIDE", "Capture"]
 
 OUTSIDE = Name(UNKNOWN + "launched outside every range", "unknown")
 NO_LAUNCH = Name(UNKNOWN + "no launching call in this recording", "unknown")
-CROSS_THREAD = "ranges that end on another thread than they began on were left out"
 # NCCL's, RCCL's and NVSHMEM's kernels, and the collectives that serving stacks bring along
 _COMMUNICATES = re.compile(
     r"nccl|rccl|nvshmem|oneccl|all_?reduce|all_?gather|reduce_?scatter|all_?to_?all|cross_device_reduce|multimem",
     re.IGNORECASE,
 )
-_OPEN_END = np.iinfo(np.int64).max
 
 
 class Capture:
@@ -48,19 +42,14 @@ class Capture:
         self._reader = reader
         self._limits = limits
         self.names = Names(reader.text, reader.name, reader.exact)
-        self.spans = Spool(SPAN, SPAN_TIES, limits)
-        self.aside = Spool(SPAN, SPAN_TIES, limits)
         self.device = Device(limits)
-        self.last = 0  # the last moment of any range
-        self.notes: list[str] = []
-        self.pids: set[int] = set()
         tick = reader.tick or (lambda rows: None)
-        if reader.has_ranges:
-            self._read_ranges(source, tick)
+        ranges = Ranges(reader, self.names, source, limits, tick)
+        self.spans, self.aside, self.last, self.notes = ranges.spans, ranges.aside, ranges.last, ranges.notes
         self.device.read(source, reader.schema, tick)
-        self.pids |= self.device.pids
+        self.pids = ranges.pids | self.device.pids
         self.device.join(source, reader.schema, tick)
-        self.waits = waits.Waits(source, reader.schema, limits, tick)
+        self.waits = Waits(source, reader.schema, limits, tick)
         self.graph_nodes = GraphNodes(source, reader.schema)
         # what each operation's name is for
         self.roles = np.array([_role(kind, reader.operation(kind, key)) for kind, key in self.device.names], np.int8)
@@ -69,85 +58,6 @@ class Capture:
         """Forget all rows."""
         for spool in (self.spans, self.aside, self.device.launches, self.device.strays, self.waits.rows):
             spool.close()
-
-    # ------------------------------------------------------------------------------------------ reading
-
-    def _read_ranges(self, source: Source, tick: Any) -> None:
-        nvtx = self._reader.nvtx
-        payload = nvtx.pick("int64Value", "uint64Value", "int32Value", "uint32Value")
-        # most captures have none of these, and a look is cheaper than a column
-        text, elsewhere, value = _present(source, nvtx, ("text", nvtx.pick("endGlobalTid"), payload))
-        columns = [
-            "eventType", "globalTid", "start", "end", elsewhere, nvtx.pick("textId"), nvtx.pick("domainId"),
-            nvtx.pick("category"), value,
-        ]  # fmt: skip
-        backwards: dict[int, int] = {}
-        lost, nobody = 0, False
-        for batch in source.batches(columns, f"FROM {nvtx.sql}", text and "coalesce(text, '')"):
-            lost += self._ranges(batch, backwards)
-            valid = batch.ints[1][1]
-            nobody = nobody or valid is not None
-            tick(batch.rows)
-        self.spans.seal()
-        self.aside.seal()
-        if nobody:
-            self.notes.append("some ranges do not say which thread they are from and were left out")
-        for _pid, count in sorted(backwards.items()):
-            self.notes.append(f"{count:,} ranges end before they begin and were left out")
-        if lost:
-            self.notes.append(f"{lost:,} {CROSS_THREAD}")
-
-    def _ranges(self, batch: Batch, backwards: dict[int, int]) -> int:
-        """Take in the ranges of a batch; returns how many of them end on another thread."""
-        kind, tid, start, end, end_tid, strings, domain, category, payload = batch.ints
-        whole = both(start[1], end[1])
-        wrong = end[0] < start[0] if whole is None else whole & (end[0] < start[0])
-        self._moments(start, end)
-        pids = tid[0] & PROCESS
-        if wrong.any():
-            for pid in pids[wrong if tid[1] is None else wrong & tid[1]].tolist():
-                backwards[pid] = backwards.get(pid, 0) + 1
-        self.pids.update(distinct(pids if tid[1] is None else pids[tid[1]]))
-        elsewhere = np.zeros(batch.rows, np.bool_)
-        if end_tid[1] is None or end_tid[1].any():
-            told = both(end_tid[1], tid[1])
-            elsewhere = end_tid[0] != tid[0] if told is None else told & (end_tid[0] != tid[0])
-        lost = 0
-        for spool, kinds in ((self.spans, PUSH_POP), (self.aside, START_END)):
-            mine = (kind[0] == kinds[0]) | (kind[0] == kinds[1])
-            lost += int((mine & elsewhere).sum())
-            keep = mine & ~wrong & ~elsewhere
-            for valid in (tid[1], start[1]):
-                if valid is not None:
-                    keep &= valid
-            if keep.any():
-                rows: Any = slice(None) if keep.all() else np.flatnonzero(keep)
-                texts = batch.texts
-                if texts is not None and not isinstance(rows, slice):
-                    texts = [texts[row] for row in rows.tolist()]  # type: ignore[assignment]
-                name = self.names.raw(
-                    pids[rows], _some(strings, rows), texts, _some(domain, rows), _some(category, rows)
-                )
-                self._append(spool, tid[0][rows], start[0][rows], _some(end, rows), _some(payload, rows), name)
-        return lost
-
-    def _moments(self, start: tuple[Ints, Any], end: tuple[Ints, Any]) -> None:
-        for values, valid in (start, end):
-            some = values if valid is None else values[valid]
-            if len(some):
-                self.last = max(self.last, int(some.max()))
-
-    def _append(
-        self, spool: Spool, tid: Ints, start: Ints, end: tuple[Ints, Any], payload: tuple[Ints, Any], name: Ints
-    ) -> None:
-        flags = np.zeros(len(name), np.int8)
-        ends = end[0]
-        check_times(start, ends)
-        if end[1] is not None:
-            ends = np.where(end[1], ends, _OPEN_END)
-            flags[~end[1]] |= OPEN
-        flags[slice(None) if payload[1] is None else payload[1]] |= HAS_PAYLOAD
-        spool.append(tid, (start, -ends, name, payload[0], flags))
 
     # ------------------------------------------------------------------------------------------ one process
 
@@ -171,7 +81,7 @@ class Capture:
         shared = filler.shared = Shared(filler.forest, self._limits)
         threads = Threads(
             filler.forest, filler.outside, filler.launch, moves.residency, None if computes else moves.modules,
-            lambda rows, node: waits.count(filler.forest, node, rows),
+            lambda rows, node: count_waits(filler.forest, node, rows),
         )  # fmt: skip
         for thread in self._threads(pid, self.spans):
             self._run(threads, thread, self.spans, omitted)
@@ -408,60 +318,3 @@ def _role(kind: int, name: str) -> int:
     if kind == COPY:
         return COPYING
     return SETTING if kind == SET else COMMUNICATION if _COMMUNICATES.search(name) else COMPUTE
-
-
-def calls_of(rows: dict[str, NDArray[Any]]) -> Calls:
-    """Launched operations, by call, as calls."""
-    call, corr = rows["call"], rows["corr"]
-    if not len(call):
-        return Calls(call, call, call, call, call, (rows, np.empty(0, np.int64)))
-    begins = np.flatnonzero(np.append(True, (call[1:] != call[:-1]) | (corr[1:] != corr[:-1])))
-    first = np.minimum.reduceat(rows["start"], begins)
-    last = np.maximum.reduceat(rows["end"], begins)
-    time = np.add.reduceat(rows["credit"], begins)
-    return Calls(call[begins], rows["call_end"][begins], first, last, time, (rows, begins))
-
-
-def cut(spans: Spans, clip: tuple[int, int] | None) -> Spans:
-    """The ranges cut to a time, without those that have no part in it."""
-    if clip is None or not len(spans.start):
-        return spans
-    low, high = clip
-    rows = np.flatnonzero(inside(spans.start, spans.end, low, high))
-    start, end = np.maximum(spans.start[rows], low), np.minimum(spans.end[rows], high)
-    order = np.lexsort([-end, start])  # stable: ranges that were cut alike stay in their order
-    rows = rows[order]
-    return Spans(
-        start[order], end[order], spans.name[rows], spans.payload[rows], spans.is_open[rows], spans.piece[rows]
-    )  # fmt: skip
-
-
-def without(
-    rows: dict[str, NDArray[Any]], start: str, times: list[tuple[int, int]], clip: tuple[int, int] | None = None
-) -> dict[str, NDArray[Any]]:
-    """The rows that do not start within any of these times, which are sorted; and within `clip`."""
-    if clip is not None:
-        kept = (rows[start] >= clip[0]) & (rows[start] < clip[1])
-        rows = {name: column[kept] for name, column in rows.items()}
-    if not times or not len(rows[start]):
-        return rows
-    bounds = np.array(times, np.int64)
-    place = np.searchsorted(bounds[:, 0], rows[start], "right") - 1
-    kept = (place < 0) | (rows[start] >= bounds[place, 1])
-    return {name: column[kept] for name, column in rows.items()}
-
-
-def _present(source: Source, nvtx: Table, columns: tuple[str, ...]) -> list[str | None]:
-    """The columns of ranges that are not NULL in all of them, None for the others."""
-    kinds = ", ".join(map(str, PUSH_POP + START_END))
-    asked = [f"{column} IS NOT NULL" for column in columns]
-    if not source.exists(f"FROM {nvtx.sql} WHERE eventType IN ({kinds}) AND ({' OR '.join(asked)})"):
-        return [None] * len(columns)
-    return [
-        column if source.exists(f"FROM {nvtx.sql} WHERE eventType IN ({kinds}) AND {test}") else None
-        for column, test in zip(columns, asked, strict=True)
-    ]
-
-
-def _some(column: tuple[Ints, Any], rows: Any) -> tuple[Ints, Any]:
-    return column[0][rows], None if column[1] is None else column[1][rows]

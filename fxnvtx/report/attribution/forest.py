@@ -1,4 +1,6 @@
-"""Counters per path: a `Tree` whose nodes have numbers, and arrays by those numbers."""
+"""Counters per path: a `Tree` whose nodes have numbers, and arrays by those numbers; how long single calls took, where
+a call may come in pieces, and their distribution per path; and where in the tree a replayed kernel counts.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +10,140 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..capture.schema import GRAPH, KERNEL
-from ..labels import Name
-from ..tree import FROM_DEVICE, Node, Tree
+from ..labels import UNKNOWN, Name
+from ..tree import FROM_DEVICE, Calls, Node, Tree
 from .batches import Ints
-from .intern import Interner, Sums, grown
-from .lengths import Lengths, Ongoing
-from .names import Numbered
+from .names import Interner, Numbered, Sums, grown
 
-__all__ = ["ROOT", "Forest"]
+__all__ = ["BEFORE", "LEVEL", "NO_TABLE", "ROOT", "Forest", "Lengths", "Ongoing", "buckets", "layers", "place"]
+
+
+def buckets(values: Ints) -> Ints:
+    """What `calls.added` puts each value into."""
+    size = np.abs(values)
+    bits = np.frexp(size.astype(np.float64))[1].astype(np.int64)
+    # a float64 may round up to the next power of two
+    bits -= (bits > 0) & ((np.int64(1) << np.maximum(bits - 1, 0)) > size)
+    shift = np.maximum(bits - 5, 0)
+    return (shift << 5) + (values >> shift)
+
+
+class Lengths:
+    """The distribution of the lengths of a node's calls."""
+
+    def __init__(self) -> None:
+        self._pairs = Interner()
+        self._counts = Sums()
+        self._totals = Sums()
+
+    def add(self, node: Ints, length: Ints) -> None:
+        pairs = self._pairs((node << 32) | (buckets(length) & 0xFFFFFFFF))
+        self._counts.count(pairs)
+        self._totals.add(pairs, length)
+
+    def found(self) -> dict[int, Calls]:
+        """By the number of the node."""
+        size = len(self._pairs)
+        entries: dict[int, dict[int, list[int]]] = {}
+        for pair, count, total in zip(
+            self._pairs.keys(), self._counts.tolist(size), self._totals.tolist(size), strict=True
+        ):
+            bucket = pair & 0xFFFFFFFF
+            entries.setdefault(pair >> 32, {})[bucket - (bucket >> 31 << 32)] = [count, total]
+        return {node: _calls(entry) for node, entry in entries.items()}
+
+
+def _calls(entry: dict[int, list[int]]) -> Calls:
+    if len(entry) == 1:
+        ((count, total),) = entry.values()
+        if count == 1:
+            return total
+    return entry
+
+
+class Ongoing:
+    """Each node's latest call, which later pieces may still make longer."""
+
+    def __init__(self) -> None:
+        self._length = np.empty(0, np.int64)
+        self._some = np.empty(0, np.bool_)
+
+    def feed(self, node: Ints, length: Ints, piece: NDArray[np.bool_]) -> tuple[Ints, Ints]:
+        """Ranges in order, each a call or one more piece of its node's latest: the calls that are over by that."""
+        if not len(node):
+            return node, length
+        order = np.argsort(node, kind="stable")
+        node, length, piece = node[order], length[order], piece[order]
+        self._length = grown(self._length, int(node[-1]) + 1)
+        self._some = grown(self._some, int(node[-1]) + 1)
+        new_node = np.append(True, node[1:] != node[:-1])
+        begins = np.flatnonzero(new_node | ~piece)
+        owner, total = node[begins], np.add.reduceat(length, begins)
+        first, goes_on = new_node[begins], piece[begins]
+        before = first & self._some[owner]
+        over_node, over_length = owner[before & ~goes_on], self._length[owner[before & ~goes_on]]
+        total += np.where(before & goes_on, self._length[owner], 0)
+        last = np.append(first[1:], True)
+        self._length[owner[last]], self._some[owner[last]] = total[last], True
+        return np.append(over_node, owner[~last]), np.append(over_length, total[~last])
+
+    def rest(self) -> tuple[Ints, Ints]:
+        """The calls that were not over; they are now."""
+        node = np.flatnonzero(self._some)
+        self._some[:] = False
+        return node, self._length[node]
+
+
+# ------------------------------------------------------------------------------------------------ replayed CUDA graphs
+
+
+BEFORE = Name(UNKNOWN + "the CUDA graph was captured before the recording began", "unknown")
+NO_TABLE = Name(
+    UNKNOWN + "no CUDA graph nodes in this export (record with --cuda-graph-trace=node)", "unknown"
+)  # fmt: skip
+LEVEL = Name(UNKNOWN + "graph-level trace (record with --cuda-graph-trace=node)", "unknown")
+NO_RANGE = Name(UNKNOWN + "captured outside every range (a warm-up without ranges?)", "unknown")
+_STRUCTURE = {"request", "stage", "loop", "step", "compile", "unknown"}
+
+
+def layers(launched: Node, captured: Node) -> list[Name]:
+    """The ranges between a graph's launch and its kernel: what encloses the captured call below the range that
+    launches the graph now."""
+    path = captured.path()
+    texts = [name.text for name in path]
+    for name in reversed(launched.path()):
+        if name.category not in _STRUCTURE and name.text in texts:
+            below = path[len(texts) - 1 - texts[::-1].index(name.text) + 1 :]
+            return [part for part in below if part.category not in _STRUCTURE]
+    return [part for part in path if part.category not in _STRUCTURE]
+
+
+def place(
+    tree: Tree, launched: Node, captured: Node | None, missing: Name, later: Callable[[Node], bool] = lambda node: False
+) -> Node:
+    """The node for a replayed kernel: below its launch (which step), at its layer (from the capture). later: whether a
+    node is there only because of ranges that come after the launch."""
+    if captured is None:
+        return tree.child(launched, missing)
+    names = layers(launched, captured)
+    if not names and (captured.parent is None or captured.is_unknown()):
+        return tree.child(launched, NO_RANGE)
+    node = launched
+    for name in names:
+        below = node.kids.get(name)
+        if below is None:
+            below = tree.child(node, name)
+            below.flags = frozenset({"replayed"})
+            below.first = launched.first
+        elif later(below):
+            below.flags = frozenset({"replayed"})
+            below.first = launched.first
+        node = below
+    return node
+
+
+# --------------------------------------------------------------------------------------------------- counters per path
+
 
 ROOT = 0
 LATEST, EARLIEST = np.iinfo(np.int64).max, np.iinfo(np.int64).min

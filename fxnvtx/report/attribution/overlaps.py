@@ -1,16 +1,34 @@
-"""Intervals that overlap: unions of device work per range, and residency work hidden behind compute."""
+"""Intervals that overlap: unions of device work per range, residency work hidden behind compute; the longest idle
+times; and what the host did with the device besides launching: waits, allocations, and how much was in use by then.
+"""
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from .batches import Ints
+from ..capture.schema import Schema
+from .batches import Batch, Ints, Limits, Source, Spool, windows
+from .device import PROCESS, check_times, distinct
 from .forest import EARLIEST, Forest
-from .spool import Limits, Spool, windows
 
-__all__ = ["COMMUNICATION", "COMPUTE", "COPYING", "Moves", "Shared", "cover_before", "own_parts", "unions"]
+__all__ = [
+    "COMMUNICATION",
+    "COMPUTE",
+    "COPYING",
+    "Gaps",
+    "Moves",
+    "Shared",
+    "Waits",
+    "cover_before",
+    "own_parts",
+    "unions",
+]
+
 
 COMPUTE, COMMUNICATION, COPYING, SETTING = 0, 1, 2, 3  # what an operation is for
 
@@ -229,3 +247,135 @@ def _merged(compute: list[tuple[Spool, int]], limits: Limits) -> Iterator[tuple[
     whole.seal()
     yield from _merged([(whole, 0)], limits)
     whole.close()
+
+
+# ---------------------------------------------------------------------------------------------------------- idle times
+
+
+_KEPT = 10
+_STEP = 1_000
+
+
+class Gaps:
+    """Takes in operations and keeps the longest idle times before one, the earlier of two that are equally long."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[int, int, int, int, int]] = []  # idle, start, device, node, name
+        self._least = 0
+
+    def add(self, rows: dict[str, NDArray[Any]], node: Ints) -> None:
+        """Operations as they were launched, and the range that waited for each."""
+        places = np.flatnonzero(rows["idle"] > self._least)
+        while len(places):
+            # a few at a time, because those rule out most others
+            some, places = places[:_STEP], places[_STEP:]
+            columns = [rows[name][some].tolist() for name in ("idle", "start", "device")]
+            for gap in zip(*columns, node[some].tolist(), rows["name"][some].tolist(), strict=True):
+                self._one(gap)
+            places = places[rows["idle"][places] > self._least]
+
+    def _one(self, gap: tuple[int, int, int, int, int]) -> None:
+        if gap[0] <= self._least:
+            return
+        if len(self._heap) == _KEPT:
+            heapq.heappop(self._heap)
+        heapq.heappush(self._heap, gap)
+        if len(self._heap) == _KEPT:
+            self._least = self._heap[0][0]
+
+    def longest(self) -> list[tuple[int, int, int, int]]:
+        """(length, end, node, name of the operation that ended it), the longest first."""
+        found = sorted(self._heap, reverse=True, key=lambda gap: gap[:3])
+        return [(idle, start, node, name) for idle, start, _device, node, name in found]
+
+
+# ----------------------------------------------------------------------------------------------- waits and allocations
+
+
+WAIT, ALLOCATION, RELEASE = 0, 1, 2
+_ON_HOST = (0, 1)  # kinds of memory: pageable and pinned
+# `cudaStreamSynchronize_v3020`, `cuCtxSynchronize`, `hipDeviceSynchronize`
+_WAITING = "value GLOB 'cu*Synchronize*' OR value GLOB 'hip*Synchronize*'"
+_ROW = {"start": np.int64, "end": np.int64, "kind": np.int8, "size": np.int64, "used": np.int64}
+
+
+class Waits:
+    """Calls that wait, and (de)allocations, by thread. used: bytes of the process that are allocated after each, as
+    far as the capture saw them being allocated. has_memory: whether the capture tells of allocations."""
+
+    def __init__(self, source: Source, schema: Schema, limits: Limits, tick: Any) -> None:
+        self.rows = Spool(_ROW, (), limits)
+        self.has_memory = False
+        self._used: dict[int, int] = {}
+        runtime = schema.runtime
+        if runtime is None:
+            return
+        if (
+            schema.strings is not None
+            and "nameId" in runtime.columns
+            and source.exists(f"FROM {schema.strings.sql} WHERE {_WAITING}")
+        ):
+            named = f"nameId IN (SELECT id FROM {schema.strings.sql} WHERE {_WAITING})"
+            for batch in source.batches(["globalTid", "start", "end"], f"FROM {runtime.sql} WHERE {named}"):
+                self._waits(batch)
+                tick(batch.rows)
+        if schema.memory is not None:
+            memory = schema.memory
+            columns = [
+                "r.globalTid",
+                "r.start",
+                "r.end",
+                "m.memoryOperationType",
+                "m.bytes",
+                "m.globalPid",
+                "m.memKind",
+            ]
+            join = (
+                f"FROM {memory.sql} m LEFT JOIN {runtime.sql} r ON r.correlationId = m.correlationId"
+                f" AND r.globalTid & {PROCESS} = m.globalPid ORDER BY m.start"
+            )
+            for batch in source.batches(columns, join):
+                self._memory(batch)
+                tick(batch.rows)
+        self.rows.seal()
+
+    def _waits(self, batch: Batch) -> None:
+        tid, start, end = batch.ints
+        keep = _whole(end[0] >= start[0], tid, start, end)
+        check_times(start[0][keep], end[0][keep])
+        length = end[0][keep] - start[0][keep]
+        self.rows.append(tid[0][keep], (start[0][keep], end[0][keep], WAIT, length, 0))
+
+    def _memory(self, batch: Batch) -> None:
+        tid, start, end, kind, size, pid, where = batch.ints
+        device = _whole((kind[0] <= 1) & ~np.isin(where[0], _ON_HOST), kind, size, pid)
+        self.has_memory = self.has_memory or bool(device.any())
+        change = np.where(device, np.where(kind[0] == 0, size[0], -size[0]), 0)
+        used = np.zeros(batch.rows, np.int64)
+        for process in distinct(pid[0]):
+            mine = pid[0] == process
+            upto = self._used.get(process, 0) + np.cumsum(change[mine])
+            used[mine] = upto
+            self._used[process] = int(upto[-1])
+        keep = _whole(device & (end[0] >= start[0]), tid, start, end)
+        check_times(start[0][keep], end[0][keep])
+        which = np.where(kind[0] == 0, ALLOCATION, RELEASE)[keep]
+        self.rows.append(tid[0][keep], (start[0][keep], end[0][keep], which, size[0][keep], used[keep]))
+
+
+def count_waits(forest: Forest, node: Ints, rows: dict[str, NDArray[Any]]) -> None:
+    """Count rows for the ranges they lie in."""
+    for kind, counter in ((WAIT, "waited"), (ALLOCATION, "allocated"), (RELEASE, "released")):
+        some = rows["kind"] == kind
+        if some.any():
+            forest.sums[counter].add(node[some], rows["size"][some])
+    some = rows["kind"] == ALLOCATION
+    if some.any():
+        forest.count_peaks(node[some], rows["used"][some])
+
+
+def _whole(keep: NDArray[np.bool_], *columns: tuple[Ints, NDArray[np.bool_] | None]) -> NDArray[np.bool_]:
+    for _values, valid in columns:
+        if valid is not None:
+            keep = keep & valid
+    return keep

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .batches import Ints
-from .crossing import Walk
+from ..part import inside
+from .batches import Ints, Spool, windows
 from .forest import EARLIEST, LATEST, ROOT, Forest
-from .nesting import NONE, TOP, Nest, Placed, nested, placed, within
-from .spool import Spool, windows
+from .nesting import NONE, TOP, Nest, Placed, Walk, nested, placed, within
 
 __all__ = ["HAS_PAYLOAD", "OPEN", "SPAN", "Calls", "Spans", "Threads"]
+
 
 # what is kept of a range, and its flags
 SPAN = {"start": np.int64, "neg_end": np.int64, "name": np.int64, "payload": np.int64, "flags": np.int8}
@@ -323,3 +323,44 @@ def _line(nest: Nest, row: int) -> Ints:
         line.append(row)
         row = int(nest.parent[row])
     return np.array(line[::-1], np.int64)
+
+
+def calls_of(rows: dict[str, NDArray[Any]]) -> Calls:
+    """Launched operations, by call, as calls."""
+    call, corr = rows["call"], rows["corr"]
+    if not len(call):
+        return Calls(call, call, call, call, call, (rows, np.empty(0, np.int64)))
+    begins = np.flatnonzero(np.append(True, (call[1:] != call[:-1]) | (corr[1:] != corr[:-1])))
+    first = np.minimum.reduceat(rows["start"], begins)
+    last = np.maximum.reduceat(rows["end"], begins)
+    time = np.add.reduceat(rows["credit"], begins)
+    return Calls(call[begins], rows["call_end"][begins], first, last, time, (rows, begins))
+
+
+def cut(spans: Spans, clip: tuple[int, int] | None) -> Spans:
+    """The ranges cut to a time, without those that have no part in it."""
+    if clip is None or not len(spans.start):
+        return spans
+    low, high = clip
+    rows = np.flatnonzero(inside(spans.start, spans.end, low, high))
+    start, end = np.maximum(spans.start[rows], low), np.minimum(spans.end[rows], high)
+    order = np.lexsort([-end, start])  # stable: ranges that were cut alike stay in their order
+    rows = rows[order]
+    return Spans(
+        start[order], end[order], spans.name[rows], spans.payload[rows], spans.is_open[rows], spans.piece[rows]
+    )  # fmt: skip
+
+
+def without(
+    rows: dict[str, NDArray[Any]], start: str, times: list[tuple[int, int]], clip: tuple[int, int] | None = None
+) -> dict[str, NDArray[Any]]:
+    """The rows that do not start within any of these times, which are sorted; and within `clip`."""
+    if clip is not None:
+        kept = (rows[start] >= clip[0]) & (rows[start] < clip[1])
+        rows = {name: column[kept] for name, column in rows.items()}
+    if not times or not len(rows[start]):
+        return rows
+    bounds = np.array(times, np.int64)
+    place = np.searchsorted(bounds[:, 0], rows[start], "right") - 1
+    kept = (place < 0) | (rows[start] >= bounds[place, 1])
+    return {name: column[kept] for name, column in rows.items()}

@@ -21,7 +21,7 @@ from .recording import load_recording, read_recording
 from .schema import HOW_TO_RECORD, damaged, detect, open_capture
 
 if TYPE_CHECKING:
-    from ..attribution.spool import Limits
+    from ..attribution.batches import Limits
 
 __all__ = ["as_sqlite", "expanded", "kind_of", "rank_of", "read_file", "read_sqlite", "uncollected"]
 
@@ -166,9 +166,8 @@ def read_sqlite(
 def _parts(reader: Reader, path: Path, limits: Limits | None, adbc: bool) -> list[Part]:
     """The processes that did anything; one without anything where the capture holds no more."""
     # not at the top: numpy is imported only when a capture is read
-    from ..attribution.batches import Source
+    from ..attribution.batches import Limits, Source
     from ..attribution.captures import Capture
-    from ..attribution.spool import Limits
 
     limits = limits or Limits()
     source = Source(reader.connection, path, limits.batch, adbc)

@@ -33,7 +33,7 @@ def read_recording(
     ranges = recording.ranges
     with damaged_recording(source):
         # not at the top: numpy is imported only when a capture is read
-        from ..attribution.recorded import fill
+        from ..attribution import fill
 
         left_out = omitted(lambda: spans_of(ranges, exact), window)
         if window.between is not None and ranges:

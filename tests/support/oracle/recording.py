@@ -13,7 +13,7 @@ from .sweep import Sweep
 
 
 def fill(tree: Tree, spans: Iterable[Span]) -> None:
-    """What `fxnvtx.report.attribution.recorded.fill` does."""
+    """What `fxnvtx.report.attribution.fill` does."""
     connection = sqlite3.connect("")
     compute = Compute(connection)
     Sweep(tree, lambda node, both, what: None, compute.watch).run(spans, ())
