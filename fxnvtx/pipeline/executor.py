@@ -228,8 +228,8 @@ class ComposedPipeline:
         for component, mode in args.residency.items():
             if mode != "resident" and component not in declared:
                 raise ConfigError(
-                    f"residency asks for {component}={mode}, but no stage declares a use of it: let component_uses() "
-                    "of the stage that needs it return it, or keep it resident"
+                    f"residency asks for {component!r} to be {mode}, but no stage has a ComponentUse declaration of it: "
+                    "let component_uses() of the stage that needs it return one, or keep it resident"
                 )
 
     def __call__(self, batch: Any, args: ServerArgs | None = None) -> Any:

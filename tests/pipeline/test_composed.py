@@ -139,7 +139,7 @@ def test_an_offload_that_no_stage_declares_is_refused(mode):
     if mode == "resident":
         pipeline(Batch())
         return
-    with pytest.raises(ConfigError, match=f"other={mode}, but no stage declares a use"):
+    with pytest.raises(ConfigError, match=f"'other' to be {mode}, but no stage has a ComponentUse"):
         pipeline(Batch())
 
 

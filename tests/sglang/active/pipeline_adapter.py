@@ -18,6 +18,7 @@ from fxnvtx.hooks import DiffusionNvtxHooks
 from fxnvtx.instrument import is_enabled, label_of
 from fxnvtx.integrations.sglang.torch_nvtx import also_through_torch
 from fxnvtx.names import Selection, input_shapes, label_text, name_modules
+from fxnvtx.pipeline import strategies
 from fxnvtx.pipeline.component_use import Holdings
 from fxnvtx.pipeline.request import RequestMetrics
 from fxnvtx.ranges import maybe_nvtx_range
@@ -223,6 +224,15 @@ class Manager:
         self._now = self._stage(stage, server_args)
         self._manager.before_stage(self._now)
 
+    def strategy_for(self, component_name, module):
+        self._manager.components[component_name] = module
+        return self._manager.holdings.strategy(component_name, module)
+
+    @property
+    def _strategy_cache(self):
+        named = {id(module): name for name, module in self._manager.components.items()}
+        return {named[id(m)]: (m, s) for m, s in self._manager.holdings.known() if id(m) in named}
+
     def begin_stage(self):
         self._open.enter_context(self._manager.stage_uses(self._now))
 
@@ -335,9 +345,6 @@ offer("pipelines_core.stages.base", PipelineStage=Stage)
 offer("pipelines_core.schedule_batch", Req=Req)
 # What SGLang alone has: a test that asks for it fails.
 NOT_OURS = {
-    "managers.memory_managers.component_residency_strategies": (
-        "ComponentOffloadStrategy", "ResidentStrategy", "SnapshotOffloadStrategy",
-    ),
     "managers.memory_managers.memory_occupation_controller": ("MemoryOccupationController",),
     "managers.memory_managers.weight_snapshot": ("weight_snapshot",),
     "loader.utils": ("component_residency_bytes",),
@@ -347,9 +354,15 @@ NOT_OURS = {
     "post_training.weights_updater": ("_load_weights_into_module",),
     "utils.argparse": ("FlexibleArgumentParser",),
 }  # fmt: skip
-CALLED = ("prepare_for_use", "wait_for_use", "prefetch_for_use", "finish_use", "finish_request")
 for where, names in NOT_OURS.items():
-    offer(where, **{name: type(name, (), dict.fromkeys(CALLED)) for name in names})
+    offer(where, **{name: type(name, (), {}) for name in names})
+CALLED = dict.fromkeys(("prepare_for_use", "wait_for_use", "prefetch_for_use", "finish_use", "finish_request"))
+offer(
+    "managers.memory_managers.component_residency_strategies",
+    ResidentStrategy=strategies.Resident,
+    ComponentOffloadStrategy=type("ComponentOffloadStrategy", (), CALLED),
+    SnapshotOffloadStrategy=type("SnapshotOffloadStrategy", (), CALLED),
+)
 offer("platforms", current_platform=SimpleNamespace(is_cuda=lambda: False))
 for where, name in (("base", "PipelineConfig"), ("qwen_image", "QwenImagePipelineConfig")):
     offer(f"pipeline_configs.{where}", "sglang.multimodal_gen.configs.", **{name: type(name, (), {})})
