@@ -228,7 +228,7 @@ class ComposedPipeline:
         for component, mode in args.residency.items():
             if mode != "resident" and component not in declared:
                 raise ConfigError(
-                    f"residency asks for {component!r} to be {mode}, but no stage has a ComponentUse declaration of it: "
+                    f"residency asks for {component!r} to be {mode}, but no stage has a ComponentUse declaration: "
                     "let component_uses() of the stage that needs it return one, or keep it resident"
                 )
 
