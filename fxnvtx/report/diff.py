@@ -202,7 +202,7 @@ def _samples(
                 for operation, (_count, _duration, credit) in (node.ops or {}).items():
                     values = found.setdefault(operation, {})
                     values[unit] = values.get(unit, 0) + credit
-                todo.extend((kid, unit, in_step) for kid in reversed(node.ordered()))
+                todo.extend((child, unit, in_step) for child in reversed(node.ordered()))
                 continue
             name = _key(node)
             if name is not None:
@@ -211,7 +211,7 @@ def _samples(
                     values[unit] = values.get(unit, 0) + (node.gpu if measure == "gpu" else node.cpu)
                 inside[name] = inside.get(name, 0) + 1
                 todo.append(name)
-            todo.extend((kid, unit, in_step) for kid in reversed(node.ordered()))
+            todo.extend((child, unit, in_step) for child in reversed(node.ordered()))
     return {name: list(values.values()) for name, values in found.items()}
 
 

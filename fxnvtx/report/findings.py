@@ -285,7 +285,7 @@ def slow_launches(report: Report) -> Answer:
     """Calls that launch work take more than 10 us on average, more than 10% of the CPU time together, and longer than
     what they launch then waits to start. (Where that waits for long, the queue is full: the CPU is ahead, all is well.)
     """
-    calls = sum(node.launches for node in report.root.kids.values())
+    calls = sum(node.launches for node in report.root.children.values())
     if not calls:
         return Silence("slow_launches", "no launching calls")
     total = report.root.of("launching")

@@ -325,15 +325,15 @@ def timeline_of(
 def _chosen(root: Node) -> Node | None:
     """The step in the middle by time, of those outside of others."""
     steps: list[Node] = []
-    todo = list(root.kids.values())
+    todo = list(root.children.values())
     while todo:
         node = todo.pop()
         if category_of(node.name) == STEP and node.calls:
             steps.append(node)
         else:
-            todo.extend(node.kids.values())
+            todo.extend(node.children.values())
     if not steps:
-        steps = [node for node in root.kids.values() if node.calls and not node.is_unknown()]
+        steps = [node for node in root.children.values() if node.calls and not node.is_unknown()]
         requests = [node for node in steps if category_of(node.name) == REQUEST]
         return max(requests or steps, key=lambda node: node.cpu // node.calls, default=None)
     steps.sort(key=lambda node: (node.gpu or node.cpu) / node.calls)

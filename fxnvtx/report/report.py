@@ -110,7 +110,7 @@ def _outermost_unknown(root: Node) -> list[Node]:
         if node.is_unknown():
             found.append(node)
         else:
-            todo.extend(node.kids.values())
+            todo.extend(node.children.values())
     return found
 
 

@@ -115,7 +115,7 @@ def filtered(
     way: set[int] = set()
     changed: list[Node] = []
     # node, its copy's parent, the path above, whether an enclosing range matched
-    todo: list[tuple[Node, Node, str, bool]] = [(kid, copy, "", not include) for kid in reversed(root.ordered())]
+    todo: list[tuple[Node, Node, str, bool]] = [(child, copy, "", not include) for child in reversed(root.ordered())]
     order: list[tuple[Node, bool]] = []
     while todo:
         node, above, before, inside = todo.pop()
@@ -127,13 +127,13 @@ def filtered(
         inside = inside or matches(node.name.text, path, include) or matches(other, other, include)
         copied = _alone(node, above)
         order.append((copied, inside))
-        todo.extend((kid, copied, path, inside) for kid in reversed(node.ordered()))
+        todo.extend((child, copied, path, inside) for child in reversed(node.ordered()))
     for copied, inside in reversed(order):
         if not inside:
             parent = copied.parent
             assert parent is not None
-            if not copied.kids:
-                del parent.kids[copied.name]
+            if not copied.children:
+                del parent.children[copied.name]
             else:
                 way.add(id(copied))
                 _empty(copied)
@@ -144,14 +144,14 @@ def filtered(
             at.gpu_shared = 0
             at = at.parent
     for copied, _ in reversed(order):
-        copied.cpu = copied.cpu_self + sum(kid.cpu for kid in copied.kids.values())
+        copied.cpu = copied.cpu_self + sum(child.cpu for child in copied.children.values())
     total(copy)
     return copy, way
 
 
 def _alone(node: Node, parent: Node) -> Node:
     """A copy without what is inside."""
-    copied = parent.kids[node.name] = Node(node.name, parent)
+    copied = parent.children[node.name] = Node(node.name, parent)
     for field in SUMS:
         setattr(copied, field, getattr(node, field))
     copied.each, copied.cpu_min, copied.cpu_max = node.each, node.cpu_min, node.cpu_max
@@ -192,13 +192,13 @@ def split_fused(root: Node) -> Node:
     for node in reversed(fused):  # from the inside out
         parent = node.parent
         assert parent is not None
-        del parent.kids[node.name]
-        if node.kids or id(parent) not in known:
-            for kid in node.kids.values():
-                into = parent.kids.get(kid.name)
+        del parent.children[node.name]
+        if node.children or id(parent) not in known:
+            for child in node.children.values():
+                into = parent.children.get(child.name)
                 if into is None:
-                    into = parent.kids[kid.name] = Node(kid.name, parent)
-                merge_into(into, kid)
+                    into = parent.children[child.name] = Node(child.name, parent)
+                merge_into(into, child)
             names = known[id(parent)] = {}
             for below in parent.walk():
                 names.setdefault(below.name.text, below)
@@ -225,7 +225,7 @@ def _owner(parent: Node, owner: str, known: dict[str, Node]) -> Node:
     full = f"{parent.name.text}.{owner}" if category_of(parent.name) == MODULE else owner
     node = known.get(full) or known.get(owner)
     if node is None:
-        node = known[full] = parent.kids[Name(full, "module")] = Node(Name(full, "module"), parent)
+        node = known[full] = parent.children[Name(full, "module")] = Node(Name(full, "module"), parent)
         node.first = parent.first
     return node
 
@@ -329,7 +329,7 @@ def with_modules(root: Node) -> Iterator[tuple[Node, str, str]]:
     """All ranges, outer ones first, and where each is: the innermost module, and the operator in it if any
     ("blocks.0.attn > aten::copy_"); without modules the outermost operator stands for one; "" where neither is. And the
     outermost range's name."""
-    todo: list[tuple[Node, str, str, str]] = [(kid, "", "", kid.name.text) for kid in root.kids.values()]
+    todo: list[tuple[Node, str, str, str]] = [(child, "", "", child.name.text) for child in root.children.values()]
     while todo:
         node, module, inner, outer = todo.pop()
         text = node.name.text
@@ -339,4 +339,4 @@ def with_modules(root: Node) -> Iterator[tuple[Node, str, str]]:
         elif module and is_module(node.name):
             inner = text
         yield node, f"{module} > {inner}" if inner else module, outer
-        todo.extend((kid, module, inner, outer) for kid in node.kids.values())
+        todo.extend((child, module, inner, outer) for child in node.children.values())

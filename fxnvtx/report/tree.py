@@ -187,7 +187,7 @@ class Node:
         "flags",
         "gap",
         "gpu",
-        "kids",
+        "children",
         "name",
         "ops",
         "parent",
@@ -198,7 +198,7 @@ class Node:
     def __init__(self, name: Name, parent: Node | None) -> None:
         self.name = name
         self.parent = parent
-        self.kids: dict[Name, Node] = {}
+        self.children: dict[Name, Node] = {}
         # the counters of SUMS
         self.calls = self.cpu = self.cpu_self = self.open = self.launches = 0
         self.kernels = self.copies = self.copied_bytes = 0
@@ -241,12 +241,12 @@ class Node:
         """The same in an order that costs nothing: parents first, and no more."""
         found = [self]
         for node in found:
-            found.extend(node.kids.values())
+            found.extend(node.children.values())
         return found
 
     def ordered(self) -> list[Node]:
         """The children by first start; rows that hold what could not be attributed last."""
-        return sorted(self.kids.values(), key=_order)
+        return sorted(self.children.values(), key=_order)
 
     def add_op(self, name: str, count: int, duration: int, credit: int) -> None:
         if self.ops is None:
@@ -285,17 +285,17 @@ class Tree:
 
     def child(self, parent: Node, name: Name) -> Node:
         """The child of this name, made where there is none yet."""
-        node = parent.kids.get(name)
+        node = parent.children.get(name)
         if node is None:
             if self.size >= self.limit:
                 name = _OVERFLOW
                 if parent.name == _OVERFLOW:
                     return parent
-                node = parent.kids.get(name)
+                node = parent.children.get(name)
                 if node is not None:
                     return node
             node = Node(name, parent)
-            parent.kids[name] = node
+            parent.children[name] = node
             self.size += 1
         return node
 
@@ -310,17 +310,17 @@ def total(root: Node) -> None:
     for node in reversed(order):
         gpu, gap = node.gpu_self, node.gap_self
         below = _below_of(node)
-        for kid in node.kids.values():
-            gpu += kid.gpu
-            gap += kid.gap
-            if kid.below != NOTHING:
-                below = tuple(map(add, below, kid.below))
-            if kid.peak is not None and (node.peak is None or kid.peak > node.peak):
-                node.peak = kid.peak
+        for child in node.children.values():
+            gpu += child.gpu
+            gap += child.gap
+            if child.below != NOTHING:
+                below = tuple(map(add, below, child.below))
+            if child.peak is not None and (node.peak is None or child.peak > node.peak):
+                node.peak = child.peak
         node.gpu, node.gap, node.below = gpu, gap, below
     for node in order:
         node.gpu += node.gpu_shared
-    root.cpu = sum(kid.cpu for kid in root.kids.values())
+    root.cpu = sum(child.cpu for child in root.children.values())
 
 
 def merge_into(target: Node, source: Node, rename: Callable[[Node], Name] | None = None) -> None:
@@ -330,12 +330,12 @@ def merge_into(target: Node, source: Node, rename: Callable[[Node], Name] | None
         absorb(into, nodes)
         groups: dict[Name, list[Node]] = {}
         for node in nodes:
-            for kid in node.kids.values():
-                groups.setdefault(rename(kid) if rename else kid.name, []).append(kid)
+            for child in node.children.values():
+                groups.setdefault(rename(child) if rename else child.name, []).append(child)
         for name, group in groups.items():
-            same = into.kids.get(name)
+            same = into.children.get(name)
             if same is None:
-                same = into.kids[name] = Node(name, into)
+                same = into.children[name] = Node(name, into)
             todo.append((same, group))
 
 
@@ -384,6 +384,6 @@ def _unpack(packed: list[tuple[Any, ...]]) -> Node:
         for field, value in zip(_STATE, state, strict=True):
             setattr(node, field, value)
         if parent is not None:
-            parent.kids[node.name] = node
+            parent.children[node.name] = node
         nodes.append(node)
     return nodes[0]

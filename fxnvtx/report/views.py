@@ -111,7 +111,7 @@ def _folded(root: Node, fold: Folding, chosen: Selection) -> Node:
 def _tree(root: Node, side: Node, fold: Folding, chosen: Selection) -> list[Row]:
     root = _folded(root, fold, chosen)
     rows = _subtree(root, chosen, None)
-    if side.kids and not chosen.include:
+    if side.children and not chosen.include:
         top = Row("start/end ranges", 0, "side", "")  # in paths only
         for row in _subtree(side, chosen, top):
             if matches(row.name, row.name, chosen.exclude):
@@ -123,7 +123,7 @@ def _tree(root: Node, side: Node, fold: Folding, chosen: Selection) -> list[Row]
 
 def _subtree(root: Node, chosen: Selection, top: Row | None) -> list[Row]:
     rows: list[Row] = []
-    todo: list[tuple[Node, int, Row | None]] = [(kid, 0, top) for kid in reversed(root.ordered())]
+    todo: list[tuple[Node, int, Row | None]] = [(child, 0, top) for child in reversed(root.ordered())]
     while todo:
         node, depth, above = todo.pop()
         row = row_of(node, depth, above)
@@ -132,7 +132,7 @@ def _subtree(root: Node, chosen: Selection, top: Row | None) -> list[Row]:
             continue
         if top is None and chosen.kernels:
             rows.extend(_op_rows(node, row))
-        todo.extend((kid, depth + 1, row) for kid in reversed(node.ordered()))
+        todo.extend((child, depth + 1, row) for child in reversed(node.ordered()))
     return rows
 
 
@@ -174,7 +174,7 @@ def _grouped(root: Node, side: Node, way: set[int], keys: Keys, chosen: Selectio
     for start, aside in roots:
         inside: dict[str, int] = {}  # row -> how many of its ranges are around here
         # a node and the innermost row around it; None and the row that ends here
-        todo: list[tuple[Node | None, Row]] = [(kid, outside) for kid in reversed(start.ordered())]
+        todo: list[tuple[Node | None, Row]] = [(child, outside) for child in reversed(start.ordered())]
         while todo:
             node, inner = todo.pop()
             if node is None:
@@ -198,7 +198,7 @@ def _grouped(root: Node, side: Node, way: set[int], keys: Keys, chosen: Selectio
             else:
                 inner.cpu_self += node.cpu_self
                 inner.gpu_self += node.gpu_self
-            todo.extend((kid, inner) for kid in reversed(node.ordered()))
+            todo.extend((child, inner) for child in reversed(node.ordered()))
     found = list(rows.values())
     found.sort(key=lambda row: (row.kind == "unknown", -(row.gpu if gpu else row.cpu)))  # stable: outer ones first
     return [*found, *_worth(outside)]
@@ -258,7 +258,7 @@ def _kernels(root: Node, chosen: Selection) -> list[Row]:
             row.gpu_sum += duration
             row.gpu += credit
             row.gpu_self += credit
-        todo.extend((kid, path, inside) for kid in reversed(node.ordered()))
+        todo.extend((child, path, inside) for child in reversed(node.ordered()))
     return sorted(rows.values(), key=lambda row: (-row.gpu, row.name))
 
 

@@ -192,7 +192,7 @@ def rate(root: Node, table: Table, peaks: Peaks, gpu: bool) -> dict[str, int]:
     why: dict[str, int] = {}
     timed = gpu or table.devices <= {"cpu", ""}  # the host's time says nothing about a device's
     # node, in a backward pass, the nearest module around, calls of the nearest range that has some
-    todo: list[tuple[Node, bool, str, int]] = [(kid, False, "", 0) for kid in root.kids.values()]
+    todo: list[tuple[Node, bool, str, int]] = [(child, False, "", 0) for child in root.children.values()]
     while todo:
         node, backward, under, calls = todo.pop()
         backward = backward or node.name.text == "backward"
@@ -200,7 +200,7 @@ def rate(root: Node, table: Table, peaks: Peaks, gpu: bool) -> dict[str, int]:
         calls = node.calls + node.replays or calls
         _rate(node, table.of(node.name, under, backward), calls, peaks, gpu, timed, why)
         below = node.name.text.partition(" in=")[0] if node.name.category == MODULE else under
-        todo.extend((kid, backward, below, calls) for kid in node.kids.values())
+        todo.extend((child, backward, below, calls) for child in node.children.values())
     return why
 
 

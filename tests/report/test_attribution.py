@@ -48,7 +48,7 @@ def told(root: Node) -> dict[tuple[object, ...], dict[str, object]]:
             **{field: getattr(node, field) for field in FIELDS},
             "below": [value for name, value in zip(BELOW, node.below, strict=True) if name not in NEWER],
             "ops": node.ops or {},
-            "kids": [kid.name for kid in node.ordered()],
+            "children": [child.name for child in node.ordered()],
         }
         for node in root.walk()
     }

@@ -151,7 +151,7 @@ def _measure(rows: list[tuple[int, int]]) -> int:
 
 def _check_conservation(root: Node) -> None:
     nodes = list(root.walk())
-    assert sum(node.cpu_self for node in nodes) == sum(kid.cpu for kid in root.kids.values()) == root.cpu
+    assert sum(node.cpu_self for node in nodes) == sum(child.cpu for child in root.children.values()) == root.cpu
     assert sum(node.gpu_self for node in nodes) == root.gpu
     for node in nodes:
         assert node.cpu_self >= 0
@@ -176,7 +176,7 @@ def test_a_recording_comes_back_as_its_own_tree(items: list[list[Written | int]]
         calls, time = expected.get(path, (0, 0))
         assert node.end_ns is not None
         expected[path] = (calls + 1, time + node.end_ns - node.start_ns)
-        todo.extend((kid, (*path, kid.label)) for kid in node.children)
+        todo.extend((child, (*path, child.label)) for child in node.children)
     rows = {row.path: (row.calls, row.cpu) for row in report.rows()}
     assert rows == expected
     _check_conservation(report.root)

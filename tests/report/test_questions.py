@@ -115,7 +115,7 @@ def test_overlap_agrees_with_counting(tmp_path_factory: pytest.TempPathFactory, 
     (part,) = read_sqlite(path, limits=limits)
     compute = {at for start, length, kind, _ in items if kind == "kernel" for at in range(start, start + length)}
     for layer in (0, 1):
-        node = next(kid for kid in part.tree.root.kids.values() if kid.name.text == f"net.{layer}")
+        node = next(child for child in part.tree.root.children.values() if child.name.text == f"net.{layer}")
         for kind, all_of_it, hidden in (
             ("nccl", node.communication, node.communication_hidden),
             ("copy", node.copying, node.copying_hidden),
@@ -141,8 +141,8 @@ def test_overlap_agrees_with_counting(tmp_path_factory: pytest.TempPathFactory, 
 def test_ranges_are_cut_to_a_part_of_the_time(
     tmp_path: Path, between: tuple[int, int | None], expected: dict[str, tuple[int, int]], limits: Limits
 ) -> None:
-    def shown(kids: Callable[[], object]) -> dict[str, tuple[int, int]]:
-        return {n.name.text: (n.calls, n.cpu) for n in kids() if n.parent is not None and n.calls}  # type: ignore[attr-defined]
+    def shown(children: Callable[[], object]) -> dict[str, tuple[int, int]]:
+        return {n.name.text: (n.calls, n.cpu) for n in children() if n.parent is not None and n.calls}  # type: ignore[attr-defined]
 
     window = Window(compiling=True, between=between)
     capture = Capture(tmp_path / "c.sqlite")

@@ -55,8 +55,8 @@ def recording_of(threads: list[list[Item]]) -> Recording:
             place, start = len(ranges), now
             ranges.append(Range(text, category, None, thread, depth, start, None))
             now += 1 + len(text)
-            for kid in inside:
-                write(kid, depth + 1, thread)
+            for child in inside:
+                write(child, depth + 1, thread)
                 now += 3
             now += 1
             ranges[place] = Range(text, category, None, thread, depth, start, now)

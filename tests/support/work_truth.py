@@ -48,7 +48,7 @@ def report_of(recording: Recording) -> Report:
 def shown_flops(recording: Recording, backward: bool = False) -> dict[str, int]:
     """FLOPs of every module that has any, by label, with all inside it; in backward passes or out of them."""
     found: dict[str, int] = {}
-    todo = [(kid, False, frozenset[str]()) for kid in report_of(recording).root.kids.values()]
+    todo = [(child, False, frozenset[str]()) for child in report_of(recording).root.children.values()]
     while todo:
         node, inside, around = todo.pop()
         text = node.name.text
@@ -56,5 +56,5 @@ def shown_flops(recording: Recording, backward: bool = False) -> dict[str, int]:
         flops = node.below[_FLOPS]
         if flops and node.name.category == "module" and inside == backward and text not in {*around, "backward"}:
             found[text] = found.get(text, 0) + flops
-        todo.extend((kid, inside, around | {text}) for kid in node.kids.values())
+        todo.extend((child, inside, around | {text}) for child in node.children.values())
     return found

@@ -112,7 +112,7 @@ class Capture:
         for thread in self._threads(pid, self.aside):
             self._run(threads, thread, self.aside, omitted)
         filler.forest.fill(self._operation)
-        part.side.root.kids.pop(OUTSIDE, None)
+        part.side.root.children.pop(OUTSIDE, None)
         part.side.total()
 
     def _heads(self, pid: int) -> Iterator[Span]:

@@ -130,7 +130,7 @@ def place(
         return tree.child(launched, NO_RANGE)
     node = launched
     for name in names:
-        below = node.kids.get(name)
+        below = node.children.get(name)
         if below is None:
             below = tree.child(node, name)
             below.flags = frozenset({"replayed"})

@@ -193,7 +193,7 @@ def _parts(reader: Reader, path: Path, limits: Limits | None, adbc: bool) -> lis
         if capture is not None:
             capture.close()
         source.close()
-    parts = [part for part in parts if part.tree.root.kids or part.side.root.kids]
+    parts = [part for part in parts if part.tree.root.children or part.side.root.children]
     if parts:
         return parts
     if not reader.has_ranges:

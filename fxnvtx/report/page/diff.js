@@ -22,9 +22,9 @@ const paletteNow = () => colours[document.documentElement.dataset.theme === "dar
 const ROW = 23;
 const sides = data.sides.map((tree, index) => {
   const count = tree.parent.length;
-  const kids = Array.from({ length: count }, () => []), depths = new Uint16Array(count), keys = new Map(), key = [""];
+  const children = Array.from({ length: count }, () => []), depths = new Uint16Array(count), keys = new Map(), key = [""];
   for (let i = 1; i < count; i++) {
-    kids[tree.parent[i]].push(i);
+    children[tree.parent[i]].push(i);
     depths[i] = depths[tree.parent[i]] + 1;
     key[i] = tree.parent[i] ? `${key[tree.parent[i]]}\u0000${tree.name[i]}` : String(tree.name[i]);
     keys.set(key[i], i);
@@ -33,12 +33,12 @@ const sides = data.sides.map((tree, index) => {
   const left = new Float64Array(count), right = new Float64Array(count);
   right[0] = tree.value[0];
   for (let i = 0; i < count; i++) {
-    const sum = kids[i].reduce((total, kid) => total + tree.value[kid], 0), whole = Math.max(tree.value[i], sum);
+    const sum = children[i].reduce((total, child) => total + tree.value[child], 0), whole = Math.max(tree.value[i], sum);
     let x = left[i];
-    for (const kid of kids[i]) { left[kid] = x; x += whole > 0 ? (tree.value[kid] * (right[i] - left[i])) / whole : 0; right[kid] = x; }
+    for (const child of children[i]) { left[child] = x; x += whole > 0 ? (tree.value[child] * (right[i] - left[i])) / whole : 0; right[child] = x; }
   }
   const canvas = by(index ? "b" : "a");
-  return { tree, kids, depths, keys, key, left, right, canvas, paint: canvas.getContext("2d"), drawn: [], count };
+  return { tree, children, depths, keys, key, left, right, canvas, paint: canvas.getContext("2d"), drawn: [], count };
 });
 let root = "", at = null;
 
@@ -80,7 +80,7 @@ function draw() {
       if (x1 - x0 > 3) { paint.fillStyle = colors.line; paint.fillRect(x1 - 1, level * ROW, 1, ROW - 1); }
       if (at !== null && side.key[i] === at && i) { paint.strokeStyle = colors.ink; paint.lineWidth = 2; paint.strokeRect(x0 + 1, level * ROW + 1, Math.max(1, x1 - x0 - 3), ROW - 3); }
       if (x1 - x0 > 24) { paint.fillStyle = colors.ink; paint.fillText(fit(paint, i ? shownName(side, i) : "everything", x1 - x0 - 12), x0 + 6, level * ROW + ROW / 2); }
-      for (let k = side.kids[i].length - 1; k >= 0; k--) todo.push(side.kids[i][k]);
+      for (let k = side.children[i].length - 1; k >= 0; k--) todo.push(side.children[i][k]);
     }
   }
 }

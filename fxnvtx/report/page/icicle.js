@@ -13,7 +13,7 @@ const icicle = (() => {
   function levels() {
     let deepest = 0;
     const todo = [model.root];
-    while (todo.length) { const i = todo.pop(); deepest = Math.max(deepest, depths[i]); todo.push(...kids[i]); }
+    while (todo.length) { const i = todo.pop(); deepest = Math.max(deepest, depths[i]); todo.push(...children[i]); }
     return deepest - depths[model.root] + 1;
   }
 
@@ -56,7 +56,7 @@ const icicle = (() => {
       }
       reached[level] = Math.max(reached[level] ?? 0, x1);
       boxed(i, x0, x1, level, colors);
-      for (let k = kids[i].length - 1; k >= 0; k--) todo.push(kids[i][k]);
+      for (let k = children[i].length - 1; k >= 0; k--) todo.push(children[i][k]);
     }
   }
 
@@ -173,9 +173,9 @@ const icicle = (() => {
     zoom(node === model.root && node > 0 ? tree.parent[node] : node);
   });
   canvas.addEventListener("keydown", (event) => {
-    const at = model.at, siblings = at ? kids[tree.parent[at]] : [0], place = siblings.indexOf(at);
+    const at = model.at, siblings = at ? children[tree.parent[at]] : [0], place = siblings.indexOf(at);
     let to = at;
-    if (event.key === "ArrowDown") to = biggest(kids[at]) ?? at;
+    if (event.key === "ArrowDown") to = biggest(children[at]) ?? at;
     else if (event.key === "ArrowUp") to = at > model.root ? tree.parent[at] : at;
     else if (event.key === "ArrowRight") to = at > model.root ? siblings[Math.min(place + 1, siblings.length - 1)] : at;
     else if (event.key === "ArrowLeft") to = at > model.root ? siblings[Math.max(place - 1, 0)] : at;

@@ -15,8 +15,8 @@ const model = {
   change() { for (const listener of this.listeners) listener(); },
 };
 
-const kids = Array.from({ length: count }, () => []);
-for (let i = 1; i < count; i++) kids[tree.parent[i]].push(i);
+const children = Array.from({ length: count }, () => []);
+for (let i = 1; i < count; i++) children[tree.parent[i]].push(i);
 const depths = new Uint16Array(count);
 for (let i = 1; i < count; i++) depths[i] = depths[tree.parent[i]] + 1;
 
@@ -39,7 +39,7 @@ function inside(i, ancestor) {
 // Every node's place between 0 and 1, by measure.
 const places = {};
 function layout(measure) {
-  return (places[measure] ??= placed(kids, tree[measure]));
+  return (places[measure] ??= placed(children, tree[measure]));
 }
 
 function search(query) {

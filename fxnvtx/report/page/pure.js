@@ -4,19 +4,19 @@
 
 /** Every node's place between 0 and 1. Children that add up to more than their parent (work that overlaps) are scaled
  * to fit into it. Parents stand before their children.
- * @param {number[][]} kids children by node
+ * @param {number[][]} children children by node
  * @param {number[]} values
  */
-function placed(kids, values) {
+function placed(children, values) {
   const left = new Float64Array(values.length), right = new Float64Array(values.length);
   right[0] = 1;
   for (let i = 0; i < values.length; i++) {
     let sum = 0;
-    for (const kid of kids[i]) sum += values[kid];
+    for (const child of children[i]) sum += values[child];
     const most = Math.max(values[i], sum);
     const scale = most > 0 ? (right[i] - left[i]) / most : 0;
     let x = left[i];
-    for (const kid of kids[i]) { left[kid] = x; x += values[kid] * scale; right[kid] = x; }
+    for (const child of children[i]) { left[child] = x; x += values[child] * scale; right[child] = x; }
   }
   return { left, right };
 }

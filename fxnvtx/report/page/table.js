@@ -8,7 +8,7 @@ const table = (() => {
   let shown = [];                        // rows of the current view, in order: tree nodes, or rows of data.views
   let cursor = -1;
   const open = new Uint8Array(count);    // tree nodes whose children are listed
-  for (let i = 0, listed = 0; i < count && listed < 400; i++) if (kids[i].length && depths[i] < 4) { open[i] = 1; listed += kids[i].length; }
+  for (let i = 0, listed = 0; i < count && listed < 400; i++) if (children[i].length && depths[i] < 4) { open[i] = 1; listed += children[i].length; }
   open[0] = 1;
 
   const cell = {
@@ -70,12 +70,12 @@ const table = (() => {
     shown = [];
     if (view === "tree") {
       const hits = model.hits;
-      const todo = order(kids[model.root].filter((i) => !hits || hits[i]), record).reverse();
+      const todo = order(children[model.root].filter((i) => !hits || hits[i]), record).reverse();
       if (model.root) shown.push(model.root);
       while (todo.length) {
         const i = todo.pop();
         shown.push(i);
-        if (hits ? hits[i] & 2 : open[i]) todo.push(...order(kids[i].filter((k) => !hits || hits[k]), record).reverse());
+        if (hits ? hits[i] & 2 : open[i]) todo.push(...order(children[i].filter((k) => !hits || hits[k]), record).reverse());
       }
     } else {
       const wanted = model.query.trim().toLowerCase();
@@ -126,7 +126,7 @@ const table = (() => {
     if (isNode) {
       const fold = document.createElement("span");
       fold.className = "fold"; fold.style.marginLeft = `${Math.min(depths[item] - Math.max(1, depths[model.root]), 24) * 14}px`;
-      fold.textContent = kids[item].length ? (open[item] || model.hits ? "▾" : "▸") : "";
+      fold.textContent = children[item].length ? (open[item] || model.hits ? "▾" : "▸") : "";
       name.append(fold);
       row.setAttribute("aria-level", String(depths[item]));
     }
@@ -144,7 +144,7 @@ const table = (() => {
     return row;
   }
 
-  function toggle(item) { if (kids[item].length) { open[item] ^= 1; rebuild(); } }
+  function toggle(item) { if (children[item].length) { open[item] ^= 1; rebuild(); } }
   rows.addEventListener("click", (event) => {
     const row = event.target.closest(".row");
     if (!row) return;

@@ -184,5 +184,5 @@ def _side(root: Node, measure: str, names: dict[str, int]) -> dict[str, list[int
         tree["name"].append(names.setdefault(node.name.text, len(names)))
         tree["value"].append(node.gpu if measure == "gpu" else node.cpu)
         tree["calls"].append(node.calls)
-        todo.extend((kid, index) for kid in reversed(node.ordered()))
+        todo.extend((child, index) for child in reversed(node.ordered()))
     return tree

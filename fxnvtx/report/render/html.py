@@ -157,7 +157,7 @@ def _columns(root: Node, kernels: bool, classes: Mapping[str, str]) -> dict[str,
                 for values in rare.values():
                     values.append(0)
                 work.append({})
-        todo.extend((kid, index) for kid in reversed(node.ordered()))
+        todo.extend((child, index) for child in reversed(node.ordered()))
     if any(work):
         rare |= {field: [of.get(field) for of in work] for field in _WORK}
     some = {field: values for field, values in rare.items() if any(values)}

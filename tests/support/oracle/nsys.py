@@ -75,7 +75,7 @@ class Reader(nsys.Reader):
         if self.schema.has_device_work and count and self.schema.runtime is None:
             self.notes.append("the export has no CUDA API calls: device work cannot be put under ranges")
         parts = [self._process(pid, seen) for pid in pids]
-        parts = [part for part in parts if part.tree.root.kids or part.side.root.kids]
+        parts = [part for part in parts if part.tree.root.children or part.side.root.children]
         if not parts and not self.has_ranges:
             raise CaptureError(f"{self.path} holds neither NVTX ranges nor work of a device: {HOW_TO_RECORD}")
         if not parts:
@@ -134,7 +134,7 @@ class Reader(nsys.Reader):
         Sweep(part.side, filler.launch, gpu=self.operations > 0).run(
             self.spans(pid, START_END), launches(self.connection, self.schema, pid, again)
         )
-        part.side.root.kids.pop(OUTSIDE, None)
+        part.side.root.children.pop(OUTSIDE, None)
         part.side.total()
 
 

@@ -77,7 +77,7 @@ class Sweep:
                 if above[0] < end:
                     above = state.container(end)
                 parent = root if above is None else above[1]
-            node = parent.kids.get(name)
+            node = parent.children.get(name)
             if node is None:
                 node = tree.child(parent, name)
             length = end - start
