@@ -25,6 +25,7 @@ __all__ = [
     "RESIDENCY",
     "STAGE",
     "STEP",
+    "TASK_SWITCH",
 ]
 
 REQUEST = "request"
@@ -36,6 +37,10 @@ PIECE = "piece"
 OP = "op"
 RESIDENCY = "residency"
 COMPILE = "compile"
+
+# The text of a mark: what its thread begins from here on lies in the start/end range whose id is its payload, or in
+# none (0). Without one it lies in what began last.
+TASK_SWITCH = "task switch"
 
 # ARGB. Fixed per category, so that the same colour means the same thing in every capture.
 CATEGORIES: dict[str, int] = {

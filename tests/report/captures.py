@@ -115,12 +115,14 @@ class Capture:
         payload: int | None = None,
         registered: bool = True,
         kind: int = 59,
+        number: int | None = None,
     ) -> None:
         self.insert(
             "NVTX_EVENTS",
             start=start,
             end=end,
             eventType=kind,
+            rangeId=number,
             globalTid=process(pid) | tid,
             domainId=self._domain(pid),
             category=self._category(pid, category),

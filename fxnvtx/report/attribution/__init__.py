@@ -1,7 +1,8 @@
 """Which range launched what: the rows of a capture as numpy columns, joined and nested a window at a time.
 
 Nothing of this is imported before a capture is read, because numpy is not needed for anything else. Data flows through
-`batches` (rows out of SQLite; sorted runs, in memory or in a temporary file), `ranges`, `names`, `device` (credit of
+`batches` (rows out of SQLite; sorted runs, in memory or in a temporary file), `ranges`, `tasks`
+(start/end ranges that nest), `names`, `device` (credit of
 each operation, and its call), `nesting` (the range around each call), `threads` (one thread after another) and `forest`
 (counters per path), which fills the `Tree` that every view reads. `captures` puts them together for the exports of
 Nsight Systems, `fill` below for recordings, which are in memory already and know of no device.

@@ -26,6 +26,7 @@ class Ranges:
         self._names = names
         self.spans = Spool(SPAN, SPAN_TIES, limits)
         self.aside = Spool(SPAN, SPAN_TIES, limits)
+        self._limits = limits
         self.last = 0  # the last moment of any range
         self.notes: list[str] = []
         self.pids: set[int] = set()
@@ -43,11 +44,14 @@ class Ranges:
         ]  # fmt: skip
         backwards: dict[int, int] = {}
         lost, nobody = 0, False
-        for batch in source.batches(columns, f"FROM {nvtx.sql}", text and "coalesce(text, '')"):
+        texts = text and "coalesce(text, '')"
+        for batch in source.batches(columns, f"FROM {nvtx.sql}", texts):
             lost += self._ranges(batch, backwards)
             valid = batch.ints[1][1]
             nobody = nobody or valid is not None
             tick(batch.rows)
+        if self.aside.rows and (nesting := self._reader.nesting(source)):
+            self._nest(source, [*columns, "rowid"], texts, np.array(nesting, np.int64))
         self.spans.seal()
         self.aside.seal()
         if nobody:
@@ -56,6 +60,16 @@ class Ranges:
             self.notes.append(f"{count:,} ranges end before they begin and were left out")
         if lost:
             self.notes.append(f"{lost:,} {CROSS_THREAD}")
+
+    def _nest(self, source: Source, columns: list[str | None], texts: str | None, nesting: Ints) -> None:
+        """Take the start/end ranges in again, those that nest as if they were push/pop."""
+        self.aside.close()
+        self.aside = Spool(SPAN, SPAN_TIES, self._limits)
+        kinds = ", ".join(map(str, START_END))
+        for batch in source.batches(columns, f"FROM {self._reader.nvtx.sql} WHERE eventType IN ({kinds})", texts):
+            row, (kind, valid) = batch.ints.pop()[0], batch.ints[0]
+            batch.ints[0] = np.where(np.isin(row, nesting), PUSH_POP[0], kind), valid
+            self._ranges(batch, {})
 
     def _ranges(self, batch: Batch, backwards: dict[int, int]) -> int:
         """Take in the ranges of a batch; returns how many of them end on another thread."""

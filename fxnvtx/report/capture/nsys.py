@@ -6,7 +6,7 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...categories import COMPILE, MODULE
 from ...categories import PIECE as PIECE_CATEGORY
@@ -14,6 +14,9 @@ from ...work import PREFIX, Entry, decoded
 from ..labels import PIECE, Name, Span, clean, infer_category, numbered
 from ..part import WHOLE, Gpu, Omitted, Part, Timeline, Window, omitted, timeline_of
 from .schema import COPY, GRAPH, KERNEL, PROCESS, PUSH_POP, START_END, Schema
+
+if TYPE_CHECKING:
+    from ..attribution.batches import Source
 
 __all__ = ["PUSH_POP", "START_END", "Reader"]
 
@@ -46,7 +49,7 @@ class Reader:
         self.copy_names = self._enum("ENUM_CUDA_MEMCPY_OPER")
         self.domains, self.categories = self._registered()
         self.last = 0  # the last moment of any range
-        self.aside: dict[int, int] = {}  # process -> number of start/end ranges
+        self._nesting: list[int] | None = None
 
     def timeline(self, pid: int, part: Part) -> Timeline | None:
         return timeline_of(
@@ -111,9 +114,9 @@ class Reader:
         other_end = f"{self.nvtx.pick('endGlobalTid')} != globalTid"
         found: set[int] = set()
         lost = 0
-        for pid, last, backwards, elsewhere, aside in self.connection.execute(
+        for pid, last, backwards, elsewhere in self.connection.execute(
             f"SELECT globalTid & {PROCESS}, max(max(start), max(coalesce(end, start))), sum(end < start),"
-            f" sum(eventType IN ({kinds}) AND {other_end}), sum(eventType IN ({', '.join(map(str, START_END))}))"
+            f" sum(eventType IN ({kinds}) AND {other_end})"
             f" FROM {self.nvtx.sql} GROUP BY 1"
         ):
             self.last = max(self.last, last or 0)
@@ -124,7 +127,6 @@ class Reader:
                 self.notes.append("some ranges do not say which thread they are from and were left out")
                 continue
             found.add(pid)
-            self.aside[pid] = aside
         for table in (self.schema.kernel, self.schema.memcpy, self.schema.memset, self.schema.graph_trace):
             if table is not None:
                 found.update(
@@ -138,14 +140,33 @@ class Reader:
 
     # ------------------------------------------------------------------------------------------ one process
 
+    def nesting(self, source: Source | None = None) -> list[int]:
+        """The rows (rowid) of the start/end ranges that belong into their threads' trees: `attribution.tasks`."""
+        if self._nesting is None:
+            # not at the top: numpy is imported only when a capture is read
+            from ..attribution.batches import Source
+            from ..attribution.tasks import rows_that_nest
+
+            source = source or Source(self.connection, self.path, adbc=False)
+            self._nesting = rows_that_nest(self.connection, source, self.nvtx, self.domains, self.text)
+            if self._nesting:
+                self.connection.execute("CREATE TEMP TABLE fx_nesting (row INTEGER PRIMARY KEY)")
+                self.connection.executemany("INSERT INTO temp.fx_nesting VALUES (?)", ((n,) for n in self._nesting))
+        return self._nesting
+
     def spans(self, pid: int, kinds: tuple[int, ...], times: tuple[int, int] = (-(1 << 62), 1 << 62)) -> Iterator[Span]:
-        """Ranges that start within a time, by thread, start, and end downwards."""
+        """Ranges that start within a time, by thread, start, and end downwards. Start/end ranges that belong into a
+        thread's tree count as push/pop."""
         nvtx, exact, last = self.nvtx, self.exact, self.last
+        chosen = f"eventType IN ({', '.join(map(str, kinds))})"
+        if self.nesting():
+            nests = "rowid IN (SELECT row FROM temp.fx_nesting)"
+            chosen = f"({chosen} OR {nests})" if kinds == PUSH_POP else f"{chosen} AND NOT {nests}"
         payload = nvtx.pick("int64Value", "uint64Value", "int32Value", "uint32Value")
         rows = self.connection.execute(
             f"SELECT globalTid, start, end, {nvtx.pick('textId')}, text, {nvtx.pick('domainId', default='0')},"
             f" {nvtx.pick('category')}, {payload} FROM {nvtx.sql}"
-            f" WHERE eventType IN ({', '.join(map(str, kinds))}) AND globalTid BETWEEN ? AND ?"
+            f" WHERE {chosen} AND globalTid BETWEEN ? AND ?"
             f" AND (end IS NULL OR end >= start)"
             f" AND ({nvtx.pick('endGlobalTid')} IS NULL OR {nvtx.pick('endGlobalTid')} = globalTid)"
             " AND start >= ? AND start < ?"

@@ -15,6 +15,7 @@ __all__ = [
     "GRAPH",
     "HOW_TO_RECORD",
     "KERNEL",
+    "MARK",
     "PROCESS",
     "PUSH_POP",
     "SET",
@@ -31,6 +32,7 @@ __all__ = [
 
 KERNEL, COPY, SET, GRAPH = 0, 1, 2, 3
 PUSH_POP, START_END = (59, 70), (60, 71)  # NVTX event types: with a text, and with a registered one of older exports
+MARK = 34
 PROCESS = "~16777215"  # globalTid & this = globalPid: the low 24 bits are the thread
 
 

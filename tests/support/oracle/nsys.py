@@ -127,7 +127,7 @@ class Reader(nsys.Reader):
 
     def _side(self, part: Part, pid: int) -> None:
         """Start/end ranges: they nest in nothing, so they get a tree of their own that no total counts."""
-        if not self.aside.get(pid):
+        if next(self.spans(pid, START_END), None) is None:
             return
         again = bytearray(int(self.connection.execute("SELECT count(*) FROM temp.fx_op").fetchone()[0]) + 1)
         filler = _Filler(self, part.side, None, None, None)
