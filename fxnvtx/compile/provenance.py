@@ -1,11 +1,9 @@
 """What a line of Inductor's generated code launches, which FX nodes that computes, and so who owns it.
 
-What launches is known, kind of line by kind of line; everything else is no launch. A form that is in neither list is
-no launch either and is remembered in `unknown_forms`, which the tests want empty under every version of torch.
-
-Inductor announces each kernel and the scheduler nodes it was made of (set_kernel_post_grad_provenance_tracing).
-Launches without announcement say by themselves (`line.node`), or are being written for the scheduler's current node.
-Knows Inductor's internals as inductor.py does, which checks that they are there.
+What launches is known, kind of line by kind of line. A form that is in neither list is no launch and is remembered in
+`unknown_forms`, which the tests want empty under every version of torch. Inductor announces each kernel and the
+scheduler nodes it was made of (set_kernel_post_grad_provenance_tracing). Launches without announcement say by
+themselves (`line.node`), or are being written for the scheduler's current node. inductor.py checks what is there.
 
 Inductor's origins are generous: an intermediate result carries the nodes of all operands that were not yet in memory
 when it was made, whether it is made of them or not. What a loop nest writes and what it reads tell the truth: the nodes
@@ -126,16 +124,24 @@ class Compilation:
 
     def lowered(self, graph: Any) -> Lowered:
         """The index of one of Inductor's graphs. A graph below another is lowered and written while that one is."""
-        found = self._lowered.get(id(graph))
-        if found is None:
-            found = self._lowered[id(graph)] = Lowered(graph)
-        return found
+        if id(graph) not in self._lowered:
+            self._lowered[id(graph)] = Lowered(graph)
+        return self._lowered[id(graph)]
+
+    def _caller(self, graph: Any) -> Row | None:
+        """Who calls a graph below another (SubgraphLowering, torch 2.11 to 2.15): an autotuned choice has no record."""
+        parent = getattr(graph, "parent", None)
+        current = getattr(getattr(parent, "scheduler", None), "current_node", None)
+        nodes = current and self.lowered(parent).of_schedule((current,))
+        return self.owners.row(nodes, self.before) if nodes else None
 
     def launch(self, nodes: Iterable[Node], lowered: Lowered, parts: Iterable[Any] = ()) -> Launch:
-        """`parts`: the scheduler nodes that its code is made of, none where it is ready-made. Sets of nodes have no
-        order that repeats; the graph's order does, and generated code must repeat."""
+        """`parts`: the scheduler nodes of its code, none where it is ready-made. The graph's order of nodes repeats, as
+        generated code must; that of sets does not."""
         nodes = sorted(nodes, key=lambda n: (lowered.position.get(n, -1), n.name))
         row = self.owners.row(nodes, self.before)
+        if row.unknown and not any(self.owners.chains(n, self.before) for n in nodes):
+            row = self._caller(lowered.graph) or row
         self.about.launches += 1
         self.about.unknown += bool(row.unknown)
         try:
@@ -210,9 +216,6 @@ def _independent(node: Any, schedule: list[Any]) -> bool:
     names = {b.get_name() for b in node.get_outputs()} if hasattr(node, "get_outputs") else set()
     reads = (n.read_writes.reads for n in schedule if n is not node and hasattr(n, "read_writes"))
     return bool(names) and not any(d.name in names for found in reads for d in found)
-
-
-# ------------------------------------------------------------------------------------------- computed in a launch
 
 
 class Lowered:
@@ -342,7 +345,6 @@ class _Slice:
         operations = self.lowered.externs.get(self.top, ())
         if self.part.node.origin_node is self.top or not operations or self._reads_extern(self.top):
             return None
-        given = self.top.all_input_nodes
         mine = {b.get_name() for b in self.part.get_outputs()}
         tensors = list(_tensors(self.top))
         for operation in operations:
@@ -350,7 +352,7 @@ class _Slice:
             at = [i for i, name in enumerate(inputs) if name in mine]
             if at and len(inputs) == len(tensors):
                 return [tensors[i] for i in at]
-        return list(given)
+        return list(self.top.all_input_nodes)
 
     def _reads_extern(self, node: Node) -> bool:
         names = self.names

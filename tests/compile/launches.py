@@ -31,6 +31,7 @@ class Launch:
     storages: frozenset[int] = frozenset()  # addresses of the memory that was handed over
 
 
+READY_MADE = ("addmm", "mm", "bmm", "baddbmm", "convolution", "_mm_plus_mm", "bias_addmm")
 IN_PLACE = ("zero_", "fill_", "copy_")  # what generated code launches by a tensor's own methods
 
 
@@ -89,7 +90,8 @@ def witness(fail_at: int | None = None) -> Iterator[list[Launch]]:
 
         return run
 
-    for name in ("addmm", "mm", "bmm", "baddbmm", "convolution", "_mm_plus_mm", "bias_addmm"):
+    registered = [name for name, kernel in vars(extern_kernels).items() if callable(kernel)]  # bmm_dtype, _int_mm, ...
+    for name in dict.fromkeys((*READY_MADE, *registered)):
         if hasattr(extern_kernels, name):
             own = name in vars(extern_kernels)
             kernel = getattr(extern_kernels, name)

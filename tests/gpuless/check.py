@@ -114,7 +114,8 @@ def judged(case: Case, model: nn.Module, launches: list[Launch], recording: Reco
     for index, launch in enumerate(launches):
         around = [r.label for r in enclosing(recording, launch)]
         labels.append(around[-1] if around else "")
-        found += owners.judge(case, launch, around, owners.fed(launch, launches[index + 1 :]))
+        given = owners.fed(launch, launches[index + 1 :]) | owners.summed(launch, launches[:index])
+        found += owners.judge(case, launch, around, given)
     found += [f"{r.label} is empty" for r in empty_ranges(recording, launches)]
     found += [f"{r.label}" for r in recording.ranges if "unknown" in r.label or "one of several" in r.label]
     found += [] if recording.balanced else ["not balanced"]
@@ -157,7 +158,12 @@ class _Owners:
         calls = [c for c in later if "convolution" in c.name and not _is_generated(c)]
         return {o for c in calls if c.storages & launch.storages for o in self.whose(c)}
 
-    def judge(self, case: Case, launch: Launch, around: list[str], fed: set[str]) -> list[str]:
+    def summed(self, launch: Launch, earlier: list[Launch]) -> set[str]:
+        """Whose product, cut into several along its inner dimension, this launch may sum up."""
+        calls = [c for c in earlier if c.name == "bmm_dtype"]
+        return {o for c in calls if c.storages & launch.storages for o in self.whose(c)}
+
+    def judge(self, case: Case, launch: Launch, around: list[str], given: set[str]) -> list[str]:
         if [text for text in around if text != "backward"][:1] != ["net"]:
             return [f"{launch.name} is outside: {around}"]
         named = _named(around)
@@ -175,7 +181,7 @@ class _Owners:
         for name in named:
             module = self.model.get_submodule(name[4:]) if name.startswith("net.") else nn.Module()
             own = [*module.parameters(recurse=False)]
-            if own and not isinstance(module, _NORMS) and name[4:] not in owners | fed:
+            if own and not isinstance(module, _NORMS) and name[4:] not in owners | given:
                 found.append(f"{where}, and reads nothing of {name}")
         return found
 

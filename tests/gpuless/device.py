@@ -252,6 +252,18 @@ class _LibDevice:
         return call
 
 
+def _multiply_into_another_type() -> None:
+    """A product with a type of its own for the result, which only CUDA has (torch 2.11 to 2.15, where it is used)."""
+    import torch._inductor.kernel.mm
+    from torch._inductor.select_algorithm import extern_kernels
+
+    def bmm_dtype(a: torch.Tensor, b: torch.Tensor, *dtype: Any, out: torch.Tensor, **more: Any) -> torch.Tensor:
+        return out.copy_(torch.bmm(a, b))
+
+    if hasattr(extern_kernels, "bmm_dtype"):
+        extern_kernels.bmm_dtype = bmm_dtype
+
+
 def install(interpreted: bool = False) -> None:
     """Put the device in place, once and for all of this process."""
     if interpreted:
@@ -285,6 +297,7 @@ def install(interpreted: bool = False) -> None:
         kernels: Any = async_compile.AsyncCompile
         kernels.triton = lambda self, name, source, *a, **k: StandIn(name, source)
         kernels.multi_kernel = lambda self, name, *a, **k: StandIn(name, "")
+    _multiply_into_another_type()
     for name, value in (
         ("fx_graph_cache", False),
         ("autotune_local_cache", False),
