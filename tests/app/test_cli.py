@@ -18,6 +18,7 @@ from fxnvtx.cli.doctor import findings
 from fxnvtx.recording import Recording
 
 from ..support.limits import CHILD_S
+from ..support.nsys import with_capture
 
 
 def fxnvtx(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -73,7 +74,9 @@ def test_profile_leaves_a_balanced_recording_a_trace_and_an_image(profiled: tupl
 @pytest.mark.nsys
 @pytest.mark.skipif(shutil.which("nsys") is None, reason="nsys is not on the PATH")
 def test_profile_under_nsys_captures_exactly_what_the_recorder_saw(tmp_path: Path) -> None:
-    done = fxnvtx("profile", "--steps", "2", "-o", "out", cwd=tmp_path)
+    done = with_capture(
+        lambda: fxnvtx("profile", "--steps", "2", "-o", "out", cwd=tmp_path), tmp_path / "out" / "capture.sqlite"
+    )
     assert done.returncode == 0, done.stderr
     recording = Recording.load(tmp_path / "out" / "recording.json")
     with sqlite3.connect(tmp_path / "out" / "capture.sqlite") as file:

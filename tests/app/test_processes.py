@@ -19,6 +19,7 @@ from fxnvtx.recording import Recording
 from fxnvtx.report import load
 
 from ..support.limits import CHILD_S
+from ..support.nsys import with_capture
 from .test_cli import fxnvtx
 
 NSYS = shutil.which("nsys") is not None
@@ -116,7 +117,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     folder = tmp_path_factory.mktemp("processes")
     (folder / "program.py").write_text(PROGRAM)
     words = ["--nsys"] if NSYS else []
-    done = fxnvtx(*words, "-o", "out", "program.py", "all", cwd=folder)
+    left = folder / "out" / ("capture.sqlite" if NSYS else "recording.json")
+    done = with_capture(lambda: fxnvtx(*words, "-o", "out", "program.py", "all", cwd=folder), left)
     calls: dict[int, int] = {}
     kinds: dict[str, list[int]] = {}
     for line in done.stdout.splitlines():

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from ..support.limits import CHILD_S
+from ..support.nsys import with_capture
 
 pytestmark = [
     pytest.mark.slow,
@@ -55,14 +56,13 @@ def _capture(folder: Path, way: str) -> tuple[list[tuple[str, ...]], list[tuple[
     script.write_text(SCRIPT)
     out = folder / way
     command = ["nsys", "profile", "--trace=nvtx", "--sample=none", "--cpuctxsw=none", "--export=sqlite", "-f", "true"]
-    done = subprocess.run(
-        [*command, "-o", str(out), sys.executable, str(script), way],
-        capture_output=True,
-        text=True,
-        timeout=CHILD_S,
-        check=False,
-        env={**os.environ, "FXNVTX": "auto"},
-    )
+    command += ["-o", str(out), sys.executable, str(script), way]
+    env = {**os.environ, "FXNVTX": "auto"}
+
+    def execute() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, capture_output=True, text=True, timeout=CHILD_S, check=False, env=env)
+
+    done = with_capture(execute, Path(f"{out}.sqlite"))
     assert done.returncode == 0, done.stderr + done.stdout
     listed = [line for line in done.stdout.splitlines() if line.startswith("[[")]
     recorded = [tuple(p) for p in json.loads(listed[0])] if listed else []

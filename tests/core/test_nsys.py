@@ -16,6 +16,7 @@ from fxnvtx.recording import build_tree
 from fxnvtx.report import load
 
 from ..support.limits import CHILD_S
+from ..support.nsys import with_capture
 from .tools import shape
 
 pytestmark = [
@@ -30,6 +31,13 @@ def environment():
     return {k: v for k, v in os.environ.items() if k not in {"FXNVTX", "NVTX_DISABLE", "NVTX_INJECTION64_PATH"}}
 
 
+def under_nsys(command, out):
+    def execute():
+        return subprocess.run(command, capture_output=True, text=True, timeout=CHILD_S, env=environment(), check=False)
+
+    return with_capture(execute, Path(f"{out}.sqlite"))
+
+
 def capture(folder, path):
     """(trees per thread in order of the threads' first range, domain id of ours, connection)"""
     out = folder / path
@@ -37,7 +45,7 @@ def capture(folder, path):
         "nsys", "profile", "--trace=nvtx", "--sample=none", "--cpuctxsw=none", "--export=sqlite", "-f", "true",
         "-o", str(out), sys.executable, str(APP), path, "tool", str(folder / "stack.json"),
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=CHILD_S, env=environment(), check=False)
+    done = under_nsys(command, out)
     assert done.returncode == 0, done.stdout + done.stderr
     return sqlite3.connect(f"file:{out}.sqlite?mode=ro", uri=True)
 
@@ -164,7 +172,7 @@ def test_work_is_in_the_capture_also_where_it_begins_later(window: list[str], tm
         "nsys", "profile", "--trace=nvtx", "--sample=none", "--cpuctxsw=none", "--export=sqlite", "-f", "true", *window,
         "-o", str(out), sys.executable, "-c", WORK,
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=CHILD_S, env=environment(), check=False)
+    done = under_nsys(command, out)
     assert Path(f"{out}.sqlite").exists(), done.stdout + done.stderr
     (part,) = load(f"{out}.sqlite").parts
     assert [(entry.label, dict(entry.flops), entry.moved, entry.device) for entry in part.work] == [

@@ -14,6 +14,8 @@ pytest.importorskip("diffusers", reason="needs diffusers: pip install fxnvtx[dif
 
 from fxnvtx.cli.nsys import capture
 
+from ..support.nsys import with_capture
+
 PROGRAM = """
 import json, sys
 import fxnvtx
@@ -38,7 +40,8 @@ json.dump([[r.label, r.depth] for r in recording.ranges], open(sys.argv[1], "w")
 def test_nsys_sees_what_the_recorder_saw(tmp_path: Path) -> None:
     script, said = tmp_path / "program.py", tmp_path / "ranges.json"
     script.write_text(PROGRAM)
-    database = capture([sys.executable, str(script), str(said)], tmp_path / "capture")
+    command = [sys.executable, str(script), str(said)]
+    database = with_capture(lambda: capture(command, tmp_path / "capture"), tmp_path / "capture.sqlite")
     recorded = [(label, depth) for label, depth in json.loads(said.read_text())]
     with sqlite3.connect(database) as connection:
         rows = connection.execute(

@@ -12,6 +12,7 @@ import pytest
 from fxnvtx.report import Report, load
 
 from ..support.limits import CHILD_S
+from ..support.nsys import with_capture
 
 pytestmark = [pytest.mark.nsys, pytest.mark.slow]
 SCRIPT = """
@@ -48,16 +49,19 @@ def nsys() -> str:
     return found
 
 
+def under_nsys(command: list[str], target: Path) -> subprocess.CompletedProcess[str]:
+    def execute() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, capture_output=True, text=True, timeout=CHILD_S, check=False)
+
+    return with_capture(execute, target.with_name(f"{target.name}.sqlite"))
+
+
 def capture(nsys: str, command: list[str], target: Path) -> None:
-    done = subprocess.run(
-        [
-            nsys, "profile", "--trace=nvtx", "--sample=none", "--cpuctxsw=none", "--export=sqlite", "-f", "true",
-            "-o", str(target), *command,
-        ],
-        capture_output=True,
-        text=True,
-        timeout=CHILD_S,
-    )  # fmt: skip
+    words = [
+        nsys, "profile", "--trace=nvtx", "--sample=none", "--cpuctxsw=none", "--export=sqlite", "-f", "true",
+        "-o", str(target), *command,
+    ]  # fmt: skip
+    done = under_nsys(words, target)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -92,9 +96,7 @@ def test_nsys_and_the_recorder_tell_of_the_same_run(nsys: str, tmp_path: Path) -
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_a_profile_is_the_same_in_both(nsys: str, tmp_path: Path, compiled: bool) -> None:
     command = [sys.executable, "-m", "fxnvtx", "profile", "--nsys", "--steps", "2", "-o", str(tmp_path / "out")]
-    done = subprocess.run(
-        [*command, *(["--compile"] if compiled else [])], capture_output=True, text=True, timeout=CHILD_S, check=False
-    )
+    done = under_nsys([*command, *(["--compile"] if compiled else [])], tmp_path / "out" / "capture")
     assert done.returncode == 0, done.stdout + done.stderr
     recorded, captured = load(tmp_path / "out" / "recording.json"), load(tmp_path / "out" / "capture.sqlite")
     names = {row.name for row in recorded.rows()}

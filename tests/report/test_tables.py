@@ -22,6 +22,7 @@ from fxnvtx.errors import CaptureError, FxnvtxError, ToolError
 from fxnvtx.recording import Range
 from fxnvtx.report import load, render_csv
 
+from ..support.nsys import with_capture
 from .captures import DATA
 from .samples import pipeline, recorded
 
@@ -86,10 +87,11 @@ def test_what_nsys_itself_exports(tmp_path: Path) -> None:
     script = "import fxnvtx\nwith fxnvtx.range('request#0', category='request'):\n    fxnvtx.range('net')(len)('')\n"
     (tmp_path / "app.py").write_text(script)
     command = ["nsys", "profile", "-t", "nvtx", "-s", "none", "--cpuctxsw", "none", "-o", str(tmp_path / "c")]
-    subprocess.run([*command, sys.executable, str(tmp_path / "app.py")], check=True, capture_output=True, timeout=120)
+    command += [sys.executable, str(tmp_path / "app.py")]
+    with_capture(lambda: subprocess.run(command, capture_output=True, timeout=120), tmp_path / "c.nsys-rep")
     for kind in ("sqlite", "arrow", "arrowdir", "parquetdir"):
-        command = ["nsys", "export", "-t", kind, "-o", str(tmp_path / f"{kind}.{kind}"), str(tmp_path / "c.nsys-rep")]
-        subprocess.run(command, check=True, capture_output=True, timeout=120)
+        export = ["nsys", "export", "-t", kind, "-o", str(tmp_path / f"{kind}.{kind}"), str(tmp_path / "c.nsys-rep")]
+        subprocess.run(export, check=True, capture_output=True, timeout=120)
     expected = load(tmp_path / "sqlite.sqlite").rows()
     assert [row.name for row in expected] == ["request#0", "net"]
     for name in ("arrowdir.arrowdir", "arrow.arrow"):

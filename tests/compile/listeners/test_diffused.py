@@ -9,8 +9,11 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from ...support.nsys import with_capture
 
 for package in ("diffusers", "accelerate", "triton"):
     pytest.importorskip(package, reason=f"{package} is not installed")
@@ -37,7 +40,11 @@ def run(tmp_path_factory):
         environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
         output = folder / f"{mode}{len(before)}.json"
         command = [*before, sys.executable, "-m", CHILD, mode, str(output)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+        def execute():
+            return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+        done = with_capture(execute, Path(f"{before[-1]}.sqlite")) if before else execute()
         assert done.returncode == 0, done.stderr[-4000:]
         return json.loads(output.read_text())
 
