@@ -5,8 +5,9 @@ end: what has begun at the outermost level is on disk when it begins, what is in
 range ends. A process that dies in the middle of one leaves it open, and its reader says so.
 
 One JSON object a line: {"meta": {...}}, then {"ranges": [[number, label, category, payload, thread, level, start, end,
-leaked], ...], "ended": [[number, end, leaked], ...], "marks": [...], "classes": {label: class}, "strays": n}; with
-`--infer-steps` also "sites": {number: [shapes, [[call of a function, place, loops, function], ...]]}.
+leaked], ...], "ended": [[number, end, leaked], ...], "marks": [...], "classes": {label: class}, "strays": n}. Where
+there is something to say, also "work": [the rows of work.py that became known since]; with `--infer-steps` "sites":
+{number: [shapes, [[call of a function, place, loops, function], ...]]}.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from .errors import CaptureError
 from .loops import Call, Frame, Site, Sites, inferred
 from .recording import Range, RangeMark, Recording
 from .window import Window
+from .work import News
 
 __all__ = ["SUFFIX", "Spool", "read_spool"]
 
@@ -54,6 +56,7 @@ class Spool:
         self._outer: set[int] = set()  # shown and still open: what is known is written when they end
         self._came_from: dict[int, Site] = {}
         self._labels: set[str] = set()
+        self._news = News()
         self._strays = 0
         self._rank: int | None = None
         self._lock = threading.RLock()
@@ -147,9 +150,12 @@ class Spool:
         while self._marks:
             m = self._marks.popleft()
             marks.append([m.label.text, m.label.category, m.payload, m.thread_id, m.time_ns])
-        if rows or ended or marks:
+        work = self._news.rows()
+        if rows or ended or marks or work:
             classes = _ranges.classes_of(named)
             line = {"ranges": rows, "ended": ended, "marks": marks, "classes": classes, "strays": self._strays}
+            if work:
+                line["work"] = work
             if sites:
                 line["sites"] = sites
             self._append([*self._meta(), line])
@@ -206,6 +212,7 @@ def read_spool(path: str | os.PathLike[str]) -> Recording:
     classes: dict[str, str] = {}
     meta: dict[str, Any] = {}
     sites: dict[int, Site] = {}
+    work: list[list[Any]] = []
     try:
         lines = Path(path).read_bytes().split(b"\n")
     except OSError as error:
@@ -225,12 +232,15 @@ def read_spool(path: str | os.PathLike[str]) -> Recording:
             classes.update(item["classes"])
             for number, (shapes, frames) in item.get("sites", {}).items():
                 sites[int(number)] = Site(shapes, tuple(_frame(*frame) for frame in frames))
+            work += [row for row in item.get("work", ()) if isinstance(row[0], str)]
             recording.strays = item["strays"]
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise CaptureError(f"{path} is a damaged fxnvtx recording: {error!r}; record it again") from error
     if not meta and lines[:-1]:
         raise CaptureError(f"{path} is not an fxnvtx recording: run the program with `fxnvtx run` again")
-    recording.fill(nested([*_steps(entries, sites), *entries.values()]), marks, {**meta, "classes": classes})
+    shown = {entry.label.text for entry in entries.values()} | {mark.label for mark in marks}
+    meta |= {"classes": classes, "work": [row for row in work if row[0] in shown]}
+    recording.fill(nested([*_steps(entries, sites), *entries.values()]), marks, meta)
     return recording
 
 

@@ -18,7 +18,7 @@ from nvtx._lib.lib import mark
 from . import ranges as _ranges
 from .labels import HANDLE, domain
 
-__all__ = ["PREFIX", "Entry", "carried", "decoded", "encoded", "read_entry", "register"]
+__all__ = ["PREFIX", "Entry", "News", "carried", "decoded", "encoded", "read_entry", "register"]
 
 PREFIX = "fxnvtx.work "
 MOST = 100_000  # entries of one process
@@ -47,12 +47,14 @@ class Entry(NamedTuple):
 
 # with the model that an entry is about: what is known of one goes with it, another may have the same labels
 _entries: dict[Entry, weakref.ref[Any] | None] = {}
+_registered = 0  # how many there have ever been
 _lock = threading.Lock()
 
 
 def register(entries: Iterable[Entry], model: object = None) -> None:
     """Let every recording and capture of this process carry these, while `model` lives; those known already are not
     carried twice."""
+    global _registered
     owner = None if model is None else weakref.ref(model)
     with _lock:
         for gone in [e for e, held in _entries.items() if held is not None and held() is None]:
@@ -61,6 +63,7 @@ def register(entries: Iterable[Entry], model: object = None) -> None:
         new = [e for e in found if e not in _entries][: max(0, MOST - len(_entries))]
         _entries.update(dict.fromkeys((e for e in found if e in _entries), owner))
         _entries.update(dict.fromkeys(new, owner))
+        _registered += len(new)
     if _ranges.nvtx_on:
         for entry in new:
             mark(domain.get_event_attributes(encoded(entry), _COLOR, "work"), HANDLE)
@@ -70,6 +73,25 @@ def carried(labels: Collection[str]) -> list[list[Any]]:
     """What is known of these labels, as JSON has it."""
     with _lock:
         return [_row(e) for e, held in _entries.items() if e.label in labels and (held is None or held() is not None)]
+
+
+class News:
+    """What became known since one last asked: for a recording that is written while the process runs. Asking costs one
+    comparison where there is nothing new."""
+
+    def __init__(self) -> None:
+        self._asked = 0
+        self._given: set[Entry] = set()
+
+    def rows(self) -> list[list[Any]]:
+        """As JSON has them, each once."""
+        if self._asked == _registered:
+            return []
+        with _lock:
+            self._asked = _registered
+            new = [e for e in _entries if e not in self._given]
+        self._given.update(new)
+        return [_row(e) for e in new]
 
 
 def encoded(entry: Entry) -> str:

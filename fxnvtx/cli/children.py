@@ -23,13 +23,14 @@ from ..window import Window
 
 __all__ = ["arm"]
 
+_as_long_as_the_process = contextlib.ExitStack()
 _OURS = str(Path(__file__).resolve().parents[1])
 _GENERATED = "<fxnvtx "  # levels.py prints forwards under such a file name
 
 
 def arm(options: dict[str, str]) -> None:
     """options: "folder" for the recordings; "first" in the program's own process; "depth", "path", "stages-only",
-    "infer-steps", "warmup" and "steps" as given to `fxnvtx run`, left out where they were not given."""
+    "infer-steps", "work", "warmup" and "steps" as given to `fxnvtx run`, left out where they were not given."""
     if _ranges.mode == "off":
         return
     from .. import loops, recording, spool, steps, window
@@ -48,6 +49,8 @@ def arm(options: dict[str, str]) -> None:
     kept = Spool(folder, "first" in options, shown, loops.Sites() if "infer-steps" in options else None)
     show_only_the_programs_frames()
     met.start()
+    if "work" in options:
+        _as_long_as_the_process.enter_context(recording.metering())
     patch_older_releases()
     _ranges.add_sink(kept)
     os.register_at_fork(after_in_child=kept.forked)

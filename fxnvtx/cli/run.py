@@ -45,6 +45,7 @@ _FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, sig
 @click.option("--path", type=click.Choice(["auto", "hooks"]), default="auto", show_default=True)
 @click.option("--stages-only", is_flag=True, help="Requests, stages, loops and steps of pipelines, without layers.")
 @click.option("--infer-steps", is_flag=True, help="Take a loop's calls of one model for steps, said to be inferred.")
+@click.option("--work", is_flag=True, help="Count FLOPs and bytes of eager layers too (compiled ones carry theirs).")
 @click.option("--warmup", type=click.IntRange(0), default=0, help="Leave out so many outermost ranges of each process.")
 @click.option(
     "--steps", metavar="NUMBERS", help=f"Of each request (or model) only these steps (calls), from 0: {EXAMPLES}."
@@ -63,6 +64,7 @@ def run_command(
     path: str,
     stages_only: bool,
     infer_steps: bool,
+    work: bool,
     warmup: int,
     steps: str | None,
     nsys: bool,
@@ -81,6 +83,8 @@ def run_command(
         Numbers.read(steps)
     if stages_only and infer_steps:
         raise ConfigError("--infer-steps reads the calls of models, which --stages-only leaves out")
+    if stages_only and work:
+        raise ConfigError("--work counts what layers do, which --stages-only leaves out")
     if (nsys or capture_range) and output is None:
         raise ConfigError("--nsys needs -o FOLDER for the capture")
     if capture_range and not nsys:
@@ -90,6 +94,7 @@ def run_command(
         "path": path,
         "stages-only": stages_only or None,
         "infer-steps": infer_steps or None,
+        "work": work or None,
         "warmup": warmup or None,
         "steps": steps,
     }

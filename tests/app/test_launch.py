@@ -12,14 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from fxnvtx import range_pop, range_push, ranges
+from fxnvtx import instrument, range_pop, range_push, ranges, record
 from fxnvtx.__main__ import words
 from fxnvtx.recording import Recording
+from fxnvtx.report import from_recording, load
 from fxnvtx.spool import Spool, read_spool
 from fxnvtx.steps import Numbers
 from fxnvtx.window import Window
 
 from ..support.limits import CHILD_S
+from ..support.nsys import with_capture
 from .test_cli import fxnvtx, one_line_error
 
 SCRIPT = """
@@ -86,6 +88,66 @@ def test_what_the_script_compiles_with_inductor_shows_its_layers(tmp_path: Path)
     labels = [r.label for r in Recording.load(tmp_path / "out" / "recording.json").ranges]
     assert labels.count("Net") == 1
     assert {"first", "second.0"} <= set(labels)
+    work = Recording.load(tmp_path / "out" / "recording.json").meta["work"]
+    multiplied = {entry[0]: entry[5] for entry in work if entry[5]}
+    assert multiplied == {"first": {"fp32": 2 * 8 * 16 * 16}, "second.0": {"fp32": 2 * 8 * 16 * 16}}
+
+
+COUNTED = """
+import multiprocessing
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(16, 16)
+        self.second = nn.Sequential(nn.Linear(16, 16), nn.ReLU())
+    def forward(self, x):
+        return self.second(self.first(x))
+
+class Head(nn.Linear):
+    pass
+
+def calls(net, head):
+    net(torch.ones(8, 16))
+    head(torch.ones(8, 16))
+    head(torch.ones(3, 16))
+
+def work():
+    calls(Net(), Head(16, 4))
+
+if __name__ == "__main__":
+    work()
+    child = multiprocessing.get_context("spawn").Process(target=work)
+    child.start()
+    child.join()
+"""
+
+
+def test_recordings_carry_the_work_that_one_in_the_process_carries(tmp_path: Path) -> None:
+    """Of each label and shape, in each process; and the report shows it."""
+    program = {"__name__": "program"}
+    exec(COUNTED, program)
+    models = instrument(program["Net"]()), instrument(program["Head"](16, 4))
+    with record(work=True) as expected:
+        program["calls"](*models)
+    (tmp_path / "program.py").write_text(COUNTED)
+    done = fxnvtx("run", "--work", "-o", "out", "program.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    paths = sorted((tmp_path / "out").glob("recording*.json"))
+    assert len(paths) == 2
+    for path in paths:
+        found = Recording.load(path)
+        assert [r.label for r in found.ranges] == [r.label for r in expected.ranges]
+        assert sorted(found.meta["work"], key=str) == sorted(expected.meta["work"], key=str)
+        labels = [entry[0] for entry in found.meta["work"]]
+        assert sorted(labels) == ["Head", "Head", "Net", "first", "second", "second.0", "second.1"]
+    flops = {row.path: row.flops for row in from_recording(expected).rows()}
+    assert flops["Net", "first"] == 2 * 8 * 16 * 16
+    report = load(*paths)
+    assert len(report.parts) == 2
+    assert {row.path: row.flops for row in report.rows()} == {path: 2 * count for path, count in flops.items()}
 
 
 def test_errors_and_exit_codes_of_the_script_are_its_own(tmp_path: Path) -> None:
@@ -250,7 +312,9 @@ def test_the_kernel_of_a_notebook(tmp_path: Path) -> None:
 def test_nsys_captures_one_range_and_no_more(tmp_path: Path) -> None:
     (tmp_path / "model.py").write_text(MODEL)
     words = ["--nsys", "-o", "out", "--capture-range", "Sequential"]
-    done = fxnvtx(*words, "model.py", cwd=tmp_path, CALLS="4")
+    done = with_capture(
+        lambda: fxnvtx(*words, "model.py", cwd=tmp_path, CALLS="4"), tmp_path / "out" / "capture.sqlite"
+    )
     assert done.returncode == 0, done.stderr
     assert recorded(tmp_path / "out") == ["Sequential", "0"] * 4
     with sqlite3.connect(tmp_path / "out" / "capture.sqlite") as file:
@@ -274,7 +338,10 @@ def test_under_torchrun_each_launcher_writes_its_own(tmp_path: Path) -> None:
 @pytest.mark.skipif(shutil.which("nsys") is None, reason="nsys is not on the PATH")
 def test_nsys_hears_only_the_steps_asked_for(tmp_path: Path) -> None:
     (tmp_path / "model.py").write_text(MODEL)
-    done = fxnvtx("--nsys", "-o", "out", "--warmup", "1", "--steps", "2-3", "model.py", cwd=tmp_path, CALLS="6")
+    words = ["--nsys", "-o", "out", "--warmup", "1", "--steps", "2-3"]
+    done = with_capture(
+        lambda: fxnvtx(*words, "model.py", cwd=tmp_path, CALLS="6"), tmp_path / "out" / "capture.sqlite"
+    )
     assert done.returncode == 0, done.stderr
     assert recorded(tmp_path / "out") == ["Sequential", "0"] * 2
     with sqlite3.connect(tmp_path / "out" / "capture.sqlite") as file:
@@ -320,6 +387,7 @@ def test_nothing_shown_is_explained(tmp_path: Path) -> None:
         (["--steps", "x"], "'x' names no requests or steps"),
         (["--nsys"], "--nsys needs -o"),
         (["-o", "out", "--capture-range", "x"], "--capture-range is for --nsys"),
+        (["--stages-only", "--work"], "--work counts what layers do"),
     ],
 )
 def test_options_that_mean_nothing_are_one_line(tmp_path: Path, options: list[str], says: str) -> None:
