@@ -1,14 +1,20 @@
-"""`fxnvtx profile`: run a pipeline, show its structure, and leave recording, trace and image in a folder."""
+"""`fxnvtx profile`: run a pipeline, show its structure, and leave recording, trace and image in a folder.
+
+What it runs is a job: a pipeline and how, as a function that makes one request after the other.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
 import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -17,12 +23,17 @@ from ..errors import ConfigError
 from ..output import say, write_text
 from ..report.commands import refuse
 from .commands import writable_folder
-from .jobs import BUILT_IN, Job, runner
 
-__all__ = ["profile_command"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Job", "Picture", "diffusers_runner", "profile_command", "runner"]
 
 TREE = "tree.txt"
 PAGE = "report.html"
+BUILT_IN = ("reference", "two-stage")
+OnStep = Callable[[int, int], None]
+Run = Callable[[bool, OnStep | None], Any]
 
 
 @click.command("profile")
@@ -172,3 +183,206 @@ def _write_picture(result: Any, output: Path) -> list[str]:
         write_png(output / "image.png", result.image)
         return ["image.png"]
     return []
+
+
+# ---------------------------------------------------------------------------------------------------------- what to run
+
+
+@dataclass
+class Job:
+    """What to run and how: the command's options."""
+
+    pipeline: str
+    prompt: str
+    steps: int
+    seed: int
+    size: str
+    compile: bool
+    residency: dict[str, str]
+    depth: int | None
+    stages_only: bool
+    warmup: int
+    model: str | None
+
+
+def runner(job: Job) -> Run:
+    """(is_warmup, on_step) -> result, for each kind of --pipeline."""
+    if job.pipeline in BUILT_IN:
+        return _built_in(job)
+    if job.pipeline.startswith("diffusers:"):
+        return diffusers_runner(job.pipeline.partition(":")[2], job)
+    path, colon, factory = job.pipeline.rpartition(":")
+    if not colon or not path.endswith(".py"):
+        raise ConfigError(
+            f"--pipeline {job.pipeline!r} is unknown: use {', '.join(BUILT_IN)}, diffusers:<Class> or file.py:factory"
+        )
+    return _factory(Path(path), factory, job)
+
+
+def _built_in(job: Job) -> Run:
+    from .. import pipeline
+
+    args = pipeline.ServerArgs.from_kwargs(
+        enable_layerwise_nvtx_marker=not job.stages_only,
+        enable_stage_nvtx_marker=True,
+        nvtx_depth=job.depth,
+        residency=job.residency,
+    )
+    built = pipeline.PIPELINES[job.pipeline](args, size=job.size, compile=job.compile)
+
+    def run(is_warmup: bool, on_step: OnStep | None) -> Any:
+        if is_warmup:
+            return built(pipeline.Batch(prompt=job.prompt, steps=1, refine_steps=1, seed=job.seed, is_warmup=True))
+        return pipeline.run(
+            job.pipeline, prompt=job.prompt, steps=job.steps, seed=job.seed, pipeline=built, on_step=on_step
+        )
+
+    return run
+
+
+def _factory(path: Path, factory: str, job: Job) -> Run:
+    """For --pipeline file.py:factory. `factory()` returns what is called without arguments to run one request."""
+    if not path.is_file():
+        raise ConfigError(f"{path} is no file: --pipeline takes file.py:factory")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.resolve().parent))
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    made = getattr(module, factory, None)
+    if not callable(made):
+        raise ConfigError(f"{path} has no function {factory!r}: --pipeline takes file.py:factory")
+    request = made()
+    if not callable(request):
+        raise ConfigError(f"{factory}() in {path} must return a callable that runs one request")
+    from ..integrations.everything import instrument_everything
+    from ..ranges import label, pop, push
+
+    def run(is_warmup: bool, on_step: OnStep | None) -> Any:
+        with instrument_everything(job.depth):
+            entry = None if is_warmup else push(label("request#1", "request"))
+            try:
+                return request()
+            finally:
+                pop(entry)
+
+    return run
+
+
+# ------------------------------------------------------------------------------------------------------------ diffusers
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What a request made: an image, uint8 [height, width, 3], or a video, uint8 [frames, height, width, 3]."""
+
+    image: torch.Tensor | None = None
+    video: torch.Tensor | None = None
+
+
+def diffusers_runner(class_name: str, job: Job) -> Run:
+    """(is_warmup, on_step) -> Picture. on_step(done, total) is called after each step; a warm-up shows no ranges.
+
+    Without job.model the pipeline has tiny random weights; with it, the folder is loaded. Raises ConfigError.
+    """
+    import torch
+
+    from ..integrations import diffusers
+
+    pipe, arguments = _load(class_name, job) if job.model else _tiny(class_name, job)
+    if torch.cuda.is_available():
+        pipe.to("cuda")
+        arguments = {k: v.to("cuda") if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+    diffusers.instrument(pipe, depth=job.depth, layers=not job.stages_only)
+    if job.compile:
+        _denoiser(pipe).compile(backend="fxnvtx")
+    accepted = inspect.signature(type(pipe).__call__).parameters
+    arguments.update(num_inference_steps=job.steps, output_type="np")
+
+    def run(is_warmup: bool, on_step: OnStep | None) -> Picture:
+        given = dict(arguments, generator=torch.Generator().manual_seed(job.seed))
+        if on_step is not None and "callback_on_step_end" in accepted:
+            given["callback_on_step_end"] = _callback(on_step, job.steps)
+        diffusers.set_enabled(pipe, not is_warmup)
+        try:
+            made = pipe(**given)
+        finally:
+            diffusers.set_enabled(pipe, True)
+        if on_step is not None:
+            on_step(job.steps, job.steps)
+        return picture_of(made)
+
+    return run
+
+
+def _callback(on_step: OnStep, steps: int) -> Callable[..., dict[str, Any]]:
+    def on_step_end(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        on_step(step + 1, steps)
+        return tensors
+
+    return on_step_end
+
+
+def _library() -> Any:
+    try:
+        import diffusers
+    except ImportError as error:
+        raise ConfigError(f"diffusers cannot be imported ({error}): pip install fxnvtx[diffusers]") from error
+    return diffusers
+
+
+def _tiny(class_name: str, job: Job) -> tuple[Any, dict[str, Any]]:
+    from ..models.tiny_diffusers import TINY
+
+    if class_name not in TINY:
+        raise ConfigError(
+            f"there are no tiny weights for {class_name or 'an empty name'}: use one of {', '.join(TINY)}, "
+            "or give a local folder with --model"
+        )
+    _library()
+    pipe, arguments = TINY[class_name](job.prompt, job.seed)
+    return pipe, dict(arguments)
+
+
+def _load(class_name: str, job: Job) -> tuple[Any, dict[str, Any]]:
+    diffusers = _library()
+    kind = getattr(diffusers, class_name, None)
+    if not isinstance(kind, type) or not hasattr(kind, "from_pretrained"):
+        raise ConfigError(f"diffusers {diffusers.__version__} has no pipeline {class_name!r}")
+    folder = Path(str(job.model))
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is no folder: --model takes what save_pretrained wrote")
+    try:
+        pipe = kind.from_pretrained(str(folder), local_files_only=True)  # type: ignore[attr-defined]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{class_name} cannot be loaded from {folder}: {str(error).splitlines()[0]}") from error
+    accepted = inspect.signature(type(pipe).__call__).parameters
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, {"prompt": job.prompt} if "prompt" in accepted else {"class_labels": [1]}
+
+
+def _denoiser(pipe: Any) -> Any:
+    import torch
+
+    for name in ("transformer", "unet"):
+        found = getattr(pipe, name, None)
+        if isinstance(found, torch.nn.Module):
+            return found
+    raise ConfigError(f"{type(pipe).__name__} has neither transformer nor unet to compile: leave --compile out")
+
+
+def picture_of(made: Any) -> Picture:
+    """The first image or video of what a pipeline returned: [batch, (frames,) height, width, channels], 0 to 1."""
+    import torch
+
+    try:
+        first = torch.as_tensor(made[0][0])
+    except (TypeError, ValueError, KeyError, IndexError):
+        return Picture()
+    if first.ndim not in (3, 4) or first.shape[-1] not in (1, 3):
+        return Picture()
+    shown = (torch.nan_to_num(first.float()) * 255).round().clamp(0, 255).to(torch.uint8)
+    shown = shown.expand(*shown.shape[:-1], 3).contiguous()
+    return Picture(image=shown) if shown.ndim == 3 else Picture(video=shown)

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("diffusers", reason="needs diffusers: pip install fxnvtx[diffusers]")
 
 from fxnvtx import record
-from fxnvtx.cli.jobs import Job, diffusers_runner
+from fxnvtx.cli.profile import Job, diffusers_runner
 from fxnvtx.errors import ConfigError
 from fxnvtx.models.tiny_diffusers import TINY
 
