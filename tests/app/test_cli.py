@@ -114,6 +114,7 @@ def test_doctor_names_versions_and_says_what_follows(tmp_path: Path) -> None:
         assert word in done.stdout
 
 
+@pytest.mark.slow
 def test_doctor_knows_other_stacks_where_they_are_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     explained = (Path(__file__).parents[2] / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     names = {"vllm_omni": "vllm-omni", "xfuser": "xfuser", "fastvideo": "fastvideo", "cache_dit": "cache-dit"}

@@ -99,6 +99,7 @@ def test_every_field_and_column_of_a_report_is_explained() -> None:
     assert not set(VIEWS) - named
 
 
+@pytest.mark.slow
 def test_every_line_of_the_doctor_is_explained() -> None:
     text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     assert not {found.what for found in findings()} - set(re.findall(r"^\| `([^`]+)`", text, re.MULTILINE))

@@ -355,6 +355,7 @@ def test_checkpointed_children(model):
     whole(model)
 
 
+@pytest.mark.slow
 def test_eight_threads_at_once_with_switches_and_recorders(model):
     wanted = model(x())
     stop = threading.Event()

@@ -227,6 +227,7 @@ def test_selection():
         insert_ranges(EveryKind())
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(recipes(traceable=True, depth=4))
 def test_any_traceable_tree(recipe):

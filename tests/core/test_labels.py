@@ -19,6 +19,7 @@ from fxnvtx.ranges import CATEGORIES, label
 from .tools import labels
 
 
+@pytest.mark.slow
 @given(st.text(max_size=40))
 def test_every_text_is_recorded_and_readable(text):
     with fxnvtx.record() as recording, fxnvtx.range(text):

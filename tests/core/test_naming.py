@@ -238,6 +238,7 @@ def test_naming_is_pure():
     assert [dict(m.__dict__) for m in model.modules()] == before
 
 
+@pytest.mark.slow
 def test_very_deep_and_very_wide_models():
     deep: nn.Module = nn.Linear(4, 4)
     for _ in range(150):

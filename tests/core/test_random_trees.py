@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -90,6 +91,7 @@ def check(recipe, seed, traceable=False):
     return trees
 
 
+@pytest.mark.slow
 @slow
 @given(recipes(), st.integers(0, 3))
 @example((Chain, (Twice, ("leaf",), ("tied", 0)), (Looped, ("tied", 0), ("tied", 1))), 0)
@@ -98,6 +100,7 @@ def test_every_path_shows_the_same_tree(recipe, seed):
     check(recipe, seed)
 
 
+@pytest.mark.slow
 @settings(slow, max_examples=30)
 @given(recipes(traceable=True), st.integers(0, 3))
 def test_straight_line_models_take_the_fx_path_as_a_whole(recipe, seed):

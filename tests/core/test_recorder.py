@@ -60,6 +60,7 @@ def test_python_calls_a_range(path, each):
     assert calls_of_ours(many) - calls_of_ours(few) == 10 * each
 
 
+@pytest.mark.slow
 def test_no_object_is_made_before_somebody_reads():
     model = fxnvtx.instrument(Chain(20), "m")
 

@@ -149,6 +149,7 @@ def test_any_truncation_is_an_error_of_ours(data):
             fxnvtx.Recording.load(path)
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(st.data())
 def test_a_recording_with_any_value_replaced_loads_whole_or_is_refused(data):

@@ -185,6 +185,7 @@ def shape_labels(tree):
     return [label for node in tree for label in (node[0], *shape_labels(node[1]))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("kind", [zoo.Wide, zoo.Loop])
 def test_export_gives_the_same_program(kind, strict):
@@ -208,6 +209,7 @@ def owner(node):
     return [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
 
 
+@pytest.mark.slow
 def test_make_fx():
     from torch.fx.experimental.proxy_tensor import make_fx
 

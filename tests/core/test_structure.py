@@ -134,6 +134,7 @@ def edit(model, data):
     model.eval()
 
 
+@pytest.mark.slow
 @PATHS
 @settings(slow, max_examples=60)
 @given(recipe=recipes(depth=4), data=st.data())
@@ -331,6 +332,7 @@ def test_a_structure_tells_every_change_and_no_other():
     assert Structure(nn.Linear(1, 1)).size == 1
 
 
+@pytest.mark.slow
 def test_threads_that_call_while_the_model_changes():
     import threading
 

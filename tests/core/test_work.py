@@ -231,3 +231,24 @@ def test_where_something_was_compiled_no_mode_is_on_around_it() -> None:
     carried = {row[0]: row for row in recording.meta["work"]}
     assert carried["net.first"][5] == carried["net.last"][5] == {"fp32": 64}
     assert "net.block" not in carried and "net.block.a" not in carried
+
+
+def test_what_became_known_is_given_once() -> None:
+    """To each who asks, with nothing looked at where nothing is new."""
+
+    def entry(label: str) -> work.Entry:
+        return work.Entry(label, "", False, "eager", 1, (("fp32", 8),), 16, "", "cpu")
+
+    def given(news: work.News) -> list[str]:
+        return [row[0] for row in news.rows() if row[0].startswith("news.")]
+
+    early = work.News()
+    work.register([entry("news.a")])
+    late = work.News()
+    assert given(early) == given(late) == ["news.a"]
+    work.register([entry("news.a"), entry("news.b")])
+    assert given(early) == ["news.b"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(work, "_entries", None)
+        assert early.rows() == []
+    assert given(late) == ["news.b"]

@@ -20,6 +20,7 @@ from .asking import STEPS, build, every, labels, only, parents, recorded, same, 
 NAMES = list(TINY)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_request(name: str) -> None:
     pipe, ask = build(name)

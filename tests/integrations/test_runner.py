@@ -53,6 +53,7 @@ def test_a_picture_of_each(name: str) -> None:
     assert picture.float().std() > 0
 
 
+@pytest.mark.slow
 def test_prompt_seed_and_depth_count() -> None:
     def video(**options: Any) -> torch.Tensor:
         found = diffusers_runner("LTXPipeline", job(steps=1, **options))(False, None).video

@@ -84,6 +84,7 @@ def test_nobody_elses_random_numbers_are_used_or_changed() -> None:
     assert torch.equal(generate_video("a cat", 1), video)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", [generate, generate_video])
 def test_the_users_default_dtype_and_device_do_not_matter(run: Callable[..., torch.Tensor]) -> None:
     expected = run("a cat", 1)
@@ -132,6 +133,7 @@ def test_components_do_not_share_their_numbers() -> None:
     assert not torch.equal(models.dit.blocks[0].mlp.fc1.weight, models.refiner.blocks[0].mlp.fc1.weight)
 
 
+@pytest.mark.slow
 def test_every_size_builds_without_memory_on_the_meta_device() -> None:
     for size, row in SIZES.items():
         for models in (build(size, device="meta"), build_video(size, device="meta")):
@@ -143,6 +145,7 @@ def test_every_size_builds_without_memory_on_the_meta_device() -> None:
         assert row.text_dim % row.text_heads == 0
 
 
+@pytest.mark.slow
 def test_small_generates_too() -> None:
     models = build("small")
     assert generate("a cat", 1, guidance_scale=1.0, models=models).shape == (256, 256, 3)

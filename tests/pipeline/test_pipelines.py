@@ -41,6 +41,7 @@ def pixels(result):
     return result.image if result.image is not None else result.video
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PIPELINES)
 @pytest.mark.parametrize("mode", RESIDENCY_MODES)
 @pytest.mark.parametrize("args", [ServerArgs(), LAYERS])
@@ -69,6 +70,7 @@ def deep_dit(seed=0):
         return DiT(channels=4, dim=64, depth=8, heads=4, text_dim=32).eval()
 
 
+@pytest.mark.slow
 def test_layerwise_offload_holds_two_blocks_of_a_deep_dit_and_what_is_outside_them():
     pipeline = pipelines.build_reference(
         ServerArgs(residency={**everywhere("component-offload"), "dit": "layerwise-offload"})
@@ -88,6 +90,7 @@ def test_layerwise_offload_holds_two_blocks_of_a_deep_dit_and_what_is_outside_th
     assert torch.equal(whole(Batch(prompt="a fox", steps=2)).image, offloaded)
 
 
+@pytest.mark.slow
 def test_one_request_after_the_other_in_changing_modes():
     pipeline = pipelines.build_reference()
     for mode in (*RESIDENCY_MODES, *reversed(RESIDENCY_MODES)):
@@ -161,6 +164,7 @@ def test_two_lora_switches_are_two_rows_in_ranges_figures_and_report():
     assert rows.keys() >= {s.range for s in result.metrics.stages.values()}
 
 
+@pytest.mark.slow
 def test_tiles_of_the_vae_hold_their_own_layers():
     with fxnvtx.record() as recording:
         run("two-stage", prompt="a fox", steps=1, args=LAYERS)
@@ -171,6 +175,7 @@ def test_tiles_of_the_vae_hold_their_own_layers():
         assert any(n.label == "decoding.vae.decoder.conv_out" for n in vae.walk())
 
 
+@pytest.mark.slow
 def test_the_lora_is_on_while_refining_and_off_after():
     pipeline = pipelines.build_two_stage()
     scales = []
@@ -188,6 +193,7 @@ def test_the_lora_is_on_while_refining_and_off_after():
     assert float(adapter.scale) == 0.0
 
 
+@pytest.mark.slow
 def test_guidance_in_an_interval_shows_which_steps_paid():
     with fxnvtx.record() as recording:
         result = run("reference", prompt="a fox", steps=4, args=STAGES.with_values(guidance_interval=(1, 2)))
@@ -227,6 +233,7 @@ def test_groups_give_the_images_of_their_requests():
     assert labels(recording).count("denoising_loop") == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_warmup_is_silent_and_changes_nothing(name):
     with fxnvtx.record() as recording:

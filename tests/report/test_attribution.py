@@ -66,6 +66,7 @@ def same_parts(ours: list[Part], theirs: list[Part]) -> None:
 # ------------------------------------------------------------------------------------------------ captures at hand
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limits", [Limits(batch=500, run=700, window=64), Limits()], ids=["cut", "whole"])
 @pytest.mark.parametrize("name", ["h100_2gpu_slice.sqlite", "mfu_2gpu_slice.sqlite"])
 def test_real_captures(name: str, limits: Limits) -> None:
@@ -205,6 +206,7 @@ recorded = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(recorded)
 def test_random_recordings(items: list[tuple[int, int, int | None, str, str | None, int]]) -> None:
@@ -220,6 +222,7 @@ def test_random_recordings(items: list[tuple[int, int, int | None, str, str | No
         assert told(ours.root) == told(theirs.root)
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 3), moments, lengths, st.booleans()), max_size=25))
 def test_weights_that_move_while_others_compute(items: list[tuple[int, int, int, bool]]) -> None:

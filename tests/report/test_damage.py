@@ -323,6 +323,7 @@ def test_fuzzed(tmp_path: Path, changes: list[tuple[float, bytes]], keep: float)
     answered(broken)
 
 
+@pytest.mark.slow
 def test_fuzzed_recordings(tmp_path: Path) -> None:
     """Every value of a recording replaced by every wrong one."""
     row = ["a", "module", 3, 1, 0, 10, 20, False]
@@ -376,6 +377,7 @@ def test_nsys_rep_that_nsys_refuses(tmp_path: Path) -> None:
         load(tmp_path / "x.nsys-rep")
 
 
+@pytest.mark.slow
 def test_nsys_rep_of_a_newer_nsys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What an older nsys prints about it, among other lines: the one that says which versions is kept, in one line."""
     script = tmp_path / "nsys"
@@ -413,6 +415,7 @@ def test_a_journal_that_was_left_behind(tmp_path: Path) -> None:
     assert Path(f"{copy}-journal").exists()
 
 
+@pytest.mark.slow
 def test_a_worker_process_reports_the_same_error(tmp_path: Path) -> None:
     good = small(tmp_path / "good.sqlite").close()
     (tmp_path / "bad.sqlite").write_bytes(b"")
@@ -462,6 +465,7 @@ def test_reading_needs_no_memory_per_range(tmp_path: Path) -> None:
     assert peaks[1] < peaks[0] * 1.3 + 100_000, peaks
 
 
+@pytest.mark.slow
 def test_damaged_files_of_every_kind_through_every_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A few of the cases that `python -m tests.report.mutated` makes by the thousand."""
     said: list[str] = []

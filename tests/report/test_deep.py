@@ -17,6 +17,7 @@ from fxnvtx.report.selection import VIEWS
 from .captures import Capture
 from .samples import recorded
 
+pytestmark = pytest.mark.slow
 DEEP = 20_000
 
 

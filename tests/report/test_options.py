@@ -78,6 +78,7 @@ def test_this_table_knows_every_option() -> None:
     assert options == set(GIVEN)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [*(f"--format {form}" for form in FORMATS), "--scrub"])
 @pytest.mark.parametrize("by", VIEWS)
 def test_an_option_is_honoured_or_refused(folder: Path, mode: str, by: str) -> None:

@@ -104,6 +104,7 @@ class Writer:
         return end - start
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(threads, st.lists(st.integers(0, 30), min_size=1, max_size=9), st.integers(1, 3), st.sampled_from(VERSIONS))
 def test_a_written_tree_comes_back(
@@ -234,6 +235,7 @@ def test_a_grouped_view_counts_nothing_twice(view: str, tmp_path: Path) -> None:
         assert sum(row.gpu_self for row in rows.values()) == 30
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(
     threads, st.lists(st.integers(0, 30), min_size=1, max_size=9), st.booleans(), st.booleans(), st.integers(30, 150)

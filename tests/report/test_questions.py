@@ -97,6 +97,7 @@ intervals = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(intervals, st.sampled_from(CUTS))
 def test_overlap_agrees_with_counting(tmp_path_factory: pytest.TempPathFactory, items, limits) -> None:  # type: ignore[no-untyped-def]

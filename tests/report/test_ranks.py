@@ -38,6 +38,7 @@ def test_ranks_are_merged_with_their_skew(files: list[Path]) -> None:
     assert "66.7%" in render_text(report, by="module", width=140)
 
 
+@pytest.mark.slow
 def test_processes_give_what_one_process_gives(files: list[Path]) -> None:
     alone, spread = load(*files, jobs=1), load(*files, jobs=3)
     for view in ("tree", "module", "kernel"):
@@ -110,6 +111,7 @@ def test_equal_titles_are_told_apart(tmp_path: Path) -> None:
     assert len(row.ranks) == 2
 
 
+@pytest.mark.slow
 def test_a_tree_survives_the_way_between_processes() -> None:
     tree = Tree()
     node: Node = tree.root

@@ -107,6 +107,7 @@ def test_what_nsys_itself_exports(tmp_path: Path) -> None:
         assert [(row.path, row.cpu) for row in found] == [(row.path, row.cpu) for row in expected]
 
 
+@pytest.mark.slow
 def test_damaged_tables_are_one_line(tmp_path: Path) -> None:
     folder = arrow_folder(DATA / "mfu_2gpu_slice.sqlite", tmp_path / "exported")
     broken = tmp_path / "broken"

@@ -86,6 +86,7 @@ def check(report: Report, by: str, **options: Any) -> None:
     assert all(row.share <= 1.000001 for row in summaries)
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None)
 @given(
     st.lists(st.lists(items, max_size=4), min_size=1, max_size=2),
@@ -116,6 +117,7 @@ def test_device_time_of_flat_views_sums_to_the_whole(by: str, tmp_path: Path) ->
     check(load(capture.close()), by)
 
 
+@pytest.mark.slow
 def test_every_category_in_the_sources_is_in_the_vocabulary() -> None:
     """Producers write literals; one that no view knows would be lost."""
     found: dict[str, str] = {}

@@ -457,6 +457,7 @@ def test_direct_calls_of_torch_compile(start):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_a_release_without_some_places(start, tmp_path, monkeypatch, caplog):
     old = tmp_path / "some"
     shutil.copytree(DOUBLE, old)
@@ -479,6 +480,7 @@ def test_a_release_without_some_places(start, tmp_path, monkeypatch, caplog):
     assert len(hooked) == len(TARGETS) - 2
 
 
+@pytest.mark.slow
 def test_targets_of_the_stand_in_are_all_there(start):
     assert missing_targets() == []
     assert [f.state for f in doctor.findings() if f.what == "SGLang"] == ["ok"]
@@ -583,6 +585,7 @@ def test_who_takes_the_place_of_torchs_nvtx_functions_hears_every_range(start, t
     assert not ranges.sinks
 
 
+@pytest.mark.slow
 def test_without_sglang(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert missing_targets() is None
