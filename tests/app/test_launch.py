@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fxnvtx import instrument, range_pop, range_push, ranges, record
+from fxnvtx import range_pop, range_push, ranges
 from fxnvtx.__main__ import words
 from fxnvtx.recording import Recording
 from fxnvtx.report import from_recording, load
@@ -124,15 +124,23 @@ if __name__ == "__main__":
     child.join()
 """
 
+WITNESS = """
+import fxnvtx
+from program import Head, Net, calls
+
+models = fxnvtx.instrument(Net()), fxnvtx.instrument(Head(16, 4))
+with fxnvtx.record(work=True) as recording:
+    calls(*models)
+recording.save("expected.json")
+"""
+
 
 def test_recordings_carry_the_work_that_one_in_the_process_carries(tmp_path: Path) -> None:
     """Of each label and shape, in each process; and the report shows it."""
-    program = {"__name__": "program"}
-    exec(COUNTED, program)
-    models = instrument(program["Net"]()), instrument(program["Head"](16, 4))
-    with record(work=True) as expected:
-        program["calls"](*models)
     (tmp_path / "program.py").write_text(COUNTED)
+    (tmp_path / "witness.py").write_text(WITNESS)  # a process of its own: what was compiled in this one matters
+    subprocess.run([sys.executable, "witness.py"], cwd=tmp_path, check=True, timeout=CHILD_S)
+    expected = Recording.load(tmp_path / "expected.json")
     done = fxnvtx("run", "--work", "-o", "out", "program.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     paths = sorted((tmp_path / "out").glob("recording*.json"))
