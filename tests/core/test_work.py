@@ -35,6 +35,7 @@ def without_gradients() -> Iterator[None]:
 def sample(name: str) -> tuple[nn.Module, tuple[torch.Tensor, ...], dict[str, object]]:
     if name.startswith("reference "):
         return *getattr(samples, name.removeprefix("reference "))(), {}
+    pytest.importorskip("diffusers", reason="the diffusers extra is not installed")
     model, arguments = zoo.build(name)
     return model, (), arguments
 
