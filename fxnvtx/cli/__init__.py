@@ -12,4 +12,4 @@ def main(arguments: list[str] | None = None) -> None:
     """The console script: `arguments` as on a command line, those of this process where left out."""
     from .commands import cli
 
-    cli.main(args=arguments, prog_name="fxnvtx")
+    cli.main(args=arguments, prog_name="fxnvtx", obj={"own_process": True})

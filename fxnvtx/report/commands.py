@@ -161,8 +161,10 @@ def report_command(
         with Late(f"writing {output.name}") as tick:  # type: ignore[union-attr]
             wrote(writer(list(captures), output, tick))  # type: ignore[arg-type]
         return
-    # a tree need not be searched for garbage while it grows, nor be taken apart at the program's end
-    atexit.register(gc.freeze)
+    # A tree need not be searched for garbage while it grows, nor be taken apart at the program's end, where the program
+    # is this command; in somebody else's process the end is not ours.
+    if (click.get_current_context().obj or {}).get("own_process"):
+        atexit.register(gc.freeze)
     with uncollected():
         with Late(f"reading {captures[0].name}") as tick:
             found = load(*captures, exact=exact, jobs=jobs, tick=tick, window=window, peak=peaks)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import io
 import json
 import os
 import pty
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from fxnvtx.cli import main
 from fxnvtx.cli.commands import cli
 from fxnvtx.recording import Recording
 from fxnvtx.report import load, render_text
@@ -147,3 +150,19 @@ def test_progress_shows_itself_on_a_terminal() -> None:
     os.close(leader)
     assert b"reading x" in seen
     assert b"16,385 rows" in seen
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_the_end_of_somebody_elses_process_is_not_touched(
+    capture: Path, own: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    later: list[object] = []
+    monkeypatch.setattr("atexit.register", lambda call, *_: later.append(call))
+    if own:
+        monkeypatch.setattr("sys.stdout", io.StringIO())
+        with pytest.raises(SystemExit) as ended:
+            main(["report", str(capture)])
+        assert ended.value.code == 0
+    else:
+        run("report", capture)
+    assert (gc.freeze in later) == own
