@@ -138,6 +138,7 @@ _changing = _Changing()
 # Where a compiled model's root has a slot, functions of these run with Dynamo watching.
 _OURS = [
     "control",
+    "crossing",
     "events",
     "gate",
     "graph",

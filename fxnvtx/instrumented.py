@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from .deferred import begins_only
+from .crossing import begins_only
 from .errors import TraceError
 from .gate import Gate, lock
 from .levels import Level, Refused, trace_level

@@ -16,7 +16,19 @@ from nvtx._lib.lib import DomainHandle, pop_range, push_range
 from .categories import CATEGORIES
 from .errors import LabelError
 
-__all__ = ["CATEGORIES", "DOMAIN", "HANDLE", "Label", "classes_of", "domain", "label", "nvtx_pop", "nvtx_push"]
+__all__ = [
+    "CATEGORIES",
+    "DOMAIN",
+    "HANDLE",
+    "Label",
+    "classes_of",
+    "domain",
+    "label",
+    "nvtx_end",
+    "nvtx_pop",
+    "nvtx_push",
+    "nvtx_start",
+]
 
 DOMAIN = "fxnvtx"
 
@@ -40,6 +52,9 @@ nvtx_push: Callable[[Any, Any], None] = push_range
 nvtx_pop: Callable[[Any], None] = pop_range
 domain = _Domain(DOMAIN)
 HANDLE = domain.handle
+# Ranges that may cross others: start(attributes) -> id, end(id).
+nvtx_start: Callable[[Any], int] = domain.start_range
+nvtx_end: Callable[[int], None] = domain.end_range
 
 
 class Label:

@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import graph as _graph
 from .compile.torch_private import hide_from_dynamo
-from .deferred import begins_only
+from .crossing import begins_only
 from .names import walk_paths
 from .ranges import HANDLE, label, nvtx_pop, nvtx_push, unwind
 from .slot import SLOT, Slot, calls_plainly, in_range

@@ -8,31 +8,48 @@ nothing at all when an outer pop has closed it already. NVTX itself only knows "
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 import os
 import threading
 from collections.abc import Callable
+from sys import _getframe
 from time import perf_counter_ns
 from types import TracebackType
 from typing import Any, TypeVar, cast
 
 from nvtx._lib.lib import mark
 
-from .labels import CATEGORIES, DOMAIN, HANDLE, Label, classes_of, domain, label, nvtx_pop, nvtx_push
+from .categories import OP, TASK_SWITCH
+from .crossing import ASYNC, Crossing, around, held_function, is_left_inside, latest, switch
+from .labels import (
+    CATEGORIES,
+    DOMAIN,
+    HANDLE,
+    Label,
+    classes_of,
+    domain,
+    label,
+    nvtx_end,
+    nvtx_pop,
+    nvtx_push,
+    nvtx_start,
+)
 from .stack import Entry, Live, Mark, Open, RangeStack, Sink, Stacks
 
 __all__ = [
     "CATEGORIES",
     "DOMAIN",
     "HANDLE",
+    "Crossing",
     "Entry",
     "Label",
     "Mark",
     "Open",
     "RangeStack",
+    "begin",
     "classes_of",
     "domain",
+    "end",
     "label",
     "listening",
     "mark_now",
@@ -40,6 +57,7 @@ __all__ = [
     "mode",
     "nvtx_pop",
     "nvtx_push",
+    "open_labels",
     "pop",
     "push",
     "range",
@@ -75,10 +93,12 @@ sinks: tuple[Sink | Live, ...] = ()
 live: tuple[Live, ...] = ()  # those of them that are told of every range at once
 active = nvtx_on
 emitted = False
+crossings: set[int] = set()  # numbers of the open ranges that may cross others: while there are any, all stacks attend
 silence_told = False  # whether the log has said why nothing is emitted; once is enough
 _listener_lock = threading.RLock()
 _on_change: list[Callable[[], None]] = []
 _stacks = Stacks()
+_before_this_process = 0  # crossing ranges up to this number are those of the process that this one was forked from
 
 
 def listening() -> bool:
@@ -145,6 +165,7 @@ class _Thread(threading.local):
         self.silent: set[Any] = set()
         with _listener_lock:
             _stacks.add(self.stack, _recorders())
+        self.stack.special = bool(crossings)
 
 
 local = _Thread()
@@ -195,12 +216,16 @@ def pop(entry: Entry | None) -> None:
                 nvtx_pop(HANDLE)
     else:
         close_deep(stack, entry)
-    if stack.special:
+    if stack.special and stack.stopped:
         attend(stack)
 
 
 def _push_live(stack: RangeStack, text: Label, payload: object, owner: object) -> Entry:
+    inside = around() if crossings else None
     opened = Open(text, payload, len(stack), stack.thread_id)
+    if inside is not None:
+        opened.level += inside.level + 1
+        opened.inside = inside.number
     entry = (text, owner, payload, opened.start_ns, opened)
     stack.append(entry)
     log = stack.log
@@ -238,7 +263,10 @@ def unwind(stack: RangeStack, depth: int) -> None:
         entry = stack[-1]
         del stack[-1]
         stack.torn = True
-        _closed(stack, entry, leaked=not stack.was_stopped(entry))
+        leaked = not stack.was_stopped(entry)
+        if leaked and len(entry) > 1 and type(entry[1]) is range:
+            entry[1].closed_early(stack)
+        _closed(stack, entry, leaked)
 
 
 def close_deep(stack: RangeStack, entry: Entry) -> None:
@@ -257,7 +285,8 @@ def close_deep(stack: RangeStack, entry: Entry) -> None:
 
 
 def attend(stack: RangeStack) -> None:
-    """What other threads left to do: close what they popped, once it is on top."""
+    """Before a push: close what other threads popped, once it is on top; and tell which start/end range it lies in,
+    if any is open anywhere."""
     while stack and stack.was_stopped(stack[-1]):
         entry = stack[-1]
         del stack[-1]
@@ -265,9 +294,86 @@ def attend(stack: RangeStack) -> None:
     for entry in tuple(stack.stopped):
         if not stack.holds(entry):  # an outer pop was faster
             stack.was_stopped(entry)
+    if crossings:
+        _tell_inside(stack, around())
     stack.special = False
-    if stack.stopped:  # asked after the flag is down: who stops an entry meanwhile raises it again
+    if stack.stopped or crossings:  # asked after the flag is down: who adds to one meanwhile raises it again
         stack.special = True
+
+
+def _tell_inside(stack: RangeStack, inside: Crossing | None) -> None:
+    """Tell those who listen that what begins now on this thread lies in this start/end range."""
+    if inside is stack.inside:
+        return
+    stack.inside = inside
+    log = stack.log
+    if log is not None:
+        log.append((inside,))
+    if nvtx_on:
+        while inside is not None and (inside.nvtx is None or inside.thread_id != stack.thread_id):
+            inside = inside.parent
+        mark(label(TASK_SWITCH, OP).with_payload(0 if inside is None else inside.nvtx), HANDLE)
+
+
+def open_labels() -> tuple[str, ...]:
+    """The texts of the ranges that are open around what runs now: of this context's start/end ranges, then of the
+    thread's push/pop ranges, the outermost first."""
+    texts = [entry[0].text for entry in reversed(local.stack)]
+    inside = around() if crossings else None
+    while inside is not None:
+        texts.append(inside.label.text)
+        inside = inside.parent
+    return tuple(reversed(texts))
+
+
+def begin(text: Label, payload: object = None, owner: object = None, opener: object = None) -> Crossing | None:
+    """Open a range that need not end before others of its thread do: what runs in this context from now on lies inside
+    it. Returns what `end` needs; None when nobody listens."""
+    global emitted
+    if not active:
+        return None
+    emitted = True
+    stack = local.stack
+    if stack.special:
+        attend(stack)  # nothing is to be told where no other one is open
+    made = Crossing(text, payload, owner, opener, stack.thread_id, len(stack))
+    switch(made)
+    stack.inside = made
+    crossings.add(made.number)
+    for other in _stacks.all():
+        other.special = True
+    made.start_ns = perf_counter_ns()
+    log = stack.log
+    if log is not None:
+        log.append(made)
+    if live:
+        opened = made.opened = Open(text, payload, made.level, stack.thread_id)
+        opened.start_ns, opened.crossing = made.start_ns, made.number
+        opened.inside = 0 if made.parent is None else made.parent.number
+        for told in live:
+            told.opened(opened)
+    if nvtx_on:
+        made.nvtx = nvtx_start(text.attributes if payload is None else text.with_payload(payload))
+    return made
+
+
+def end(made: Crossing | None) -> None:
+    """Close what `begin` opened, wherever that was. A second time it does nothing."""
+    if made is None or made.end_ns is not None:
+        return
+    made.end_ns = perf_counter_ns()
+    crossings.discard(made.number)
+    now = around()  # may pass over others that have ended meanwhile
+    switch(now)
+    stack = local.stack
+    if stack.inside is made:
+        stack.inside = now
+    if made.nvtx is not None and made.number > _before_this_process:
+        nvtx_end(made.nvtx)
+    if made.opened is not None:
+        made.opened.end_ns = made.end_ns
+        for told in live:
+            told.closed(made.opened)
 
 
 def _backwards(size: int) -> Any:
@@ -298,6 +404,10 @@ def _after_fork() -> None:
 
 def _after_fork_in_child() -> None:
     _listener_lock.release()
+    global _before_this_process
+    _before_this_process = latest()
+    switch(None)
+    crossings.clear()
     # The child has the parent's open ranges on its stack, but its tool never saw them begin. Of other threads it has
     # the stacks, not the threads.
     global _stacks
@@ -351,8 +461,12 @@ class range:  # noqa: N801 - a context manager and decorator, spelled like a fun
     """A range around a block of code or a function.
 
     `payload` is a number (it reaches NVTX) or any JSON value (it reaches recordings). Works as a context
-    manager (re-entrant, and from several threads at once) and as a decorator of functions, coroutine functions and
-    generator functions of both kinds. With enabled=False the decorator returns the function untouched.
+    manager (re-entrant, and from several threads at once), as an asynchronous one, and as a decorator of functions,
+    coroutine functions and generator functions of both kinds. With enabled=False the decorator returns the function
+    untouched.
+
+    What the thread may leave in between becomes a start/end range, which may cross others: `async with`, a `with` in a
+    coroutine with an await in its body, and decorated coroutines and generators. Everything else is push/pop.
     """
 
     __slots__ = ("_opened", "enabled", "label", "payload")
@@ -369,69 +483,110 @@ class range:  # noqa: N801 - a context manager and decorator, spelled like a fun
         self.label = text if type(text) is Label else label(cast(str, text), category, color)
         self.payload = payload
         self.enabled = enabled
-        self._opened: dict[int, list[Entry | None]] = {}  # by thread: each touches its own list only
+        # What is not on a stack under this object as its owner: by thread, each touches its own list only. None: nobody
+        # listened, or an outer pop was faster
+        self._opened: dict[int, list[Entry | Crossing | None]] = {}
 
     def __enter__(self) -> range:
-        self._opened.setdefault(local.id, []).append(push(self.label, self.payload) if self.enabled else None)
+        if not self.enabled:
+            return self
+        if not active:
+            self._opened.setdefault(local.id, []).append(None)
+            return self
+        frame = _getframe(1)
+        if frame.f_code.co_flags & ASYNC and is_left_inside(frame):
+            self._opened.setdefault(local.id, []).append(begin(self.label, self.payload, opener=self))
+        elif self._opened:
+            self._opened.setdefault(local.id, []).append(push(self.label, self.payload))
+        else:
+            push(self.label, self.payload, self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if not self._opened:
+            stack = local.stack
+            if (
+                stack and len(stack[-1]) > 1 and stack[-1][1] is self
+            ):  # the usual case: pop(), without looking for the stack again
+                entry = stack[-1]
+                del stack[-1]
+                if live:
+                    _closed(stack, entry)
+                else:
+                    log = stack.log
+                    if log is not None:
+                        log += (entry, perf_counter_ns())
+                    if nvtx_on:
+                        nvtx_pop(HANDLE)
+                if stack.special and stack.stopped:
+                    attend(stack)
+                return
+        if self.enabled:
+            self._leave()
+
+    def closed_early(self, stack: RangeStack) -> None:
+        """An outer pop was faster than the `with` statement's: that one, to come, has nothing to do."""
+        self._opened.setdefault(stack.thread_id, []).append(None)
+
+    def _leave(self) -> None:
         mine = self._opened.get(local.id)
-        if not mine:  # entered on another thread: a generator that is finalized here, or a forked child
+        if not mine:
+            for stack in (local.stack, *_stacks.all()):
+                for entry in reversed(tuple(stack)):
+                    if len(entry) > 1 and entry[1] is self:
+                        pop(entry)
+                        return
+            # entered on another thread: a generator that is finalized here, or a forked child
             mine = next((other for other in list(self._opened.values()) if other), None)
-        if mine:
-            pop(mine.pop())
+            if not mine:
+                return
+        last = mine[-1]
+        if type(last) is not Crossing:
+            del mine[-1]  # nothing else that is still open can have been entered since
+            pop(last)  # type: ignore[arg-type]  # type() narrows nothing
+        else:
+            self._leave_crossing(mine)
+        if not mine:
+            for thread_id, other in list(self._opened.items()):
+                if other is mine:
+                    self._opened.pop(thread_id, None)
+
+    def _leave_crossing(self, mine: list[Any]) -> None:
+        found = around()  # of several tasks' the one of ours
+        while found is not None and not (found.opener is self and found in mine):
+            found = found.parent
+        if found is not None:
+            mine.remove(found)
+            end(found)
+            return
+        # The context knows of none: the last that was not entered in a coroutine, else the last
+        last = next((i for i in _backwards(len(mine)) if type(mine[i]) is not Crossing), -1)
+        opened: Any = mine.pop(last)
+        close: Any = end if type(opened) is Crossing else pop
+        close(opened)
+
+    async def __aenter__(self) -> range:
+        if self.enabled:
+            self._opened.setdefault(local.id, []).append(begin(self.label, self.payload, opener=self))
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.enabled:
+            self._leave()
 
     def __call__(self, function: F) -> F:
         if not self.enabled:
             return function
         text, payload = self.label, self.payload
 
-        if inspect.isasyncgenfunction(function):
+        inner = held_function(function, lambda: begin(text, payload), end)
+        if inner is None:
 
-            async def inner(*args: Any, **kwargs: Any) -> Any:
-                entry = push(text, payload)
-                below = function(*args, **kwargs)
-                try:
-                    item = await below.asend(None)
-                    while True:
-                        try:
-                            sent = yield item
-                        except GeneratorExit:
-                            await below.aclose()
-                            raise
-                        except BaseException as error:
-                            item = await below.athrow(error)
-                        else:
-                            item = await below.asend(sent)
-                except StopAsyncIteration:
-                    return
-                finally:
-                    pop(entry)
-
-        elif inspect.iscoroutinefunction(function):
-
-            async def inner(*args: Any, **kwargs: Any) -> Any:  # type: ignore[misc]
-                entry = push(text, payload)
-                try:
-                    return await function(*args, **kwargs)
-                finally:
-                    pop(entry)
-
-        elif inspect.isgeneratorfunction(function):
-
-            def inner(*args: Any, **kwargs: Any) -> Any:  # type: ignore[misc]
-                entry = push(text, payload)
-                try:
-                    return (yield from function(*args, **kwargs))
-                finally:
-                    pop(entry)
-
-        else:
-
-            def inner(*args: Any, **kwargs: Any) -> Any:  # type: ignore[misc]
+            def inner(*args: Any, **kwargs: Any) -> Any:
                 entry = push(text, payload)
                 try:
                     return function(*args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -12,11 +13,12 @@ from time import perf_counter_ns
 from typing import Any
 
 from . import ranges as _ranges
+from .crossing import Crossing
 from .errors import CaptureError, ToolError
-from .events import Range, RangeMark, read_events
+from .events import Range, RangeMark, in_order, read_events
 from .labels import Label
 from .output import writing
-from .stack import Log
+from .stack import Event, Log
 from .work import carried
 
 __all__ = ["Node", "Range", "RangeMark", "Recording", "build_tree", "record"]
@@ -68,7 +70,9 @@ class Recording:
         """Freeze: later pops of ranges still open do not change what was recorded."""
         if not self._stopped:
             self._stopped = True
-            self._logs = {n: (thread, [[e for log in logs for e in log]]) for n, (thread, logs) in self._logs.items()}
+            self._logs = {
+                n: (thread, [[_as_it_is(e) for log in logs for e in log]]) for n, (thread, logs) in self._logs.items()
+            }
             labels = self._labels()
             self.meta["classes"] = _ranges.classes_of(labels)  # now: a model may be gone when somebody reads
             self.meta["work"] = carried({known.text for known in labels})
@@ -86,7 +90,13 @@ class Recording:
 
     def _labels(self) -> set[Label]:
         events = (event for _, logs in self._logs.values() for log in logs for event in log)
-        return {event[0] for event in events if type(event) is tuple and len(event) > 3 and event[3] >= self._since}
+        found = set()
+        for event in events:
+            if type(event) is Crossing:
+                found.add(event.label)
+            elif type(event) is tuple and len(event) > 3 and event[3] >= self._since:
+                found.add(event[0])
+        return found
 
     @property
     def ranges(self) -> list[Range]:
@@ -102,11 +112,20 @@ class Recording:
             return self._read
         ranges: list[Range] = []
         marks: list[RangeMark] = []
-        for thread_id, logs in list(self._logs.values()):
-            found = read_events(thread_id, [event for log in list(logs) for event in log], self._since)
+        logged = [
+            (thread_id, [event for log in list(logs) for event in log]) for thread_id, logs in list(self._logs.values())
+        ]
+        known = frozenset(
+            event.number
+            for _, events in logged
+            for event in events
+            if type(event) is Crossing and event.start_ns >= self._since
+        )
+        for thread_id, events in logged:
+            found = read_events(thread_id, events, self._since, known)
             ranges += found[0]
             marks += found[1]
-        ranges.sort(key=lambda r: r.start_ns)  # stable: a thread's own order survives ties
+        ranges = in_order(ranges)
         marks.sort(key=lambda m: m.time_ns)
         if self._stopped:
             self._read, self._logs = (ranges, marks), {}
@@ -149,9 +168,13 @@ class Recording:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write JSON: {"format", "version", "meta", "ranges": [[label, category, payload, thread_id, depth,
-        start_ns, end_ns, leaked], ...], "marks": [...]}."""
+        start_ns, end_ns, leaked], ...], "marks": [...]}; rows of and inside start/end ranges go on with their
+        `crossing` and `inside`."""
         rows = [
-            [r.label, r.category, _jsonable(r.payload), r.thread_id, r.depth, r.start_ns, r.end_ns, r.leaked]
+            [
+                *(r.label, r.category, _jsonable(r.payload), r.thread_id, r.depth, r.start_ns, r.end_ns, r.leaked),
+                *((r.crossing, r.inside) if r.crossing or r.inside else ()),
+            ]
             for r in self.ranges
         ]
         marks = [[m.label, m.category, _jsonable(m.payload), m.thread_id, m.time_ns] for m in self.marks]
@@ -213,9 +236,18 @@ def _checked(value: Any, *kinds: type) -> Any:
 
 
 def _read_range(
-    label: str, category: str, payload: Any, thread_id: int, depth: int, start: int, end: int | None, leaked: bool
+    label: str,
+    category: str,
+    payload: Any,
+    thread_id: int,
+    depth: int,
+    start: int,
+    end: int | None,
+    leaked: bool,
+    *more: int,
 ) -> Range:
-    for value in (thread_id, depth, start):
+    crossing, inside = more or (0, 0)
+    for value in (thread_id, depth, start, crossing, inside):
         _checked(value, int)
     if depth < 0:
         raise ValueError(f"depth {depth}")
@@ -228,6 +260,8 @@ def _read_range(
         start,
         _checked(end, int, type(None)),
         _checked(leaked, bool),
+        crossing,
+        inside,
     )
 
 
@@ -238,16 +272,28 @@ def _read_mark(label: str, category: str, payload: Any, thread_id: int, time: in
 
 
 def build_tree(ranges: list[Range]) -> list[Node]:
-    """Nest ranges (given by start) by thread and depth."""
+    """Nest ranges (given by start): push/pop ranges by thread and depth, within the start/end range around them."""
     roots: list[Node] = []
-    enclosing: dict[int, list[Node]] = {}
+    enclosing: dict[tuple[int, int], list[Node]] = {}  # by thread and start/end range: the open push/pop ranges
+    crossing: dict[int, tuple[Node, int]] = {}  # by number: a start/end range, and the depth of what is inside
     for item in ranges:
         node = Node(item.label, item.category, item.payload, item.start_ns, item.end_ns)
-        above = enclosing.setdefault(item.thread_id, [])
-        del above[item.depth :]
-        (above[-1].children if above else roots).append(node)
-        above.append(node)
+        around, depth = crossing.get(item.inside, (None, 0))
+        chain = enclosing.setdefault((item.thread_id, item.inside if around is not None else 0), [])
+        place = max(0, item.depth - depth)
+        above = chain[min(place, len(chain)) - 1] if place and chain else around
+        (roots if above is None else above.children).append(node)
+        if item.crossing:
+            crossing[item.crossing] = node, item.depth + 1
+        else:
+            del chain[place:]
+            chain.append(node)
     return roots
+
+
+def _as_it_is(event: Event) -> Event:
+    """The event, if need be a copy that does not change any more."""
+    return copy.copy(event) if type(event) is Crossing else event
 
 
 # set by instrument.py: why instrumented models may have stayed silent, or None where there is nothing to say

@@ -22,10 +22,24 @@ from torch import nn
 
 from . import ranges as _ranges
 from .compile.torch_private import dynamo_active, jit_traces
-from .deferred import held_open
+from .crossing import around, held_open
 from .gate import Gate
 from .names import input_shapes, unwrapped
-from .ranges import HANDLE, Entry, Label, attend, close_deep, local, mark_now, nvtx_pop, nvtx_push, pop, push
+from .ranges import (
+    HANDLE,
+    Entry,
+    Label,
+    attend,
+    begin,
+    close_deep,
+    end,
+    local,
+    mark_now,
+    nvtx_pop,
+    nvtx_push,
+    pop,
+    push,
+)
 
 __all__ = ["SLOT", "Around", "Inside", "Naming", "OuterSlot", "Slot", "calls_plainly", "in_range", "slot_of", "tracing"]
 
@@ -52,6 +66,12 @@ class Naming:
                 found = self.by_parent.get(entry[0].text)
                 if found is not None:
                     return found
+            crossing = around()
+            while crossing is not None:
+                found = self.by_parent.get(crossing.label.text)
+                if found is not None:
+                    return found
+                crossing = crossing.parent
         return self.label
 
 
@@ -208,6 +228,8 @@ class Slot:
             if depth == 1:
                 stack.torn = False
                 gate.look(self.key)
+            if stack.special:
+                attend(stack)
             body = self.body  # not before look(), which may change it
             module = held()
             if module is None:
@@ -285,10 +307,12 @@ class Slot:
             with gate.silence():
                 return self.plain(module, *args, **kwargs)
         if not stack:
+            stack.torn = False
             gate.look(self.key)
         outer = None if self.around is None else self.around(args, kwargs)
         if self.holds_open:
-            return held_open(self.plain(module, *args, **kwargs), self.naming.now(stack), gate)
+            name = self.naming.now(stack)
+            return held_open(self.plain(module, *args, **kwargs), lambda: begin(name, None, gate), end)
         outermost = None if outer is None else push(*outer)
         entry = push(self.naming.now(stack), None, gate)
         try:

@@ -7,7 +7,8 @@ range ends. A process that dies in the middle of one leaves it open, and its rea
 One JSON object a line: {"meta": {...}}, then {"ranges": [[number, label, category, payload, thread, level, start, end,
 leaked], ...], "ended": [[number, end, leaked], ...], "marks": [...], "classes": {label: class}, "strays": n}. Where
 there is something to say, also "work": [the rows of work.py that became known since]; with `--infer-steps` "sites":
-{number: [shapes, [[call of a function, place, loops, function], ...]]}.
+{number: [shapes, [[call of a function, place, loops, function], ...]]}. Rows of
+start/end ranges and of what is inside one go on with their `crossing` and `inside`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 
 from . import ranges as _ranges
 from .errors import CaptureError
+from .events import in_order
 from .loops import Call, Frame, Site, Sites, inferred
 from .recording import Range, RangeMark, Recording
 from .window import Window
@@ -143,6 +145,7 @@ class Spool:
                     entry.start_ns,
                     end,
                     entry.leaked,
+                    *((entry.crossing, entry.inside) if entry.crossing or entry.inside else ()),
                 ]
             )
         self._unfinished = still
@@ -275,10 +278,13 @@ def _span(text: str, category: str, payload: int, level: int, first: Call, last:
 
 def nested(entries: Iterable[_ranges.Open]) -> list[Range]:
     """Ranges by start. What lies between two of them may not have been shown: so depth counts those that were."""
-    enclosing: dict[int, list[_ranges.Open]] = {}
+    enclosing: dict[tuple[int, int], list[_ranges.Open]] = {}
     found = []
-    for entry in sorted(entries, key=lambda e: e.start_ns):  # stable: a thread's own order survives ties
-        above = enclosing.setdefault(entry.thread_id, [])
+    ordered = sorted(entries, key=lambda e: e.start_ns)  # stable: a thread's own order survives ties
+    known = {entry.crossing for entry in ordered}
+    for entry in ordered:
+        inside = entry.inside if entry.inside in known else 0
+        above = enclosing.setdefault((entry.thread_id, inside), [])
         while above and (above[-1].level >= entry.level or _over(above[-1], entry.start_ns)):
             above.pop()
         text = entry.label
@@ -292,10 +298,13 @@ def nested(entries: Iterable[_ranges.Open]) -> list[Range]:
                 entry.start_ns,
                 entry.end_ns,
                 entry.leaked,
+                entry.crossing,
+                inside,
             )
         )
-        above.append(entry)
-    return found
+        if not entry.crossing:
+            above.append(entry)
+    return in_order(found)
 
 
 def _over(entry: _ranges.Open, now: int) -> bool:
@@ -303,8 +312,18 @@ def _over(entry: _ranges.Open, now: int) -> bool:
 
 
 def _entry(
-    label: str, category: str, payload: Any, thread: int, level: int, start: int, end: int | None, leaked: bool
+    label: str,
+    category: str,
+    payload: Any,
+    thread: int,
+    level: int,
+    start: int,
+    end: int | None,
+    leaked: bool,
+    crossing: int = 0,
+    inside: int = 0,
 ) -> _ranges.Open:
     entry = _ranges.Open(_ranges.label(label, category), payload, level, thread)
     entry.start_ns, entry.end_ns, entry.leaked = start, end, leaked
+    entry.crossing, entry.inside = crossing, inside
     return entry

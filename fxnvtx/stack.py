@@ -19,26 +19,42 @@ from collections.abc import Iterable
 from time import perf_counter_ns
 from typing import Any, Protocol, TypeAlias
 
+from .crossing import Crossing
 from .labels import Label
 
-__all__ = ["Entry", "Event", "Live", "Log", "Mark", "Open", "RangeStack", "Sink", "Stacks"]
+__all__ = ["UNTOLD", "Entry", "Event", "Live", "Log", "Mark", "Open", "RangeStack", "Sink", "Stacks"]
 
 Entry: TypeAlias = "tuple[Any, ...]"
-# entry: opened; entry, time: closed (time < 0: closed at -time by the range around it); (label, payload, time): a mark
-Event: TypeAlias = "tuple[Any, ...] | int"
+# entry: opened; entry, time: closed (time < 0: closed at -time by the range around it); (label, payload, time): a mark;
+# Crossing: opened, and it knows itself when it ends; (Crossing or None,): what follows lies in this one
+Event: TypeAlias = "tuple[Any, ...] | int | Crossing"
 Log: TypeAlias = "list[Event]"
+UNTOLD = object()  # in place of a Crossing: a new log has not been told yet
 
 
 class Open:
     """An open range as those see it who are told at once."""
 
-    __slots__ = ("end_ns", "label", "leaked", "level", "on_nvtx", "payload", "start_ns", "thread_id")
+    __slots__ = (
+        "crossing",
+        "end_ns",
+        "inside",
+        "label",
+        "leaked",
+        "level",
+        "on_nvtx",
+        "payload",
+        "start_ns",
+        "thread_id",
+    )
 
     def __init__(self, text: Label, payload: object, level: int, thread_id: int) -> None:
         self.label = text
         self.payload = payload
         self.level = level  # how many ranges are open around it on its thread
         self.thread_id = thread_id
+        self.crossing = 0  # the number of a range that may cross others (crossing.py); 0: push/pop
+        self.inside = 0  # the number of the crossing range that it lies in
         self.on_nvtx = False
         self.end_ns: int | None = None
         self.leaked = False  # closed by an outer range's pop
@@ -85,7 +101,7 @@ class Live(Protocol):
 class RangeStack(list[Entry]):
     """The open ranges of one thread, the outermost first. Only its own thread changes it."""
 
-    __slots__ = ("__weakref__", "log", "number", "special", "stopped", "thread_id", "torn")
+    __slots__ = ("__weakref__", "inside", "log", "number", "special", "stopped", "thread_id", "torn")
 
     def __init__(self, thread_id: int) -> None:
         self.thread_id = thread_id
@@ -96,6 +112,8 @@ class RangeStack(list[Entry]):
         # Whether an entry was closed by the pop of an outer one since nothing was open: a depth says no more then
         # what lies there
         self.torn = False
+        # Of the start/end ranges the one that, as far as log and NVTX were told, what begins here lies in
+        self.inside: Crossing | object | None = None
 
     @property
     def labels(self) -> tuple[Label, ...]:
@@ -146,3 +164,4 @@ class Stacks:
                 log = []
             sink.listen(stack.number, stack.thread_id, log)
         stack.log = log
+        stack.inside = UNTOLD

@@ -146,15 +146,28 @@ def chosen(hip: str | None, mode: str, environment: Mapping[str, str]) -> bool:
 
 
 class RoctxListener:
-    """Pushes and pops as ranges begin and end."""
+    """Pushes and pops as ranges begin and end; starts and ends those that may cross others."""
 
-    def __init__(self, push: Callable[[str], object], pop: Callable[[], object], mark: Callable[[str], object]) -> None:
+    def __init__(
+        self,
+        push: Callable[[str], object],
+        pop: Callable[[], object],
+        mark: Callable[[str], object],
+        start: Callable[[str], object],
+        end: Callable[[object], object],
+    ) -> None:
         self._push = push
         self._pop = pop
         self._mark = mark
+        self._start = start
+        self._end = end
         self._heard: set[int] = set()  # ranges that were pushed, by id(): each thread touches its own only
+        self._started: dict[int, object] = {}  # and those that were started, with what ends them
 
     def opened(self, entry: Open) -> None:
+        if entry.crossing:
+            self._started[id(entry)] = self._start(entry.label.text)
+            return
         self._push(entry.label.text)
         self._heard.add(id(entry))
 
@@ -162,6 +175,8 @@ class RoctxListener:
         if id(entry) in self._heard:  # else it began before this was there
             self._heard.discard(id(entry))
             self._pop()
+        elif id(entry) in self._started:
+            self._end(self._started.pop(id(entry)))
 
     def marked(self, mark: Mark) -> None:
         self._mark(mark.label.text)
@@ -172,11 +187,11 @@ class RoctxListener:
 def listen_on_rocm(hip: str) -> None:
     """Start to listen where `chosen`. torch.cuda.nvtx is asked for at the first range: torch is only being imported."""
     if chosen(hip, _ranges.mode, os.environ):
-        _ranges.add_sink(RoctxListener(_nvtx("range_push"), _nvtx("range_pop"), _nvtx("mark")))
+        _ranges.add_sink(RoctxListener(*map(_nvtx, ("range_push", "range_pop", "mark", "range_start", "range_end"))))
 
 
 def _nvtx(name: str) -> Callable[..., object]:
-    def call(*args: str) -> object:
+    def call(*args: object) -> object:
         import torch
 
         return getattr(torch.cuda.nvtx, name)(*args)

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..categories import MODULE
 from ..control import Control, controls
-from ..ranges import label, local, push
+from ..ranges import label, local, open_labels, push
 from .labels import Binding, Names, at, named_tensors
 from .torch_private import hide_module
 
@@ -133,11 +133,6 @@ def remember(region: Region) -> None:
     with _lock:
         alive = [r for r in families.get(region.key, ()) if r() is not None]
         families[region.key] = [*alive, weakref.ref(region)]
-
-
-def open_labels() -> tuple[str, ...]:
-    """The ranges open on this thread, outermost first."""
-    return tuple([entry[0].text for entry in local.stack])
 
 
 def module_around() -> str | None:

@@ -22,6 +22,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from .. import ranges as _ranges
 from ..compile.torch_private import dynamo_active, hide_module
 from ..control import controls_of, entry_of
+from ..crossing import around
 from ..errors import FxnvtxError
 from ..instrument import instrument, log_once, unwrapped
 from ..names import DEFAULT_EXCLUDE, Pattern, is_callable_module, walk_paths
@@ -204,7 +205,7 @@ class Everything:
         root = self._root(module)
         if isinstance(root, (fx.GraphModule, nn.modules.loss._Loss)):
             return  # instrument() copies the one, and the other has no inside
-        if root is module and _passing(module) and _ranges.local.stack:
+        if root is module and _passing(module) and (_ranges.local.stack or around() is not None):
             return  # made for one call inside somebody's forward: nn.Softmax(dim=-1)(scores)
         known = self._ours.get(id(root))
         if controls_of(root) is not None and (known is None or known() is not root):

@@ -25,7 +25,7 @@ from .. import ranges as _ranges
 from ..compile.torch_private import dynamo_active, hide_module
 from ..control import entry_of
 from ..instrument import label_of
-from ..ranges import label, local, pop, push
+from ..ranges import label, open_labels, pop, push
 
 __all__ = ["Methods", "leads_to_children", "unwrapped_method"]
 
@@ -133,16 +133,12 @@ def _enter(module: Any, name: str, original: FunctionType) -> Any:
         found = entry_of(module)
         if text is None or found is None or not found[0].enabled:
             return None
-        if any(open_ == text or open_.startswith(f"{text}.") for open_ in _open_labels()):
+        if any(open_ == text or open_.startswith(f"{text}.") for open_ in open_labels()):
             return None
         return push(label(f"{text}.{name}", "module"))
     except Exception as error:  # whatever somebody's module does when it is read; the call must go on
         _ranges.log.debug("%s has no range: %r", name, error)
         return None
-
-
-def _open_labels() -> list[str]:
-    return [entry[0].text for entry in local.stack]
 
 
 _known: weakref.WeakKeyDictionary[type, dict[FunctionType, bool]] = weakref.WeakKeyDictionary()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import pickle
 import sys
@@ -261,6 +262,29 @@ def test_a_layer_made_for_one_call_is_no_model() -> None:
         for _ in range(3):
             net(torch.ones(1, 8))
     assert labels(recording) == ["Old", "layer"] * 3
+    assert len(control.controls()) == known + 1
+
+
+@pytest.mark.usefixtures("everything")
+def test_nor_is_one_that_is_made_in_a_coroutine() -> None:
+    class Waits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        async def forward(self, x: Any) -> Any:
+            x = self.layer(x)
+            await asyncio.sleep(0)
+            return nn.Softmax(dim=-1)(x)
+
+    async def requests() -> None:
+        await asyncio.gather(*(net(torch.ones(1, 8)) for _ in range(3)))
+
+    net = Waits()
+    known = len(control.controls())
+    with fxnvtx.record() as recording:
+        asyncio.run(requests())
+    assert tree(recording) == [("Waits", ["layer"])] * 3
     assert len(control.controls()) == known + 1
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 import torch
 from torch import nn
@@ -207,3 +209,30 @@ def test_kernels_lie_inside_the_ranges_forward_and_backward():
             assert wanted[sizes] | {"all"} <= around, (launch, around)
             checked += 1
     assert checked >= 12  # six Linears, forward and backward
+
+
+def test_compiled_code_of_a_forward_that_is_a_coroutine():
+    class Async(Mlp):
+        async def forward(self, x):
+            await asyncio.sleep(0)
+            x = self.compiled(x)
+            await asyncio.sleep(0)
+            return x
+
+        def work(self, x):
+            return Mlp.forward(self, x)
+
+    model = fxnvtx.instrument(Async(PRIMES[1], 23, 29), "m", exclude=())
+    model.compiled = torch.compile(model.work, backend="fxnvtx")
+
+    async def both():
+        x = torch.zeros(3, PRIMES[1])
+        await asyncio.gather(model(x), model(x))
+
+    with torch.no_grad(), fxnvtx.record() as recording:
+        asyncio.run(both())
+    calls = recording.tree()
+    assert [call.label for call in calls] == ["m", "m"]
+    for call in calls:
+        assert {"m.up", "m.down"} <= {node.label for node in call.children}
+    assert recording.balanced

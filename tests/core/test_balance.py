@@ -261,7 +261,8 @@ def test_a_generator_opened_inside_and_abandoned(model):
         assert local.stack == []
         kept.clear()
     handle.remove()
-    assert [r.leaked for r in recording.ranges if r.label == "g"] == [True, True]
+    assert [r.leaked for r in recording.ranges if r.label == "g"] == [False, False]
+    assert recording.balanced
     whole(model)
 
 

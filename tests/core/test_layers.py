@@ -37,12 +37,11 @@ PROGRAMS = "programs"  # the command line and what it runs: may import everythin
 PARTS = {
     "ground": ["categories", "errors", "output", "printable", "steps"],
     "torch": ["compile/torch_private"],
-    "ranges": ["events", "labels", "ranges", "stack", "window"],
+    "ranges": ["crossing", "events", "labels", "ranges", "stack", "window"],
     "recording": ["loops", "recording", "spool", "work"],
     "modules": [
         "attachments",
         "control",
-        "deferred",
         "explain",
         "gate",
         "graph",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import shutil
 import sqlite3
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,9 +17,12 @@ import pytest
 import fxnvtx
 from fxnvtx.recording import build_tree
 from fxnvtx.report import load
+from fxnvtx.report.capture import read_file
+from fxnvtx.report.capture.recording import read_recording
 
 from ..support.limits import CHILD_S
 from ..support.nsys import with_capture
+from .tasks_app import PROGRAM, one_by_one
 from .tools import shape
 
 pytestmark = [
@@ -24,7 +30,7 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("nsys") is None, reason="nsys (NVIDIA Nsight Systems) is not on the PATH"),
 ]
 APP = Path(__file__).with_name("nvtx_app.py")
-PUSH_POP, CATEGORY, DOMAIN = 59, 33, 75
+PUSH_POP, START_END, CATEGORY, DOMAIN = 59, 60, 33, 75
 
 
 def environment():
@@ -112,6 +118,49 @@ def nest(rows):
         return tuple((text, freeze(children)) for text, children in nodes)
 
     return freeze(roots)
+
+
+def test_tasks_that_interleave(tmp_path):
+    out = tmp_path / "tasks"
+    command = [
+        "nsys", "profile", "--trace=nvtx", "--sample=none", "--cpuctxsw=none", "--export=sqlite", "-f", "true",
+        "-o", str(out), sys.executable, "-m", "tests.core.tasks_app", "alone", "-",
+    ]  # fmt: skip
+    done = subprocess.run(
+        command,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=CHILD_S,
+        env=environment(),
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    with fxnvtx.record() as recording:
+        asyncio.run(one_by_one(PROGRAM))
+    with contextlib.closing(sqlite3.connect(f"file:{out}.sqlite?mode=ro", uri=True)) as connection:
+        rows = connection.execute(
+            "select e.eventType, e.end is null, coalesce(e.text, s.value) from NVTX_EVENTS e "
+            "left join StringIds s on s.id = e.textId where e.eventType in (?, ?) and e.domainId = ?",
+            (PUSH_POP, START_END, domain_of(connection)),
+        ).fetchall()
+    assert not any(is_open for _, is_open, _ in rows)
+    for kind, crossing in ((PUSH_POP, False), (START_END, True)):
+        wanted = sorted(r.label for r in recording.ranges if bool(r.crossing) == crossing)
+        assert sorted(text for found, _, text in rows if found == kind) == wanted
+    shown = [part_of(Path(f"{out}.sqlite")), read_recording(recording)]
+    captured, kept = (Counter({n.name.text: n.calls for n in p.side.root.walk() if n.calls}) for p in shown)
+    assert captured == kept
+    captured, kept = (Counter({n.path(): n.calls for n in p.tree.root.walk() if n.calls}) for p in shown)
+    assert captured == kept
+    alone = [r for r in recording.ranges if r.label.startswith("alone")]
+    assert len(alone) > 50
+    assert sum(calls for path, calls in kept.items() if path[-1].text.startswith("alone")) == len(alone)
+
+
+def part_of(capture):
+    (part,) = read_file(capture)
+    return part
 
 
 def test_categories_have_their_names(exported):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import random
@@ -189,6 +190,37 @@ def test_the_operators_of_a_trace_without_our_ranges_are_read(tmp_path):
     assert seen == [(True, False), (False, True), (True, False)]
 
 
+def test_ranges_that_cross_are_there_with_their_own_times(tmp_path):
+    @fxnvtx.range("first")
+    def first():
+        yield
+        yield
+
+    @fxnvtx.range("second")
+    def second():
+        yield
+        torch.ones(2).add(1)
+
+    with fxnvtx.record() as recording, profile(activities=[ProfilerActivity.CPU]) as prof:
+        one, other = first(), second()
+        next(one)
+        next(other)
+        list(one)
+        list(other)
+    path = tmp_path / "trace.json"
+    prof.export_chrome_trace(str(path))
+    events = json.loads(path.read_text())["traceEvents"]
+    first_, second_ = (
+        [(e["ts"], e["ts"] + e["dur"]) for e in events if e.get("cat") == "user_annotation" and e["name"] == name]
+        for name in ("first", "second")
+    )
+    ((start, end),) = first_
+    ((begin, over),) = second_
+    assert start < begin < end < over
+    assert [e.key for e in prof.key_averages() if e.key in {"first", "second"}]
+    assert [r.label for r in recording.ranges if r.crossing] == ["first", "second"]
+
+
 def test_a_range_that_a_session_cuts(tmp_path):
     with fxnvtx.range("before"):  # nobody listens yet
         prof = session()
@@ -283,7 +315,13 @@ def test_ranges_go_to_roctx_in_a_rocm_build_only():
 
 def test_what_roctx_would_hear_is_balanced():
     heard = []
-    listener = RoctxListener(heard.append, lambda: heard.append("pop"), lambda text: heard.append(f"mark {text}"))
+    listener = RoctxListener(
+        heard.append,
+        lambda: heard.append("pop"),
+        lambda text: heard.append(f"mark {text}"),
+        lambda text: heard.append(f"start {text}") or text,
+        lambda text: heard.append(f"end {text}"),
+    )
     with fxnvtx.range("began before"):
         early = fxnvtx.range("heard by nobody")
         early.__enter__()
@@ -294,6 +332,10 @@ def test_what_roctx_would_hear_is_balanced():
         across = fxnvtx.range("across")
         across.__enter__()
         across.__exit__(None, None, None)
+        with contextlib.closing(fxnvtx.range("steps")(lambda: (yield))()) as steps:
+            next(steps)
+            with fxnvtx.range("between"):
+                pass
     ranges.remove_sink(listener)
     ranges.local.unnamed = []
-    assert heard == ["a", "leaked", "pop", "pop", "across", "pop"]
+    assert heard == ["a", "leaked", "pop", "pop", "across", "pop", "start steps", "between", "pop", "end steps"]

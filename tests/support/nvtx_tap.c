@@ -5,6 +5,8 @@
  *   P <tid> <domain> <category> <registered 0|1> <payload> <hex text>  push
  *   M (as P)                                                           mark
  *   O <tid> <domain>                                                   pop
+ *   S (as P, an id in place of the thread)                             start of a range that may cross others
+ *   E <id> <domain>                                                    its end
  *
  * A program loads it when NVTX_INJECTION64_PATH names it before the first NVTX call. Only the few definitions of the
  * NVTX interface that are needed here are written down; their numbers are those of the public nvtx3 headers.
@@ -20,7 +22,7 @@
 #include <unistd.h>
 
 enum { EXPORT_CALLBACKS = 1, MODULE_CORE2 = 5 };
-enum { MARK = 1, PUSH = 4, POP = 5, NAME_CATEGORY = 8, REGISTER_STRING = 10, CREATE_DOMAIN = 12 };
+enum { MARK = 1, START = 2, END = 3, PUSH = 4, POP = 5, NAME_CATEGORY = 8, REGISTER_STRING = 10, CREATE_DOMAIN = 12 };
 enum { MESSAGE_ASCII = 1, MESSAGE_REGISTERED = 3 };
 enum { PAYLOAD_NONE = 0, PAYLOAD_DOUBLE = 3 };
 
@@ -48,6 +50,7 @@ typedef struct {
 static FILE* out;
 static pthread_mutex_t guard = PTHREAD_MUTEX_INITIALIZER;
 static intptr_t domains;
+static uint64_t started;
 
 static void hex(const char* text) {
     for (const unsigned char* c = (const unsigned char*)(text ? text : ""); *c; ++c) fprintf(out, "%02x", *c);
@@ -76,9 +79,10 @@ static void name_category(void* domain, uint32_t category, const char* name) {
     pthread_mutex_unlock(&guard);
 }
 
-static void event(char kind, void* domain, const attributes* a) {
+static uint64_t event(char kind, void* domain, const attributes* a) {
     pthread_mutex_lock(&guard);
-    fprintf(out, "%c %ld %ld %u %d ", kind, syscall(SYS_gettid), (long)(intptr_t)domain, a->category,
+    uint64_t id = kind == 'S' ? ++started : (uint64_t)syscall(SYS_gettid);
+    fprintf(out, "%c %lu %ld %u %d ", kind, (unsigned long)id, (long)(intptr_t)domain, a->category,
             a->message_type == MESSAGE_REGISTERED);
     if (a->payload_type == PAYLOAD_NONE)
         fputs("- ", out);
@@ -88,6 +92,7 @@ static void event(char kind, void* domain, const attributes* a) {
         fprintf(out, "%lld ", (long long)a->payload.whole);
     hex(a->message_type == MESSAGE_ASCII || a->message_type == MESSAGE_REGISTERED ? a->message : "");
     pthread_mutex_unlock(&guard);
+    return id;
 }
 
 static void mark(void* domain, const attributes* a) { event('M', domain, a); }
@@ -105,6 +110,15 @@ static int pop(void* domain) {
     return 0;
 }
 
+static uint64_t start(void* domain, const attributes* a) { return event('S', domain, a); }
+
+static void end(void* domain, uint64_t id) {
+    pthread_mutex_lock(&guard);
+    fprintf(out, "E %lu %ld\n", (unsigned long)id, (long)(intptr_t)domain);
+    fflush(out);
+    pthread_mutex_unlock(&guard);
+}
+
 int InitializeInjectionNvtx2(const void* (*get_export_table)(uint32_t)) {
     const callbacks* found = get_export_table(EXPORT_CALLBACKS);
     function** table = NULL;
@@ -113,6 +127,8 @@ int InitializeInjectionNvtx2(const void* (*get_export_table)(uint32_t)) {
     if (!out && !(path && (out = fopen(path, "w")))) return 0;
     if (!found || !found->get_module(MODULE_CORE2, &table, &count) || count <= CREATE_DOMAIN) return 0;
     *table[MARK] = (function)mark;
+    *table[START] = (function)start;
+    *table[END] = (function)end;
     *table[PUSH] = (function)push;
     *table[POP] = (function)pop;
     *table[NAME_CATEGORY] = (function)name_category;

@@ -25,7 +25,7 @@ def build(folder: Path) -> Path | None:
 @dataclass
 class Stream:
     """What arrived, per thread: `tree` nests (label, children); `open` is how many ranges were never popped; `stray`
-    counts pops with nothing open."""
+    counts pops with nothing open. `crossing`: labels of start/end ranges, and in `crossing_open` those never ended."""
 
     categories: dict[int, str] = field(default_factory=dict)
     trees: dict[int, list[Any]] = field(default_factory=dict)
@@ -33,6 +33,8 @@ class Stream:
     stray: int = 0
     marks: list[str] = field(default_factory=list)
     pushed: list[tuple[str, str, str, bool]] = field(default_factory=list)  # (label, category, payload, registered)
+    crossing: list[str] = field(default_factory=list)
+    crossing_open: set[tuple[int, str]] = field(default_factory=set)
 
 
 def read(log: Path, domain: str = "fxnvtx") -> Stream:
@@ -40,12 +42,18 @@ def read(log: Path, domain: str = "fxnvtx") -> Stream:
     found = Stream()
     named: dict[str, str] = {}
     stacks: dict[int, list[list[Any]]] = {}
+    started: dict[int, str] = {}
     for line in log.read_text().splitlines():
         kind, *rest = line.split(" ")
         if kind == "D":
             named[rest[0]] = _text(rest[1])
         elif kind == "C" and named.get(rest[0]) == domain:
             found.categories[int(rest[1])] = _text(rest[2])
+        elif kind == "S" and named.get(rest[1]) == domain:
+            found.crossing.append(_text(rest[5]))
+            started[int(rest[0])] = found.crossing[-1]
+        elif kind == "E" and named.get(rest[1]) == domain:
+            del started[int(rest[0])]
         elif kind in "PMO" and named.get(rest[1]) == domain:
             thread = int(rest[0])
             stack = stacks.setdefault(thread, [found.trees.setdefault(thread, [])])
@@ -63,6 +71,7 @@ def read(log: Path, domain: str = "fxnvtx") -> Stream:
             children: list[Any] = []
             stack[-1].append((text, children))
             stack.append(children)
+    found.crossing_open = set(started.items())
     found.open = {thread: len(stack) - 1 for thread, stack in stacks.items() if len(stack) > 1}
     return found
 

@@ -19,10 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...categories import TASK_SWITCH
+from ...recording import Range
 from ..capture.schema import MARK, PUSH_POP, START_END, Table
 from .batches import Ints, Source
 
-__all__ = ["Switch", "Task", "apart", "crossed", "rows_that_nest"]
+__all__ = ["Switch", "Task", "apart", "beside", "crossed", "rows_that_nest"]
 
 _OPEN_END = np.iinfo(np.int64).max
 
@@ -188,3 +189,39 @@ def rows_that_nest(
                 bad[tid] |= crossed(start, end, starts[mine], ends[mine])
     rows: list[int] = np.sort(np.concatenate([row[~bad[tid]] for tid, (_start, _end, row) in found.items()])).tolist()
     return rows
+
+
+def beside(ranges: Iterable[Range]) -> frozenset[int]:
+    """The numbers (`Range.crossing`) of those start/end ranges of a recording that do not nest: what `rows_that_nest`
+    finds of a capture of the same run."""
+    threads: dict[int, list[Range]] = {}
+    for item in ranges:
+        threads.setdefault(item.thread_id, []).append(item)
+    around = {item.crossing: item for item in ranges if item.crossing}
+    found: set[int] = set()
+    for tid, mine in threads.items():
+        tasks = [item for item in mine if item.crossing]
+        if not tasks:
+            continue
+        events: list[Task | Switch] = []
+        for item in mine:
+            inside = around.get(item.inside)
+            while inside is not None and inside.thread_id != tid:
+                inside = around.get(inside.inside)
+            events.append(Switch(item.start_ns, 0 if inside is None else inside.crossing))
+            if item.crossing:
+                events.append(Task(item.start_ns, _end(item), item.crossing))
+        pushed = [item for item in mine if not item.crossing]
+        bad = crossed(*_times(tasks), *_times(pushed))
+        found.update(
+            item.crossing for item, alone, bad_ in zip(tasks, apart(events), bad, strict=True) if bad_ or not alone
+        )
+    return frozenset(found)
+
+
+def _end(item: Range) -> int:
+    return _OPEN_END if item.end_ns is None else item.end_ns
+
+
+def _times(ranges: list[Range]) -> tuple[Ints, Ints]:
+    return np.array([item.start_ns for item in ranges], np.int64), np.array([_end(item) for item in ranges], np.int64)

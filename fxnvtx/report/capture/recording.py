@@ -15,7 +15,7 @@ from ..labels import PIECE, Name, Span, clean, infer_category, numbered
 from ..part import WHOLE, Part, Window, omitted, timeline_of
 from .schema import one_line
 
-__all__ = ["damaged_recording", "load_recording", "read_recording", "spans_of"]
+__all__ = ["damaged_recording", "load_recording", "read_recording", "shown_apart", "spans_of"]
 
 
 def read_recording(
@@ -35,16 +35,20 @@ def read_recording(
         # not at the top: numpy is imported only when a capture is read
         from ..attribution import fill
 
-        left_out = omitted(lambda: spans_of(ranges, exact), window)
+        nesting, crossing = shown_apart(ranges)
+        left_out = omitted(lambda: spans_of(nesting, exact), window)
         if window.between is not None and ranges:
             left_out.cut_to(window.between, min(item.start_ns for item in ranges))
         part.notes.extend(left_out.notes)
-        fill(part.tree, left_out.clipped(left_out.without(spans_of(ranges, exact))))
+        fill(part.tree, left_out.clipped(left_out.without(spans_of(nesting, exact))))
+        if crossing:  # start/end ranges, as in a capture: beside the tree, and in no total
+            fill(part.side, spans_of(crossing, exact))
+            part.side.total()
     part.tree.total()
     if window.timeline:
         part.timeline = timeline_of(
             part.tree.root,
-            lambda times: (span for span in spans_of(ranges, exact) if times[0] <= span[1] < times[1]),
+            lambda times: (span for span in spans_of(nesting, exact) if times[0] <= span[1] < times[1]),
             lambda times: (),
         )
     leaked = sum(1 for item in ranges if item.leaked)
@@ -62,6 +66,17 @@ def damaged_recording(source: str) -> Iterator[None]:
         if isinstance(error, FxnvtxError):
             raise
         raise CaptureError(f"{source} is a damaged fxnvtx recording: {one_line(error)}") from error
+
+
+def shown_apart(ranges: list[Range]) -> tuple[list[Range], list[Range]]:
+    """The ranges that nest, and the start/end ranges that do not."""
+    if not any(item.crossing for item in ranges):
+        return ranges, []
+    # here, because numpy is needed for nothing else
+    from ..attribution.tasks import beside
+
+    aside = beside(ranges)
+    return [r for r in ranges if r.crossing not in aside], [r for r in ranges if r.crossing in aside]
 
 
 def spans_of(ranges: list[Range], exact: bool = False) -> Iterator[Span]:

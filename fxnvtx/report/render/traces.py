@@ -16,7 +16,7 @@ from ...output import writing
 from ...recording import Recording
 from ..capture import as_sqlite, kind_of, rank_of
 from ..capture.nsys import PUSH_POP, START_END, Reader
-from ..capture.recording import damaged_recording, spans_of
+from ..capture.recording import damaged_recording, shown_apart, spans_of
 from ..capture.schema import damaged, detect, open_capture
 from ..labels import Span
 
@@ -84,8 +84,8 @@ def _recorded(recording: Recording, source: str) -> Process:
         source,
         number,
         f"rank {rank}" if rank is not None else f"process {number}",
-        lambda: spans_of(recording.ranges, exact=True),
-        lambda: iter(()),
+        lambda: spans_of(shown_apart(recording.ranges)[0], exact=True),
+        lambda: spans_of(shown_apart(recording.ranges)[1], exact=True),
         lambda: iter(()),
     )
 
