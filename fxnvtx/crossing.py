@@ -11,7 +11,7 @@ import dis
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextvars import ContextVar
 from types import AsyncGeneratorType, CodeType, CoroutineType, FrameType, GeneratorType
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ __all__ = [
     "held_open",
     "is_left_inside",
     "latest",
+    "surrounding",
     "switch",
 ]
 
@@ -83,6 +84,14 @@ def around() -> Crossing | None:
     while found is not None and found.end_ns is not None:
         found = found.parent
     return found
+
+
+def surrounding() -> Iterator[Crossing]:
+    """The crossing ranges around what runs now, the innermost first."""
+    found = around()
+    while found is not None:
+        yield found
+        found = found.parent
 
 
 def latest() -> int:

@@ -120,22 +120,10 @@ def _take(stack: list[_Opened], entry: Entry) -> _Opened | None:
 
 
 def _range(thread_id: int, opened: _Opened) -> Range:
-    entry, inside = opened.entry, opened.inside
+    entry = opened.entry
     if isinstance(entry, Crossing):
-        text, payload, start = entry.label, entry.payload, entry.start_ns
-        return Range(
-            text.text, text.category, payload, thread_id, opened.place, start, entry.end_ns, False, entry.number, inside
-        )
-    text, _, payload, start = entry[:4]
-    return Range(
-        text.text,
-        text.category,
-        payload,
-        thread_id,
-        opened.place,
-        start,
-        opened.end_ns,
-        opened.leaked,
-        0,
-        inside,
-    )
+        text, payload, start, end, number = entry.label, entry.payload, entry.start_ns, entry.end_ns, entry.number
+    else:
+        (text, _, payload, start), end, number = entry[:4], opened.end_ns, 0
+    place, leaked, inside = opened.place, opened.leaked, opened.inside
+    return Range(text.text, text.category, payload, thread_id, place, start, end, leaked, number, inside)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from . import ranges as _ranges
-from .crossing import around
+from .crossing import surrounding
 
 __all__ = ["Gate", "lock"]
 
@@ -40,12 +40,9 @@ class Gate:
 
     def runs_on(self, stack: list[Any]) -> bool:
         """Whether a call of this model that emits is under way on the thread that owns `stack`."""
-        if any(len(entry) > 1 and entry[1] is self for entry in reversed(stack)):
-            return True
-        crossing = around()
-        while crossing is not None and crossing.owner is not self:
-            crossing = crossing.parent
-        return crossing is not None
+        return any(len(entry) > 1 and entry[1] is self for entry in reversed(stack)) or any(
+            crossing.owner is self for crossing in surrounding()
+        )
 
     @contextmanager
     def silence(self) -> Iterator[None]:

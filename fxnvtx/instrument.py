@@ -145,15 +145,7 @@ def module_by_id(key: int) -> nn.Module | None:
     return None
 
 
-# ------------------------------------------------------------------------------------------------ the rim
-
-_logged: set[str] = set()
-
-
-def log_once(key: str, text: str) -> None:
-    if key not in _logged:
-        _logged.add(key)
-        _ranges.log.warning("%s", text)
+# ------------------------------------------------------------------------------------------------ silence
 
 
 def _silence() -> str | None:

@@ -20,7 +20,7 @@ from typing import Any, TypeVar, cast
 from nvtx._lib.lib import mark
 
 from .categories import OP, TASK_SWITCH
-from .crossing import ASYNC, Crossing, around, held_function, is_left_inside, latest, switch
+from .crossing import ASYNC, Crossing, around, held_function, is_left_inside, latest, surrounding, switch
 from .labels import (
     CATEGORIES,
     DOMAIN,
@@ -319,10 +319,8 @@ def open_labels() -> tuple[str, ...]:
     """The texts of the ranges that are open around what runs now: of this context's start/end ranges, then of the
     thread's push/pop ranges, the outermost first."""
     texts = [entry[0].text for entry in reversed(local.stack)]
-    inside = around() if crossings else None
-    while inside is not None:
-        texts.append(inside.label.text)
-        inside = inside.parent
+    if crossings:
+        texts += [crossing.label.text for crossing in surrounding()]
     return tuple(reversed(texts))
 
 
@@ -507,10 +505,8 @@ class range:  # noqa: N801 - a context manager and decorator, spelled like a fun
     ) -> None:
         if not self._opened:
             stack = local.stack
-            if (
-                stack and len(stack[-1]) > 1 and stack[-1][1] is self
-            ):  # the usual case: pop(), without looking for the stack again
-                entry = stack[-1]
+            entry = stack[-1] if stack else ()
+            if len(entry) > 1 and entry[1] is self:  # the usual case: pop(), without looking for the stack again
                 del stack[-1]
                 if live:
                     _closed(stack, entry)
@@ -554,9 +550,8 @@ class range:  # noqa: N801 - a context manager and decorator, spelled like a fun
                     self._opened.pop(thread_id, None)
 
     def _leave_crossing(self, mine: list[Any]) -> None:
-        found = around()  # of several tasks' the one of ours
-        while found is not None and not (found.opener is self and found in mine):
-            found = found.parent
+        # of several tasks' the one of ours
+        found = next((c for c in surrounding() if c.opener is self and c in mine), None)
         if found is not None:
             mine.remove(found)
             end(found)

@@ -22,7 +22,7 @@ from torch import nn
 
 from . import ranges as _ranges
 from .compile.torch_private import dynamo_active, jit_traces
-from .crossing import around, held_open
+from .crossing import held_open, surrounding
 from .gate import Gate
 from .names import input_shapes, unwrapped
 from .ranges import (
@@ -66,12 +66,10 @@ class Naming:
                 found = self.by_parent.get(entry[0].text)
                 if found is not None:
                     return found
-            crossing = around()
-            while crossing is not None:
+            for crossing in surrounding():
                 found = self.by_parent.get(crossing.label.text)
                 if found is not None:
                     return found
-                crossing = crossing.parent
         return self.label
 
 

@@ -7,8 +7,8 @@ range ends. A process that dies in the middle of one leaves it open, and its rea
 One JSON object a line: {"meta": {...}}, then {"ranges": [[number, label, category, payload, thread, level, start, end,
 leaked], ...], "ended": [[number, end, leaked], ...], "marks": [...], "classes": {label: class}, "strays": n}. Where
 there is something to say, also "work": [the rows of work.py that became known since]; with `--infer-steps` "sites":
-{number: [shapes, [[call of a function, place, loops, function], ...]]}. Rows of
-start/end ranges and of what is inside one go on with their `crossing` and `inside`.
+{number: [shapes, [[call of a function, place, loops, function], ...]]}. Rows of start/end ranges and of
+what is inside one go on with their `crossing` and `inside`.
 """
 
 from __future__ import annotations

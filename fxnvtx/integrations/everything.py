@@ -23,8 +23,8 @@ from .. import ranges as _ranges
 from ..compile.torch_private import dynamo_active, hide_module
 from ..control import controls_of, entry_of
 from ..crossing import around
-from ..errors import FxnvtxError
-from ..instrument import instrument, log_once, unwrapped
+from ..errors import FxnvtxError, warn_once
+from ..instrument import instrument, unwrapped
 from ..names import DEFAULT_EXCLUDE, Pattern, is_callable_module, walk_paths
 from ..slot import SLOT, tracing
 from .methods import Methods, unwrapped_method
@@ -192,9 +192,9 @@ class Everything:
             with self._lock:
                 self._meet(inner)
         except FxnvtxError as error:
-            log_once(type(inner).__name__, str(error))
+            warn_once(type(inner).__name__, str(error))
         except Exception as error:  # whatever somebody's module does when it is read
-            log_once(type(inner).__name__, f"{type(inner).__name__} is not instrumented: {error}")
+            warn_once(type(inner).__name__, f"{type(inner).__name__} is not instrumented: {error}")
         if entry_of(inner) is None and (self._owned(inner) or not _passing(inner)):
             _remember(self._done, inner)
 

@@ -24,8 +24,7 @@ from ..support.limits import CHILD_S
 from ..support.nsys import with_capture
 from .test_cli import fxnvtx, one_line_error
 
-SCRIPT = """
-import sys
+NET = """
 import torch
 from torch import nn
 
@@ -36,7 +35,12 @@ class Net(nn.Module):
         self.second = nn.Sequential(nn.Linear(16, 16), nn.ReLU())
     def forward(self, x):
         return self.second(self.first(x))
+"""
 
+SCRIPT = (
+    "\nimport sys"
+    + NET
+    + """
 torch.manual_seed(0)
 net = Net()
 if "--compile" in sys.argv:
@@ -50,6 +54,7 @@ if "--fail" in sys.argv:
 if "--exit" in sys.argv:
     sys.exit(7)
 """
+)
 
 
 def script(folder: Path) -> Path:
@@ -93,19 +98,10 @@ def test_what_the_script_compiles_with_inductor_shows_its_layers(tmp_path: Path)
     assert multiplied == {"first": {"fp32": 2 * 8 * 16 * 16}, "second.0": {"fp32": 2 * 8 * 16 * 16}}
 
 
-COUNTED = """
-import multiprocessing
-import torch
-from torch import nn
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Linear(16, 16)
-        self.second = nn.Sequential(nn.Linear(16, 16), nn.ReLU())
-    def forward(self, x):
-        return self.second(self.first(x))
-
+COUNTED = (
+    "\nimport multiprocessing"
+    + NET
+    + """
 class Head(nn.Linear):
     pass
 
@@ -123,6 +119,7 @@ if __name__ == "__main__":
     child.start()
     child.join()
 """
+)
 
 WITNESS = """
 import fxnvtx

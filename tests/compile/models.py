@@ -100,3 +100,21 @@ def linear_shapes(model: nn.Module) -> dict[frozenset[int], set[str]]:
         if isinstance(module, nn.Linear):
             found.setdefault(frozenset((module.in_features, module.out_features)), set()).add(name)
     return found
+
+
+# ways to compile a model: each gives what is to be called
+
+
+def whole(model, backend):
+    return torch.compile(model, backend=backend)
+
+
+def in_place(model, backend):
+    model.compile(backend=backend)
+    return model
+
+
+def regional(model, backend):
+    for block in model.blocks:
+        block.compile(backend=backend)
+    return model

@@ -13,7 +13,7 @@ from fxnvtx.compile import dynamo
 from fxnvtx.explain import regions
 
 from .generated import counted, kernel_hashes, without_graph_caches
-from .models import Same, Unique
+from .models import Same, Unique, in_place, regional, whole
 
 
 @pytest.fixture
@@ -22,21 +22,6 @@ def said(caplog, monkeypatch):
     monkeypatch.setattr(dynamo, "_unsaid", {})
     caplog.set_level(logging.WARNING, logger="fxnvtx")
     return lambda: [r.getMessage() for r in caplog.records if "compiled by" in r.getMessage()]
-
-
-def whole(model, backend):
-    return torch.compile(model, backend=backend)
-
-
-def in_place(model, backend):
-    model.compile(backend=backend)
-    return model
-
-
-def regional(model, backend):
-    for block in model.blocks:
-        block.compile(backend=backend)
-    return model
 
 
 @pytest.mark.parametrize("way", [whole, in_place, regional])

@@ -107,6 +107,23 @@ def test_what_nsys_itself_exports(tmp_path: Path) -> None:
         assert [(row.path, row.cpu) for row in found] == [(row.path, row.cpu) for row in expected]
 
 
+def damaged(content: bytes, rng: random.Random, cut: bool, first: int = 0) -> bytes:
+    """Cut off, or with eight other bytes, somewhere from `first` on."""
+    at = rng.randrange(first, len(content))
+    return content[:at] if cut else content[:at] + rng.randbytes(8) + content[at + 8 :]
+
+
+def answers_or_one_line(path: Path) -> bool:
+    """Whether what lies there is read; what is refused is refused in one line."""
+    said = None
+    try:
+        load(path)
+    except FxnvtxError as error:
+        said = str(error)
+    assert "\n" not in (said or "")
+    return said is None
+
+
 @pytest.mark.slow
 def test_damaged_tables_are_one_line(tmp_path: Path) -> None:
     folder = arrow_folder(DATA / "mfu_2gpu_slice.sqlite", tmp_path / "exported")
@@ -116,20 +133,8 @@ def test_damaged_tables_are_one_line(tmp_path: Path) -> None:
         rng = random.Random(case)
         shutil.copytree(folder, broken, dirs_exist_ok=True)
         path = broken / rng.choice(sorted(item.name for item in broken.iterdir()))
-        content = bytearray(path.read_bytes())
-        at = rng.randrange(len(content))
-        if case % 2:
-            del content[at:]
-        else:
-            content[at : at + 8] = rng.randbytes(8)
-        path.write_bytes(content)
-        said = ""
-        try:
-            load(broken)
-            answers += 1
-        except FxnvtxError as error:
-            said = str(error)
-        assert "\n" not in said
+        path.write_bytes(damaged(path.read_bytes(), rng, cut=bool(case % 2)))
+        answers += answers_or_one_line(broken)
     assert answers < 40, "some are refused"
 
 
@@ -138,21 +143,8 @@ def test_a_damaged_file_of_tables_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "broken"
     answers = 0
     for case in range(40):
-        rng = random.Random(case)
-        content = bytearray(whole)
-        at = rng.randrange(4, len(content))
-        if case % 2:
-            del content[at:]
-        else:
-            content[at : at + 8] = rng.randbytes(8)
-        path.write_bytes(content)
-        said = ""
-        try:
-            load(path)
-            answers += 1
-        except FxnvtxError as error:
-            said = str(error)
-        assert "\n" not in said
+        path.write_bytes(damaged(whole, random.Random(case), cut=bool(case % 2), first=4))
+        answers += answers_or_one_line(path)
     assert answers < 40, "some are refused"
     path.write_bytes(whole[:4])
     with pytest.raises(FxnvtxError):

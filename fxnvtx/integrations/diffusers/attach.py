@@ -12,8 +12,8 @@ from torch import nn
 from ...compile import no_longer_when_imported, when_imported
 from ...compile.torch_private import hide_module
 from ...control import controls_of, sync
-from ...errors import SelectionError
-from ...instrument import instrument, log_once, uninstrument
+from ...errors import SelectionError, warn_once
+from ...instrument import instrument, uninstrument
 from ...names import walk_paths
 from . import registry, wrappers
 from .offload import hold_residency, release_residency
@@ -65,7 +65,7 @@ def refresh(record: Pipe) -> None:
             _hold_pipeline(pipe, record.parts[id(pipe)])
             _scan(pipe, record, force=False)
     except Exception as error:  # whatever somebody's component does when it is read
-        log_once(f"diffusers {record.name}", f"{record.name}: not brought up to date: {error}")
+        warn_once(f"diffusers {record.name}", f"{record.name}: not brought up to date: {error}")
 
 
 def detach(pipe: Any) -> None:
@@ -306,7 +306,7 @@ class _Watch:
         try:
             attach(pipe, self.options, type(pipe).__name__)
         except Exception as error:  # the program must go on
-            log_once(f"watch {type(pipe).__name__}", f"{type(pipe).__name__} is not instrumented: {error}")
+            warn_once(f"watch {type(pipe).__name__}", f"{type(pipe).__name__} is not instrumented: {error}")
 
 
 _now: _Watch | None = None

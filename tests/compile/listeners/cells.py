@@ -25,6 +25,7 @@ from torch import nn  # noqa: E402
 from torch._dynamo.utils import counters  # noqa: E402
 
 from ..generated import kernel_hashes, without_graph_caches  # noqa: E402
+from ..models import in_place, regional, whole  # noqa: E402
 from .children import CHILDREN, ROOTS, WIDTH, Mixed, Net, Outer  # noqa: E402
 
 OURS = MODE != "plain"
@@ -41,21 +42,6 @@ class Counting:
         operations = [n for n in graph_module.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
         self.graphs.append(len(operations))
         return graph_module.forward
-
-
-def whole(model, backend):
-    return torch.compile(model, backend=backend)
-
-
-def in_place(model, backend):
-    model.compile(backend=backend)
-    return model
-
-
-def regional(model, backend):
-    for block in model.blocks:
-        block.compile(backend=backend)
-    return model
 
 
 def wrapped(model, backend):
