@@ -25,7 +25,7 @@ from . import control, ranges
 from .compile.torch_private import dynamo_active
 from .control import controls_of, rename
 from .instrument import instrument, is_enabled, label_of, set_enabled, uninstrument
-from .names import unwrapped
+from .names import DEFAULT_EXCLUDE, unwrapped
 from .slot import SLOT, slot_of
 
 __all__ = ["METHODS", "Attachments", "unwrap_methods", "with_root", "wrap_methods"]
@@ -114,12 +114,11 @@ def _innermost(text: str) -> bool:
 @dataclass
 class _Attached:
     prefix: str
-    depth: int | None
-    shapes: bool
+    options: tuple[int | None, bool, tuple[str, ...]]  # depth, shapes, and what is left out
 
-    def fits(self, depth: int | None, shapes: bool, module: nn.Module) -> bool:
+    def fits(self, options: tuple[int | None, bool, tuple[str, ...]], module: nn.Module) -> bool:
         """Whether it is as we left it, but for the name. What became of its children every outermost call sees."""
-        return (self.depth, self.shapes) == (depth, shapes) and label_of(module) == self.prefix
+        return self.options == options and label_of(module) == self.prefix
 
 
 class Attachments:
@@ -129,16 +128,25 @@ class Attachments:
         self._attached: weakref.WeakKeyDictionary[nn.Module, _Attached] = weakref.WeakKeyDictionary()
 
     def enable(
-        self, module: nn.Module, prefix: str, depth: int | None, enabled: bool = True, *, shapes: bool = False
+        self,
+        module: nn.Module,
+        prefix: str,
+        depth: int | None,
+        enabled: bool = True,
+        *,
+        shapes: bool = False,
+        without: tuple[str, ...] = (),
     ) -> None:
-        """Let `module` and its layers show as `prefix` and `<prefix>.<fqn>`. Idempotent; a new prefix renames."""
+        """Let `module` and its layers, but for those that `without` names, show as `prefix` and `<prefix>.<fqn>`.
+        Idempotent; a new prefix renames."""
         whole = not _is_compiled(module, parts=False)
         module = unwrapped(module)
         known = self._attached.get(module)
         control = controls_of(module)
-        if known is None or control is None or not known.fits(depth, shapes, module):
-            instrument(module, name=prefix, depth=depth, shapes=shapes)
-            self._attached[module] = _Attached(prefix, depth, shapes)
+        options = (depth, shapes, without)
+        if known is None or control is None or not known.fits(options, module):
+            instrument(module, name=prefix, depth=depth, shapes=shapes, exclude=(*DEFAULT_EXCLUDE, *without))
+            self._attached[module] = _Attached(prefix, options)
         elif known.prefix != prefix:
             rename(control, prefix)
             known.prefix = prefix

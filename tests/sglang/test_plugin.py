@@ -555,6 +555,47 @@ def test_hook_objects_are_sglangs_own(start):
     hooks.remove_hooks()
 
 
+def test_a_handle_that_is_removed_takes_its_layers_range_out(start):
+    """SGLang keeps two for each module, in this order; removing them all, as it does, leaves the object as new."""
+    server = start()
+    hooks = server.at("utils.nvtx_pytorch_hooks").DiffusionNvtxHooks()
+
+    def shown():
+        with fxnvtx.record() as recording:
+            server.dit(X)
+        return labels(recording)
+
+    hooks.register_hooks(server.dit, "d")
+    hooks.set_enabled(True)
+    assert len(hooks._hook_handles) == 2 * len(hooks._module_to_name_map) == 12
+    everything = ["d", "d.layers.0", "d.layers.0.rotary", "d.layers.0.fc"]
+    everything += ["d.layers.1", "d.layers.1.rotary", "d.layers.1.fc"]
+    assert shown() == everything
+    for name, end in (("d.layers.0.fc", 0), ("d.layers.0.rotary", 1), ("d.layers.1", 0), ("d", 1)):
+        at = list(hooks._module_to_name_map.values()).index(name)
+        hooks._hook_handles[2 * at + end].remove()
+        hooks._hook_handles[2 * at + end].remove()
+    assert shown() == ["d", "d.layers.0", "d.layers.1.fc"], "a module that has two names is gone by both"
+    hooks.set_enabled(False)
+    assert shown() == []
+    hooks.set_enabled(True)
+    assert shown() == ["d", "d.layers.0", "d.layers.1.fc"]
+    server.dit.layers[0].fc = nn.Linear(4, 4)
+    server.dit.layers[1] = nn.Linear(4, 4)
+    hooks.set_enabled(False)
+    hooks.set_enabled(True)
+    assert shown() == ["d", "d.layers.0", "d.layers.0.fc", "d.layers.1"], "in the next use others in their place show"
+    before = hooks._hook_handles[:]
+    hooks.remove_hooks()
+    assert shown() == hooks._hook_handles == []
+    for handle in before:
+        handle.remove()
+    hooks.register_hooks(server.dit, "d")
+    hooks.set_enabled(True)
+    assert shown() == ["d", "d.layers.0", "d.layers.0.rotary", "d.layers.0.fc", "d.layers.1"]
+    hooks.remove_hooks()
+
+
 @pytest.fixture
 def torch_nvtx(monkeypatch, start):
     """torch.cuda.nvtx as it is in a fresh process."""

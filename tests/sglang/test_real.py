@@ -210,9 +210,6 @@ def test_stages_only_and_windows_of_steps(run_sglang, plain, mode):
         assert not [m for m in modules if m.startswith("denoising_stage.transformer.layers.0.")]
 
 
-NO_FORWARD_HOOKS = "test_register_hooks_counts_non_skipped_submodules"
-
-
 @pytest.fixture(scope="module")
 def own_tests(sglang_python):
     """The folder of SGLang's own unit tests."""
@@ -246,11 +243,11 @@ def outcome(python, plugin, files, folder):
 
 
 def test_sglangs_own_tests_hold_with_the_plugin(sglang_python, own_tests, tmp_path):
-    """All but one, which counts forward hooks: there are none (docs/servers.md)."""
+    """All that want no CUDA device."""
     files = [own_tests / name for name in UNIT_TESTS]
     failed, passed = outcome(sglang_python, "plugin_active", files, tmp_path)
-    assert failed == {NO_FORWARD_HOOKS}
-    assert passed >= 90
+    assert not failed
+    assert passed >= 91
 
 
 def test_sglangs_own_tests_hold_for_our_pipeline(own_tests, tmp_path):

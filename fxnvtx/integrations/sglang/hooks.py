@@ -234,10 +234,8 @@ class Plugin:
 
     def hooks_remove(self, original: Call, hooks: Any) -> Any:
         """Around DiffusionNvtxHooks.remove_hooks."""
-        try:
-            return original(hooks)
-        finally:
-            self.layers.remove(hooks)
+        self.layers.remove(hooks)  # first: the handles, which SGLang removes one by one, have nothing to do then
+        return original(hooks)
 
     def use_begins(self, original: Call, manager: Any, use: Any, module: Any = None) -> Any:
         """Around ComponentResidencyManager._enable_nvtx_for_use: compiled layers must be silent in a warm-up."""

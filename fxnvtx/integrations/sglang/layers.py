@@ -5,11 +5,12 @@ SGLang's hook objects say which components are in use; no forward hook of theirs
 
 from __future__ import annotations
 
+import glob
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 from .targets import Options, guarded
 
@@ -18,7 +19,22 @@ if TYPE_CHECKING:
 
     from ...attachments import Attachments
 
-__all__ = ["Layers", "bytes_of", "layer_bytes"]
+__all__ = ["Handle", "Layers", "bytes_of", "layer_bytes"]
+
+
+class Handle:
+    """What SGLang's hook objects keep two of for each module: here where its range begins, and where it ends. There is
+    no range without either, so that removing one of them takes it out, from the next outermost call on. A component's
+    own range stays; only `remove_hooks` takes that."""
+
+    def __init__(self, layers: Layers, hooks: Any, module: nn.Module) -> None:
+        self._layers = layers
+        self._hooks, self._module = ref(hooks), ref(module)
+
+    def remove(self) -> None:
+        hooks, module = self._hooks(), self._module()
+        if hooks is not None and module is not None:
+            self._layers.leave_out(hooks, module)
 
 
 class Layers:
@@ -31,6 +47,8 @@ class Layers:
         self._attachments: Attachments | None = None
         self._active: list[tuple[nn.Module, str]] = []  # the innermost one last
         self._registered: WeakKeyDictionary[Any, list[tuple[nn.Module, str]]] = WeakKeyDictionary()
+        # component -> its name in a use -> layers whose handles were removed
+        self._left_out: WeakKeyDictionary[nn.Module, dict[str, WeakSet[nn.Module]]] = WeakKeyDictionary()
 
     @property
     def attachments(self) -> Attachments:
@@ -53,6 +71,7 @@ class Layers:
             names[entry.module] = label_text(prefix, type(entry.module), entry.fqn)
         names.update(getattr(hooks, "_module_to_name_map", ()))
         hooks._module_to_name_map = names  # what SGLang's code asks it for
+        hooks._hook_handles = [Handle(self, hooks, module) for module in names for _ in ("begins", "ends")]
         self._registered.setdefault(hooks, []).append((model, prefix))
         if getattr(hooks, "_enabled", False):
             self.enable(model, prefix)
@@ -106,12 +125,21 @@ class Layers:
         """Take out what nobody else has registered. Safe to call twice, and in the middle of a call."""
         mine = self._registered.pop(hooks, [])
         for model, prefix in mine:
+            self._left_out.get(model, {}).pop(prefix, None)
             self.disable(model, prefix)
         kept = [model for others in self._registered.values() for model, _ in others]
         for model, _ in mine:
             if all(other is not model for other in kept):
                 self._active = [(m, p) for m, p in self._active if m is not model]
                 self.attachments.remove(model)
+
+    @guarded
+    def leave_out(self, hooks: Any, module: nn.Module) -> None:
+        """Show no range of this layer where it is used as `hooks` says."""
+        for model, prefix in self._registered.get(hooks, ()):
+            self._left_out.setdefault(model, {}).setdefault(prefix, WeakSet()).add(module)
+            if (model, prefix) in self._active:
+                self._name(model, prefix)
 
     @guarded
     def silence(self, module: Any, prefix: str) -> None:
@@ -170,7 +198,17 @@ class Layers:
             torch.compile = compile
 
     def _name(self, model: nn.Module, prefix: str) -> None:
-        self.attachments.enable(model, prefix, self.options.depth, self.shown, shapes=self.options.shapes)
+        shapes, without = self.options.shapes, self._paths_left_out(model, prefix)
+        self.attachments.enable(model, prefix, self.options.depth, self.shown, shapes=shapes, without=without)
+
+    def _paths_left_out(self, model: nn.Module, prefix: str) -> tuple[str, ...]:
+        modules = self._left_out.get(model, {}).get(prefix)
+        if not modules:
+            return ()
+        from ...names import unwrapped, walk_paths
+
+        paths = [".".join(path) for path, module, _ in walk_paths(unwrapped(model)) if path and module in modules]
+        return tuple(map(glob.escape, paths))
 
 
 # ----------------------------------------------------------------------------------------------- bytes that move
