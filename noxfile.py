@@ -32,8 +32,8 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def fast(session: nox.Session) -> None:
     """What neither compiles nor starts other programs."""
-    session.install("-c", "constraints.txt", "-e", ".[test]")
-    session.run("pytest", "-m", "not slow and not nsys and not gpu", *session.posargs)
+    session.install("-c", "constraints.txt", "-e", ".[test,dev]")
+    session.run("pytest", "-n", "2", "-m", "not slow and not nsys and not gpu", *session.posargs)
 
 
 @nox.session

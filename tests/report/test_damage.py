@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from fxnvtx.errors import CaptureError, FxnvtxError, ToolError
 from fxnvtx.report import commands, load, render_text, write_chrome, write_speedscope
+from fxnvtx.report.capture import schema
 
 from . import mutated
 from .captures import DATA, Capture, process
@@ -124,7 +125,8 @@ def test_a_page_in_the_place_of_another(tmp_path: Path) -> None:
     assert "is damaged" in refused(path)
 
 
-def test_locked_by_a_writer(tmp_path: Path) -> None:
+def test_locked_by_a_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schema, "_BUSY_S", 0.0)
     path = small(tmp_path / "locked.sqlite").close()
     writer = sqlite3.connect(path, isolation_level=None)
     writer.execute("BEGIN EXCLUSIVE")

@@ -37,6 +37,7 @@ PROCESS = "~16777215"  # globalTid & this = globalPid: the low 24 bits are the t
 
 
 _MAGIC = b"SQLite format 3\0"
+_BUSY_S = 2.0  # how long a capture that another program is writing is waited for
 _SMALL = 64 << 20  # bytes; files up to this size are checked page by page before they are trusted
 
 
@@ -183,7 +184,7 @@ def open_capture(path: Path) -> sqlite3.Connection:
     """Open for reading only; temporary tables go to files of their own, never into the capture."""
     _check_header(path)
     with damaged(path):
-        connection = sqlite3.connect(capture_uri(path), uri=True, timeout=2.0, isolation_level=None)
+        connection = sqlite3.connect(capture_uri(path), uri=True, timeout=_BUSY_S, isolation_level=None)
         try:
             connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
             connection.execute("PRAGMA temp_store = FILE")
