@@ -13,7 +13,7 @@ from decimal import Decimal
 from itertools import islice
 from typing import Any, TypeVar
 
-from ..categories import COMPILE, REQUEST, STEP
+from ..categories import COMPILE, LOOP, REQUEST, STAGE, STEP
 from ..errors import ConfigError
 from ..steps import Numbers
 from ..work import Entry
@@ -117,13 +117,15 @@ class Omitted:
 
 @dataclass
 class _Unit:
-    """A request, or an outermost range where there are none, and the steps in it. index: among its kind."""
+    """A request, or an outermost range where there are none, and the steps in it. call: an outermost range that is no
+    part of a request either, like a model's."""
 
     thread: int
     start: int
     end: int
     request: bool
     text: str
+    call: bool = False
     compiles: bool = False
     steps: list[tuple[int, int]] = field(default_factory=list)
 
@@ -151,24 +153,40 @@ def omitted(spans: Callable[[], Iterator[Span]], window: Window) -> Omitted:
         found.notes.append(f"the {first} of {len(asked):,} {what} {'is' if len(away) == 1 else 'are'} left out")
     if not window.compiling:
         _leave_out_compiling(units, asked, away, what, found.notes)
+    chosen = window.steps
+    if chosen is not None and not any(unit.request or unit.steps for unit in units):
+        away += _other_calls(asked, away, chosen, found.notes)
+        chosen = None
     gone = {id(unit) for unit in away}
     for unit in units:
         if id(unit) in gone:
             found.times.setdefault(unit.thread, []).append((unit.start, unit.end))
-        elif window.steps is not None:
+        elif chosen is not None:
             for number, step in enumerate(unit.steps):
-                if number not in window.steps:
+                if number not in chosen:
                     found.times.setdefault(unit.thread, []).append(step)
-    if window.steps is not None:
+    if chosen is not None:
         kept = [unit for unit in units if id(unit) not in gone]
         count = max((len(unit.steps) for unit in kept), default=0)
-        shown = max((sum(n in window.steps for n in range(len(unit.steps))) for unit in kept), default=0)
+        shown = max((sum(n in chosen for n in range(len(unit.steps))) for unit in kept), default=0)
         if not shown:
             raise ConfigError(f"--steps leaves nothing: a request has {count:,} steps, counted from 0")
         found.notes.append(f"{shown:,} of {count:,} steps of a request are shown, and what is outside of steps")
     for times in found.times.values():
         times.sort()
     return found
+
+
+def _other_calls(asked: list[_Unit], away: list[_Unit], steps: Numbers, notes: list[str]) -> list[_Unit]:
+    """Where models are called without requests and steps, each call is one, for `fxnvtx run --steps` too."""
+    gone = {id(unit) for unit in away}
+    kept = [unit for unit in asked if id(unit) not in gone]
+    others = [unit for number, unit in enumerate(kept) if number not in steps or not unit.call]
+    if len(others) == len(kept):
+        calls = f"{sum(unit.call for unit in kept):,} outermost ranges that could be one"
+        raise ConfigError(f"--steps leaves nothing: there are no steps, and {calls}, counted from 0")
+    notes.append(f"{len(kept) - len(others):,} of {len(kept):,} outermost ranges are shown: there are no steps in them")
+    return others
 
 
 def _leave_out_compiling(
@@ -201,7 +219,8 @@ def _units(spans: Iterator[Span]) -> list[_Unit]:
     step_end = -1
     for thread, start, end, name, _payload, _open in spans:
         if outer is None or outer.thread != thread or start >= outer.end:
-            outer = _Unit(thread, start, end, False, name.text)
+            call = category_of(name) not in (REQUEST, STAGE, LOOP)
+            outer = _Unit(thread, start, end, False, name.text, call)
             request = None
             step_end = -1
             units.append(outer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,38 @@ def test_first_calls_without_requests(tmp_path: Path) -> None:
     report = load(recorded(alone).save(tmp_path / "alone.json"), window=DEFAULT)
     assert [(row.name, row.calls) for row in report.rows()] == [("load", 1), ("net", 1), ("compile", 1)]
     assert any("compilation is part" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        (["--steps", "1-2"], [1, 2]),
+        (["--steps", "0,3:"], [0, 3, 4]),
+        (["--steps", "1", "--skip-first", "2"], [3]),
+        (["--steps", "0", "--requests", "3:"], [3]),
+    ],
+)
+def test_without_requests_and_steps_the_calls_of_models_are_the_steps(
+    tmp_path: Path, options: list[str], shown: list[int]
+) -> None:
+    """As for `fxnvtx run --steps`, which numbers them so."""
+    ranges = []
+    for call in range(5):
+        ranges.append(Range("net", "module", None, 1, 0, 100 * call, 100 * call + 2**call))
+        ranges.append(Range("layer", "module", None, 1, 1, 100 * call, 100 * call + 1))
+    path = recorded(ranges).save(tmp_path / "r.json")
+    rows = json.loads(run("report", path, "--format", "json", *options))["rows"]
+    assert [(row["name"], row["calls"]) for row in rows] == [("net", len(shown)), ("layer", len(shown))]
+    assert rows[0]["cpu"] == sum(2**call for call in shown)
+    assert f"{len(shown)} of " in run("report", path, *options)
+
+
+def test_steps_of_what_has_none(tmp_path: Path) -> None:
+    ranges = [Range("stage_text", "stage", None, 1, 0, 0, 5), Range("net", "module", None, 1, 0, 10, 15)]
+    path = recorded(ranges).save(tmp_path / "r.json")
+    assert "there are no steps, and 1 outermost ranges" in run("report", path, "--steps", "7", code=1)
+    assert "there are no steps" in run("report", path, "--steps", "0", code=1), "a stage is no step"
+    assert "stage_text" not in run("report", path, "--steps", "1")
 
 
 def test_a_capture_whose_first_request_compiles_leaves_its_kernels_out(tmp_path: Path) -> None:
