@@ -111,3 +111,15 @@ def test_every_public_name_is_in_the_api_page() -> None:
     assert not {f"::: fxnvtx.{name}" for name in fxnvtx.__all__ if name not in packages | {"FxnvtxError"}} - set(
         text.splitlines()
     )
+
+
+def test_the_badges_say_what_is_declared_and_what_was_run() -> None:
+    badges = re.findall(r">([^<>]+)</text>", (ROOT / "docs" / "badges.svg").read_text(encoding="utf-8"))
+    said = dict(zip(badges[::2], badges[1::2], strict=True))
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    run = re.findall(r"\b2\.(\d\d)\.\d\b", (ROOT / "docs" / "versions.md").read_text(encoding="utf-8"))
+    pythons = sorted(map(int, re.findall(r"Python :: 3\.(\d+)", project)))
+    assert said["python"] == f"3.{pythons[0]} – 3.{pythons[-1]}"
+    assert said["torch"] == f"2.{min(run)} – 2.{max(run)}"
+    assert said["licence"] in project
+    assert "strict = true" in project
