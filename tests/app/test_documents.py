@@ -119,7 +119,7 @@ def test_the_badges_say_what_is_declared_and_what_was_run() -> None:
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     run = re.findall(r"\b2\.(\d\d)\.\d\b", (ROOT / "docs" / "versions.md").read_text(encoding="utf-8"))
     pythons = sorted(map(int, re.findall(r"Python :: 3\.(\d+)", project)))
-    assert said["python"] == f"3.{pythons[0]} – 3.{pythons[-1]}"
-    assert said["torch"] == f"2.{min(run)} – 2.{max(run)}"
+    assert said["python"] == f"3.{pythons[0]} to 3.{pythons[-1]}"
+    assert said["torch"] == f"2.{min(run)} to 2.{max(run)}"
     assert said["licence"] in project
     assert "strict = true" in project
