@@ -233,6 +233,8 @@ class Launched:
             made = sum(r.end_ns is not None and not r.label.endswith("(inferred)") for r in recording.ranges)
             pid = int(recording.meta.get("pid", 0))
             if kept and made > kept.get(pid, 0):
+                recording.meta = {"captured": kept.get(pid, 0), **recording.meta}  # report/capture looks for it
+                recording.save(path)
                 self.notes.append(
                     f"the capture has {kept.get(pid, 0):,} of the {made:,} ranges of process {pid}, which ended before "
                     f"nsys had sent the rest (by a signal or os._exit); {path.name} has them all"

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from .. import errors
 from ..errors import CaptureError, ConfigError, FxnvtxError
 from ..recording import Recording
-from .capture import expanded, read_file
+from .capture import expanded, lacking, read_file
 from .capture.recording import read_recording
 from .labels import Name
 from .part import WHOLE, Part, Window
@@ -185,6 +185,10 @@ def load(
             files[identity] = path
     report = Report(gather(list(files.values()), exact, jobs, tick, window=window), peak)
     report.notes.extend(f"{path} was named twice and read once" for path in again)
+    for path in files.values():
+        if more := lacking(path):
+            names = ", ".join(recording.name for recording in more)
+            report.notes.append(f"{path} has less ranges of some processes than what they recorded: {names}")
     return report
 
 

@@ -15,11 +15,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fxnvtx.errors import CaptureError, FxnvtxError, ToolError
+from fxnvtx.recording import Range
 from fxnvtx.report import commands, load, render_text, write_chrome, write_speedscope
 from fxnvtx.report.capture import schema
 
 from . import mutated
 from .captures import DATA, Capture, process
+from .samples import recorded
 
 REAL = DATA / "mfu_2gpu_slice.sqlite"
 
@@ -46,6 +48,28 @@ def test_no_file(tmp_path: Path) -> None:
 
 def test_a_folder(tmp_path: Path) -> None:
     assert "is a folder" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("device", [False, True])
+@pytest.mark.parametrize("lacking", [False, True])
+def test_a_folder_whose_capture_lost_ranges(tmp_path: Path, device: bool, lacking: bool) -> None:
+    """`fxnvtx run` writes into a recording what a capture of the same run has less."""
+    capture = Capture(tmp_path / "capture.sqlite")
+    capture.range(0, 100, "net", "module")
+    if device:
+        capture.kernel(20, 30, capture.call(10, 15))
+    capture.close()
+    recording = recorded([Range("net", "module", None, 1, 0, at, at + 5) for at in (0, 10, 20)])
+    recording.meta = {"captured": 1, **recording.meta} if lacking else recording.meta
+    recording.save(tmp_path / "recording.pid1.json")
+    report = load(tmp_path)
+    assert [(row.name, row.calls) for row in report.rows()] == [("net", 3 if lacking and not device else 1)]
+    assert report.has_gpu == device
+    named = [note for note in report.notes if "recording.pid1.json" in note]
+    assert len(named) == (lacking and device)
+    by_name = load(tmp_path / "capture.sqlite")
+    assert [row.calls for row in by_name.rows()] == [1]
+    assert any("recording.pid1.json" in note for note in by_name.notes) == lacking
 
 
 def test_no_arguments() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import re
+import sqlite3
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -23,7 +25,7 @@ from .schema import HOW_TO_RECORD, damaged, detect, open_capture
 if TYPE_CHECKING:
     from ..attribution.batches import Limits
 
-__all__ = ["as_sqlite", "expanded", "kind_of", "rank_of", "read_file", "read_sqlite", "uncollected"]
+__all__ = ["as_sqlite", "expanded", "kind_of", "lacking", "rank_of", "read_file", "read_sqlite", "uncollected"]
 
 
 _RANK = re.compile(r"(?<![a-z])rank[-_.]?(\d+)", re.IGNORECASE)
@@ -95,10 +97,13 @@ def rank_of(path: Path) -> int | None:
 _RECORDING = b'"fxnvtx-recording"'
 
 
+_LACKING = re.compile(rb'"meta": \{"captured": \d')  # what cli/run.py writes into a recording that has more
+
+
 def expanded(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     """Each folder replaced by the captures in it, or else by the recordings: of one run, which are the same ranges,
-    a capture knows more. A folder of tables, which nsys exported, is a capture itself. Raises CaptureError for a folder
-    with neither."""
+    a capture knows more; unless it lost some of them, and knows of no device. A folder of tables, which nsys exported,
+    is a capture itself. Raises CaptureError for a folder with neither."""
     found: list[Path] = []
     for path in map(Path, paths):
         found += _inside(path) if path.is_dir() else [path]
@@ -113,18 +118,42 @@ def _inside(folder: Path) -> list[Path]:
     captures += sorted(path for path in folder.glob("*.nsys-rep") if path.stem not in named)
     # what `fxnvtx run` could not gather, for it was killed or the process still runs, lies one folder below
     spools = sorted([*folder.glob(f"*{SUFFIX}"), *folder.glob(f".fxnvtx-run-*/*{SUFFIX}")])
-    found = captures or [*sorted(path for path in folder.glob("*.json") if _is_recording(path)), *spools]
+    recordings = [*sorted(path for path in folder.glob("*.json") if _is_recording(path)), *spools]
+    less = any(map(lacking, captures)) and not any(map(_knows_a_device, captures))
+    found = recordings if less else captures or recordings
     if not found:
         raise CaptureError(f"{folder} is a folder without a capture or recording: name one that fxnvtx run -o wrote")
     return found
 
 
+def lacking(capture: Path) -> list[Path]:
+    """The recordings of the same run that have more ranges than the capture: of processes that nsys lost the end of."""
+    if capture.name not in ("capture.sqlite", "capture.nsys-rep"):  # what `fxnvtx run --nsys` calls it
+        return []
+    return sorted(p for p in capture.parent.glob("recording*.json") if _LACKING.search(_beginning(p)))
+
+
+def _knows_a_device(capture: Path) -> bool:
+    """Whether there is device work in a capture, or no telling."""
+    try:
+        with contextlib.closing(open_capture(capture)) as connection:
+            found = detect(connection, capture)
+            tables = [t for t in (found.kernel, found.memcpy, found.memset, found.graph_trace) if t is not None]
+            return any(connection.execute(f"SELECT 1 FROM {t.sql} LIMIT 1").fetchone() for t in tables)
+    except (CaptureError, sqlite3.Error):
+        return True
+
+
 def _is_recording(path: Path) -> bool:
+    return _RECORDING in _beginning(path)
+
+
+def _beginning(path: Path) -> bytes:
     try:
         with open(path, "rb") as file:
-            return _RECORDING in file.read(200)
+            return file.read(200)
     except OSError:
-        return False
+        return b""
 
 
 def read_sqlite(
