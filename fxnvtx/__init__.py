@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from .errors import FxnvtxError
     from .explain import Explanation, explain
     from .graph import insert_ranges
-    from .hooks import DiffusionNvtxHooks
-    from .instrument import instrument, set_enabled, uninstrument
+    from .instrument import DiffusionNvtxHooks, instrument, set_enabled, uninstrument
     from .ranges import maybe_nvtx_range, range, range_pop, range_push
     from .recording import Recording, record
 
@@ -53,7 +52,7 @@ __all__ = [
 
 # public name -> the module it lies in
 _HOMES = {
-    "DiffusionNvtxHooks": "hooks",
+    "DiffusionNvtxHooks": "instrument",
     "Explanation": "explain",
     "FxnvtxError": "errors",
     "Recording": "recording",

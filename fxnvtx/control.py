@@ -19,9 +19,8 @@ from torch import nn
 
 from . import ranges as _ranges
 from .compile.torch_private import hide_from_torchscript, hide_module, undisturbed
-from .gate import lock
 from .instrumented import Control, Entry
-from .slot import SLOT, slot_of, tracing
+from .slot import SLOT, lock, slot_of, tracing
 
 __all__ = [
     "Control",
@@ -139,10 +138,7 @@ _changing = _Changing()
 _OURS = [
     "control",
     "crossing",
-    "events",
-    "gate",
     "graph",
-    "hooks",
     "instrument",
     "instrumented",
     "labels",
@@ -153,7 +149,6 @@ _OURS = [
     "slot",
     "soundness",
     "stack",
-    "structure",
 ]
 _hidden: set[str] = set()
 

@@ -15,10 +15,9 @@ from typing import Any
 from . import ranges as _ranges
 from .crossing import Crossing
 from .errors import CaptureError, ToolError
-from .events import Range, RangeMark, in_order, read_events
 from .labels import Label
 from .output import writing
-from .stack import Event, Log
+from .stack import Event, Log, Range, RangeMark, in_order, read_events
 from .work import carried
 
 __all__ = ["Node", "Range", "RangeMark", "Recording", "build_tree", "record"]

@@ -6,14 +6,17 @@ place `Module.compile()` uses, and it is the place fxnvtx uses, because of what 
 (accelerate and diffusers may replace and restore that one as they like), not part of the module's state (torch
 leaves it out of pickles and copies), and Dynamo ignores it when it inlines a module. It exists from torch 2.2 on.
 
-Nothing here holds the module: a slot hands it to what it calls, so a model that is dropped is freed at once.
+A slot asks its model's `Gate` whether its ranges are shown now. Nothing here holds the module: a slot hands it to what
+it calls, so a model that is dropped is freed at once.
 """
 
 from __future__ import annotations
 
 import sys
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from time import perf_counter_ns
 from types import MethodType
 from typing import Any, Protocol
@@ -23,7 +26,6 @@ from torch import nn
 from . import ranges as _ranges
 from .compile.torch_private import dynamo_active, jit_traces
 from .crossing import held_open, surrounding
-from .gate import Gate
 from .names import input_shapes, unwrapped
 from .ranges import (
     HANDLE,
@@ -41,7 +43,72 @@ from .ranges import (
     push,
 )
 
-__all__ = ["SLOT", "Around", "Inside", "Naming", "OuterSlot", "Slot", "calls_plainly", "in_range", "slot_of", "tracing"]
+__all__ = [
+    "SLOT",
+    "Around",
+    "Gate",
+    "Inside",
+    "Naming",
+    "OuterSlot",
+    "Slot",
+    "calls_plainly",
+    "in_range",
+    "lock",
+    "slot_of",
+    "tracing",
+]
+
+# Over everything that says which modules have ranges. Where a change of listeners is under way its lock comes first.
+lock = threading.RLock()
+
+
+class Gate:
+    """Read by every slot of one model. Switching a model writes here and touches no module."""
+
+    def __init__(self, shapes: bool = False) -> None:
+        self.shapes = shapes
+        self.enabled = True
+        self.fast = False
+        self.nvtx_only = False
+        self._silent_calls = 0
+
+    @classmethod
+    def off(cls) -> Gate:
+        """A gate that is switched off for good."""
+        gate = Gate()
+        gate.enabled = False
+        return gate
+
+    def refresh(self) -> None:
+        """The cheap path is for the settled case: switched on everywhere, nobody to be told at once."""
+        self.fast = self.enabled and not self._silent_calls and not self.shapes and _ranges.active and not _ranges.live
+        self.nvtx_only = self.fast and _ranges.nvtx_on and not _ranges.sinks
+
+    def runs_on(self, stack: list[Any]) -> bool:
+        """Whether a call of this model that emits is under way on the thread that owns `stack`."""
+        return any(len(entry) > 1 and entry[1] is self for entry in reversed(stack)) or any(
+            crossing.owner is self for crossing in surrounding()
+        )
+
+    @contextmanager
+    def silence(self) -> Iterator[None]:
+        """Around an outermost call that began switched off."""
+        silent = _ranges.local.silent
+        silent.add(self)
+        with lock:
+            self._silent_calls += 1
+            self.refresh()
+        try:
+            yield
+        finally:
+            silent.discard(self)
+            with lock:
+                self._silent_calls -= 1
+                self.refresh()
+
+    def look(self, key: int) -> None:
+        """An outermost call of the module whose id() is `key` begins: see that what lies below it is as it was."""
+
 
 SLOT = "_compiled_call_impl"
 # Set by compile/metering.py while a recorder wants to know the work of what it records: calls a slot's body.

@@ -21,7 +21,6 @@ _WITH_TORCH = frozenset(
         "control",
         "explain",
         "graph",
-        "hooks",
         "instrument",
         "integrations",
         "levels",

@@ -14,12 +14,11 @@ from types import TracebackType
 from typing import Any
 
 from .. import ranges as _ranges
+from ..categories import Numbers
 from ..compile.torch_private import hide_module
 from ..integrations.everything import Everything
 from ..integrations.sglang import patch_older_releases
-from ..spool import Spool
-from ..steps import Numbers
-from ..window import Window
+from ..spool import Spool, Window
 
 __all__ = ["arm"]
 
@@ -33,9 +32,9 @@ def arm(options: dict[str, str]) -> None:
     "infer-steps", "work", "warmup" and "steps" as given to `fxnvtx run`, left out where they were not given."""
     if _ranges.mode == "off":
         return
-    from .. import loops, recording, spool, steps, window
+    from .. import categories, loops, recording, spool
 
-    for module in (loops, recording, spool, steps, window):  # they run inside compiled regions
+    for module in (categories, loops, recording, spool):  # they run inside compiled regions
         hide_module(vars(module))
     depth = int(options["depth"]) if "depth" in options else None
     met = Everything(depth, options.get("path", "auto"), "stages-only" not in options)

@@ -22,11 +22,11 @@ from typing import NoReturn
 
 import click
 
+from ..categories import EXAMPLES, Numbers
 from ..errors import ConfigError, OutputError
 from ..output import complain
 from ..recording import Recording
 from ..spool import SUFFIX, read_spool
-from ..steps import EXAMPLES, Numbers
 from .commands import writable_folder
 from .nsys import around, ranges_kept
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from ..categories import Numbers
 from ..errors import ConfigError
-from ..steps import Numbers
 
 __all__ = [
     "DEVICE_MODES",

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from ..categories import Numbers
 from ..errors import PipelineError
 from ..names import unwrapped
-from ..steps import Numbers
 from .args import ServerArgs
 from .memory import ByteAccount, MemoryPlace, Place, ResidencyRanges, default_place
 from .strategies import Strategy, strategy_class

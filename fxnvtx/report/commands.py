@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import click
 from click.core import ParameterSource
 
+from ..categories import EXAMPLES
 from ..output import STDOUT, check_target, complain, is_stdout, write_text, wrote
 from ..printable import printable_lines
-from ..steps import EXAMPLES
 from .capture import expanded, uncollected
 from .capture.recording import load_recording
 from .capture.scrub import scrub

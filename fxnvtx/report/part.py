@@ -13,9 +13,8 @@ from decimal import Decimal
 from itertools import islice
 from typing import Any, TypeVar
 
-from ..categories import COMPILE, LOOP, REQUEST, STAGE, STEP
+from ..categories import COMPILE, LOOP, REQUEST, STAGE, STEP, Numbers
 from ..errors import ConfigError
-from ..steps import Numbers
 from ..work import Entry
 from .format import readable_ns
 from .labels import Name, Point, Span, category_of, fold

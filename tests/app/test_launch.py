@@ -14,11 +14,10 @@ import pytest
 
 from fxnvtx import range_pop, range_push, ranges
 from fxnvtx.__main__ import words
+from fxnvtx.categories import Numbers
 from fxnvtx.recording import Recording
 from fxnvtx.report import from_recording, load
-from fxnvtx.spool import Spool, read_spool
-from fxnvtx.steps import Numbers
-from fxnvtx.window import Window
+from fxnvtx.spool import Spool, Window, read_spool
 
 from ..support.limits import CHILD_S
 from ..support.nsys import with_capture

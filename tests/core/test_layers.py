@@ -35,24 +35,21 @@ PROGRAMS = "programs"  # the command line and what it runs: may import everythin
 
 # files at the top of the package, and files that lie in another folder than the part they are of
 PARTS = {
-    "ground": ["categories", "errors", "output", "printable", "steps"],
+    "ground": ["categories", "errors", "output", "printable"],
     "torch": ["compile/torch_private"],
-    "ranges": ["crossing", "events", "labels", "ranges", "stack", "window"],
+    "ranges": ["crossing", "labels", "ranges", "stack"],
     "recording": ["loops", "recording", "spool", "work"],
     "modules": [
         "attachments",
         "control",
         "explain",
-        "gate",
         "graph",
-        "hooks",
         "instrument",
         "instrumented",
         "levels",
         "names",
         "slot",
         "soundness",
-        "structure",
     ],
 }
 
@@ -111,7 +108,7 @@ def _home(name: str, path: Path, node: ast.ImportFrom) -> str | None:
 def test_the_product_was_read():
     found = imports()
     assert len(found) > 80
-    assert {"ranges", "names"} <= found["gate"] | found["slot"]
+    assert {"ranges", "names"} <= found["slot"]
     assert any(whom == "report" for whom in found["recording"])  # inside a function
     assert {part_of(name) for name in found} == {*DIRECTION, PROGRAMS}
     assert [name for members in PARTS.values() for name in members if name not in found] == []

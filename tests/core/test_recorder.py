@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fxnvtx
-from fxnvtx.events import Range, read_events
 from fxnvtx.ranges import label, local, pop, push
+from fxnvtx.stack import Range, read_events
 
 from .tools import labels, shape
 

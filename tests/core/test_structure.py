@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fxnvtx
+from fxnvtx.instrumented import Structure
 from fxnvtx.recording import build_tree
-from fxnvtx.structure import Structure
 
 from .test_random_trees import expected_tree, names_agree, slow
 from .tools import equal, outcome, shape

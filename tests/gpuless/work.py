@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import fxnvtx
-from fxnvtx.events import Range
+from fxnvtx.stack import Range
 
 from ..compile.launches import enclosing, witness
 from ..support.work_truth import shown_flops, true_flops

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fxnvtx.categories import Numbers
 from fxnvtx.errors import CaptureError, FxnvtxError
 from fxnvtx.recording import Range
 from fxnvtx.report.attribution import batches as spools
@@ -24,7 +25,6 @@ from fxnvtx.report.capture import read_sqlite
 from fxnvtx.report.capture.recording import spans_of
 from fxnvtx.report.part import WHOLE, Part, Window
 from fxnvtx.report.tree import BELOW, SUMS, Node, Tree
-from fxnvtx.steps import Numbers
 from tests.support.limits import CHILD_S
 from tests.support.oracle.nsys import read_sqlite as read_by_rows
 from tests.support.oracle.recording import fill as fill_by_rows

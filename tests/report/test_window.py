@@ -10,12 +10,12 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fxnvtx.categories import Numbers
 from fxnvtx.cli.commands import cli
 from fxnvtx.errors import ConfigError
 from fxnvtx.recording import Range
 from fxnvtx.report import Report, from_recording, load
 from fxnvtx.report.part import Window
-from fxnvtx.steps import Numbers
 
 from .captures import Capture
 from .samples import pipeline, recorded

@@ -17,8 +17,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from ...categories import Numbers
 from ...errors import ConfigError
-from ...steps import Numbers
 
 __all__ = [
     "ROOT",

@@ -14,8 +14,7 @@ import torch.cuda.nvtx
 import fxnvtx.pipeline as fx
 from fxnvtx.control import controls_of
 from fxnvtx.errors import ConfigError
-from fxnvtx.hooks import DiffusionNvtxHooks
-from fxnvtx.instrument import is_enabled, label_of
+from fxnvtx.instrument import DiffusionNvtxHooks, is_enabled, label_of
 from fxnvtx.integrations.sglang.torch_nvtx import also_through_torch
 from fxnvtx.names import Selection, input_shapes, label_text, name_modules
 from fxnvtx.pipeline import strategies
