@@ -31,7 +31,8 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def clean() -> Iterator[None]:
     """Whatever a test does, the next one finds no instrumented pipeline, no patched class and an empty stack."""
-    from fxnvtx.integrations.diffusers import attach, registry
+    from fxnvtx.integrations import diffusers as ours
+    from fxnvtx.integrations.diffusers import registry
     from fxnvtx.ranges import local
 
     yield
@@ -39,5 +40,5 @@ def clean() -> Iterator[None]:
     for record in registry.pipes():
         pipe: Any = record.ref()
         if pipe is not None:
-            attach.detach(pipe)
+            ours.detach(pipe)
     assert len(registry.methods) == 0

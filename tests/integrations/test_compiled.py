@@ -12,7 +12,8 @@ pytest.importorskip("diffusers", reason="needs diffusers: pip install fxnvtx[dif
 
 from fxnvtx import record
 from fxnvtx.integrations import diffusers as fx
-from fxnvtx.integrations.diffusers import attach, registry
+from fxnvtx.integrations import diffusers as ours
+from fxnvtx.integrations.diffusers import registry
 from fxnvtx.integrations.diffusers.thread_state import find
 
 from .asking import STEPS, build, every, labels, only, same
@@ -107,6 +108,6 @@ def test_blocks_that_torch_compile_wrapped_are_known_by_their_own_paths() -> Non
     paths = {path for _, path in bound.paths.values()}
     assert "transformer_blocks.0.attn" in paths
     assert not any("_orig_mod" in path for path in paths)
-    assert not attach._altered(model, bound)
+    assert not ours._altered(model, bound)
     model.transformer_blocks[0] = torch.compile(type(model)(**model.config).transformer_blocks[0], backend="eager")
-    assert attach._altered(model, bound)
+    assert ours._altered(model, bound)

@@ -23,7 +23,8 @@ import fxnvtx
 from fxnvtx import record
 from fxnvtx.errors import InstrumentError, SelectionError
 from fxnvtx.integrations import diffusers as fx
-from fxnvtx.integrations.diffusers import attach, registry
+from fxnvtx.integrations import diffusers as ours
+from fxnvtx.integrations.diffusers import registry
 from fxnvtx.integrations.diffusers.thread_state import find
 
 from .asking import STEPS, build, every, labels, only, recorded, same, tensors, traces
@@ -118,7 +119,7 @@ def test_an_object_at_the_address_of_one_that_is_gone() -> None:
     old = pipe.transformer.x_embedder
     known.paths[id(stranger)] = known.paths.pop(id(old))
     pipe.transformer.x_embedder = stranger
-    assert attach._altered(pipe.transformer, known)
+    assert ours._altered(pipe.transformer, known)
 
 
 def test_a_pipeline_that_goes_away_takes_its_ranges_along() -> None:

@@ -16,7 +16,7 @@ import diffusers
 from diffusers import schedulers
 
 from fxnvtx.integrations import diffusers as fx
-from fxnvtx.integrations.diffusers.progress_bars import computed
+from fxnvtx.integrations.diffusers.thread_state import computed
 
 from .asking import labels, only, recorded
 

@@ -16,9 +16,8 @@ from ... import ranges as _ranges
 from ...categories import OP, STAGE
 from ...compile.torch_private import hide_module
 from ...ranges import Entry, Label, label, pop, push
-from .progress_bars import follow, note_timesteps
 from .registry import Bound
-from .thread_state import Request, Tiling, find, state
+from .thread_state import Request, Tiling, find, follow, note_timesteps, state
 
 __all__ = [
     "bar_method",
