@@ -21,6 +21,7 @@ from torch import nn
 
 import fxnvtx
 from fxnvtx import ranges
+from fxnvtx.ranges import emit
 
 CHILDREN = 50
 ROUNDS = 40
@@ -101,9 +102,9 @@ def switched_off() -> nn.Module:
 
 def nobody_listens() -> nn.Module:
     """Instrumented while there is no listener: the model must be exactly what it was."""
-    before = ranges.nvtx_on
-    ranges.nvtx_on = False
-    ranges._changed()
+    before = emit.nvtx_on
+    emit.nvtx_on = False
+    emit._changed()
     model = fxnvtx.instrument(chain(), "chain")
     return_to.append(before)
     return model
@@ -149,8 +150,8 @@ def main() -> None:
     bare = chain()
     quiet = [once(bare, x) for _ in range(ROUNDS)], [once(silent, x) for _ in range(ROUNDS)]
     ratio = sorted(b / a for a, b in zip(*quiet, strict=True))[ROUNDS // 2]
-    ranges.nvtx_on = return_to[0]
-    ranges._changed()
+    emit.nvtx_on = return_to[0]
+    emit._changed()
     fxnvtx.uninstrument(silent)
     models = [(name, make()) for name, make in groups]
     best = {name: float("inf") for name, _ in models}

@@ -26,6 +26,7 @@ from .compile.torch_private import dynamo_active
 from .control import controls_of, rename
 from .instrument import instrument, is_enabled, label_of, set_enabled, uninstrument
 from .names import DEFAULT_EXCLUDE, unwrapped
+from .ranges import emit
 from .slot import SLOT, slot_of
 
 __all__ = ["METHODS", "Attachments", "unwrap_methods", "with_root", "wrap_methods"]
@@ -95,10 +96,10 @@ def _wrapper(name: str, method: FunctionType) -> FunctionType:
 
 def _open(module: nn.Module) -> ranges.Entry | None:
     known = control.controls_of(module)
-    if known is not None and ranges.active and not dynamo_active():
+    if known is not None and emit.active and not dynamo_active():
         known.look(id(module))  # its layers may be others by now, and its root's slot is not asked
     text = label_of(module)
-    if text is None or not ranges.active or dynamo_active() or not is_enabled(module) or _innermost(text):
+    if text is None or not emit.active or dynamo_active() or not is_enabled(module) or _innermost(text):
         return None
     return ranges.push(ranges.label(text, "module"), None, control.controls_of(module))
 

@@ -20,6 +20,7 @@ from torch import nn
 from . import ranges as _ranges
 from .compile.torch_private import hide_from_torchscript, hide_module, undisturbed
 from .instrumented import Control, Entry
+from .ranges import emit
 from .slot import SLOT, lock, slot_of, tracing
 
 __all__ = [
@@ -40,13 +41,13 @@ __all__ = [
 
 def _before_fork() -> None:
     # In this order everywhere: a change of listeners holds its lock while it calls sync().
-    _ranges._listener_lock.acquire()
+    emit.listener_lock.acquire()
     lock.acquire()
 
 
 def _after_fork() -> None:
     lock.release()
-    _ranges._listener_lock.release()
+    emit.listener_lock.release()
 
 
 # A child must not inherit a lock whose owner it does not have.
@@ -137,18 +138,19 @@ _changing = _Changing()
 # Where a compiled model's root has a slot, functions of these run with Dynamo watching.
 _OURS = [
     "control",
-    "crossing",
     "graph",
     "instrument",
     "instrumented",
-    "labels",
     "levels",
     "names",
     "ranges",
+    "ranges.crossing",
+    "ranges.emit",
+    "ranges.labels",
+    "ranges.stack",
     "recording",
     "slot",
     "soundness",
-    "stack",
 ]
 _hidden: set[str] = set()
 
@@ -227,7 +229,7 @@ def _mend(control: Control) -> None:
                     _claim(control)
                 sync([*leaving, *control.modules()])
         except Exception as error:  # the user's call goes on, whatever became of the model
-            _ranges.log.warning("the ranges of %s may be out of date: %r", control.text(""), error)
+            emit.log.warning("the ranges of %s may be out of date: %r", control.text(""), error)
 
 
 def _claim(control: Control) -> None:
@@ -296,12 +298,12 @@ def sync(modules: Iterable[nn.Module] | None = None) -> None:
         if modules is None:
             for control in controls():
                 control.refresh()
-                if _ranges.active and control.structure.changed():
+                if emit.active and control.structure.changed():
                     _mend(control)
             modules = [m for control in controls() for m in control.modules()]
         for module in _with_callers(modules):
             found = entry_of(module)
-            if found is None or not _ranges.active:
+            if found is None or not emit.active:
                 _remove(module)
             else:
                 _place(module, *found)

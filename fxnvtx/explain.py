@@ -16,6 +16,7 @@ from .control import Control, Entry, controls_of, entry_of
 from .errors import InstrumentError
 from .instrument import unwrapped
 from .names import is_callable_module, walk_paths
+from .ranges import emit
 
 __all__ = ["CompiledRegion", "Explanation", "Row", "explain", "note", "regions"]
 
@@ -134,7 +135,7 @@ def _state(control: Control, model: nn.Module) -> list[str]:
     notes = []
     if not control.enabled:
         notes.append("switched off: fxnvtx.set_enabled(model, True) brings the ranges back")
-    if not _ranges.active:
+    if not emit.active:
         notes.append(f"nobody listens, so nothing is emitted: {_ranges.why_silent()}")
     found = entry_of(model)
     if found is not None and found[0] is not control:

@@ -18,6 +18,7 @@ from . import recording
 from .control import Control, controls, controls_of, entry_of, lock, register, unregister, update
 from .errors import InstrumentError
 from .names import DEFAULT_EXCLUDE, Pattern, Selection, unwrapped
+from .ranges import emit
 
 __all__ = [
     "DiffusionNvtxHooks",
@@ -157,7 +158,7 @@ def _silence() -> str | None:
         return None
     if not any(c.enabled for c in known):
         return "every instrumented model is switched off (fxnvtx.set_enabled)"
-    if _ranges.mode == "off":
+    if emit.mode == "off":
         return "FXNVTX=off"
     others = sys.modules.get(f"{__package__}.compile.dynamo")
     silent = others.silent_models() if others is not None else None
@@ -168,8 +169,8 @@ def _silence() -> str | None:
 
 def _at_exit() -> None:
     modules = sum(len(c.entries) for c in controls()) + _control.lost
-    if modules and not _ranges.emitted and not _ranges.silence_told:
-        _ranges.log.warning("%d modules were instrumented but no range was emitted: %s", modules, _ranges.why_silent())
+    if modules and not emit.emitted and not emit.silence_told:
+        emit.log.warning("%d modules were instrumented but no range was emitted: %s", modules, _ranges.why_silent())
 
 
 def _metering() -> AbstractContextManager[None]:

@@ -21,11 +21,11 @@ from typing import Any
 
 from torch import nn
 
-from .crossing import begins_only
 from .errors import TraceError
 from .levels import Level, Refused, trace_level
 from .names import Named, Selection, label_text, name_modules
 from .ranges import Label, label
+from .ranges.crossing import begins_only
 from .slot import Around, Gate, Inside, Naming, OuterSlot, Slot, calls_plainly, lock
 
 __all__ = ["Control", "Entry", "Structure"]

@@ -27,9 +27,10 @@ from torch.overrides import TorchFunctionMode
 
 from . import graph as _graph
 from .compile.torch_private import hide_from_dynamo
-from .crossing import begins_only
 from .names import walk_paths
-from .ranges import HANDLE, label, nvtx_pop, nvtx_push, unwind
+from .ranges import HANDLE, label, nvtx_pop, nvtx_push
+from .ranges.crossing import begins_only
+from .ranges.emit import unwind
 from .slot import SLOT, Slot, calls_plainly, in_range
 from .soundness import Facts, Refused, read_forward
 

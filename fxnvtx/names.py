@@ -15,7 +15,6 @@ __all__ = [
     "DEFAULT_EXCLUDE",
     "Named",
     "Selection",
-    "input_shapes",
     "label_text",
     "name_modules",
     "unwrapped",
@@ -167,25 +166,3 @@ def label_text(name: str | None, kind: type, fqn: str) -> str:
     if not fqn:
         return name or kind.__name__ or "model"
     return f"{name}.{fqn}" if name else fqn
-
-
-def input_shapes(args: Sequence[object], kwargs: dict[str, object]) -> tuple[object, ...]:
-    """Shapes of all tensors in a call, positional then keyword, containers walked. Never raises: what will not tell
-    its size (a nested tensor, a lazy one) is left out. A symbolic size is given as text: asking for its number would
-    fix it in the program being traced. Hashable, so that it can key a cache."""
-    found: list[object] = []
-    todo: list[object] = [*reversed([*args, *kwargs.values()])]
-    for _ in range(10_000):
-        if not todo:
-            break
-        item = todo.pop()
-        if isinstance(item, (list, tuple)):
-            todo.extend(reversed(item))
-        elif isinstance(item, dict):
-            todo.extend(reversed(list(item.values())))
-        elif hasattr(type(item), "size") and hasattr(type(item), "dim"):
-            try:
-                found.append(tuple(n if type(n) is int else str(n) for n in item.size()))  # type: ignore[attr-defined]
-            except Exception:  # any tensor subclass may refuse in its own way
-                continue
-    return tuple(found)

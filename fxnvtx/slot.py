@@ -25,23 +25,11 @@ from torch import nn
 
 from . import ranges as _ranges
 from .compile.torch_private import dynamo_active, jit_traces
-from .crossing import held_open, surrounding
-from .names import input_shapes, unwrapped
-from .ranges import (
-    HANDLE,
-    Entry,
-    Label,
-    attend,
-    begin,
-    close_deep,
-    end,
-    local,
-    mark_now,
-    nvtx_pop,
-    nvtx_push,
-    pop,
-    push,
-)
+from .names import unwrapped
+from .ranges import HANDLE, Entry, Label, begin, emit, end, local, mark_now, nvtx_pop, nvtx_push, pop, push
+from .ranges.crossing import held_open, surrounding
+from .ranges.emit import attend, close_deep
+from .ranges.labels import input_shapes
 
 __all__ = [
     "SLOT",
@@ -81,8 +69,8 @@ class Gate:
 
     def refresh(self) -> None:
         """The cheap path is for the settled case: switched on everywhere, nobody to be told at once."""
-        self.fast = self.enabled and not self._silent_calls and not self.shapes and _ranges.active and not _ranges.live
-        self.nvtx_only = self.fast and _ranges.nvtx_on and not _ranges.sinks
+        self.fast = self.enabled and not self._silent_calls and not self.shapes and emit.active and not emit.live
+        self.nvtx_only = self.fast and emit.nvtx_on and not emit.sinks
 
     def runs_on(self, stack: list[Any]) -> bool:
         """Whether a call of this model that emits is under way on the thread that owns `stack`."""
@@ -333,7 +321,7 @@ class Slot:
             stack.append(entry)
             if log is not None:
                 log.append(entry)
-            if _ranges.nvtx_on:
+            if emit.nvtx_on:
                 nvtx_push(self.attributes, HANDLE)
             if kwargs:
                 return body(module, *args, **kwargs)
@@ -346,13 +334,13 @@ class Slot:
                 log = stack.log  # recorders may have come and gone
                 if log is not None:
                     log += (entry, perf_counter_ns())
-                if _ranges.nvtx_on:
+                if emit.nvtx_on:
                     nvtx_pop(HANDLE)
             else:
                 close_deep(stack, entry)
 
     def call_root(self, *args: Any, **kwargs: Any) -> Any:
-        _ranges.emitted = True
+        emit.emitted = True
         if local.stack:  # the forms below look where nothing is open
             self.gate.look(self.key)
         return self.call(*args, **kwargs) if self.settled else self.call_resolving(*args, **kwargs)
@@ -363,7 +351,7 @@ class Slot:
         module = self.module()
         if module is None:
             module = _calling_module()
-        if gate in local.silent or not _ranges.active:
+        if gate in local.silent or not emit.active:
             return self.plain(module, *args, **kwargs)
         stack = local.stack
         if not gate.enabled and not gate.runs_on(stack):

@@ -18,7 +18,8 @@ from ..categories import Numbers
 from ..compile.torch_private import hide_module
 from ..integrations.everything import Everything
 from ..integrations.sglang import patch_older_releases
-from ..spool import Spool, Window
+from ..ranges import emit
+from ..recording.spool import Spool, Window
 
 __all__ = ["arm"]
 
@@ -30,9 +31,10 @@ _GENERATED = "<fxnvtx "  # levels.py prints forwards under such a file name
 def arm(options: dict[str, str]) -> None:
     """options: "folder" for the recordings; "first" in the program's own process; "depth", "path", "stages-only",
     "infer-steps", "work", "warmup" and "steps" as given to `fxnvtx run`, left out where they were not given."""
-    if _ranges.mode == "off":
+    if emit.mode == "off":
         return
-    from .. import categories, loops, recording, spool
+    from .. import categories, recording
+    from ..recording import loops, spool
 
     for module in (categories, loops, recording, spool):  # they run inside compiled regions
         hide_module(vars(module))

@@ -61,8 +61,9 @@ def _torch() -> Iterator[Finding]:
 
 def _nvtx() -> Iterator[Finding]:
     from .. import ranges
+    from ..ranges import emit
 
-    if ranges.mode == "off" or os.environ.get("NVTX_DISABLE"):
+    if emit.mode == "off" or os.environ.get("NVTX_DISABLE"):
         yield Finding("listener", "bad", ranges.why_silent(), "nothing is emitted: unset the variable")
     elif ranges.HANDLE.enabled():
         yield Finding("listener", "ok", f"an NVTX tool listens to domain {ranges.DOMAIN!r}")
@@ -77,7 +78,7 @@ def _nvtx() -> Iterator[Finding]:
         yield Finding(
             "listener",
             "note",
-            f"no NVTX tool is attached to this process (FXNVTX={ranges.mode})",
+            f"no NVTX tool is attached to this process (FXNVTX={emit.mode})",
             "run under `nsys profile --trace=nvtx`, or use fxnvtx.record()",
         )
     yield Finding("nvtx", "ok", _version("nvtx"))

@@ -26,7 +26,7 @@ from ..categories import EXAMPLES, Numbers
 from ..errors import ConfigError, OutputError
 from ..output import complain
 from ..recording import Recording
-from ..spool import SUFFIX, read_spool
+from ..recording.spool import SUFFIX, read_spool
 from .commands import writable_folder
 from .nsys import around, ranges_kept
 

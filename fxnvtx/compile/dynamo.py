@@ -330,7 +330,7 @@ def _say(model: str, name: str, reason: str) -> None:
 def _say_it() -> None:
     """Said while somebody listens: to nobody else it matters."""
     ranges = _ranges()
-    while ranges.active and _unsaid:
+    while ranges.emit.active and _unsaid:
         key, text = _unsaid.popitem()
         _said.add(key)
-        ranges.log.warning("%s", text)
+        ranges.emit.log.warning("%s", text)

@@ -140,13 +140,16 @@ def _compiling(compilation: Compilation, backward: bool) -> Iterator[None]:
         _active.compilation = before
 
 
+_IMPORT = "import fxnvtx.ranges.emit as _fxnvtx_emit"  # in every generated wrapper
+
+
 @functools.cache
 def _cache_pass() -> Any:
     from torch._inductor.custom_graph_pass import CustomGraphPass
 
     class CacheKey(CustomGraphPass):
         """Changes nothing. Its uuid keeps cache entries with ranges apart from those without, and from those whose
-        kernels are the same but whose owners are called differently."""
+        kernels are the same but whose owners are called differently, or whose code asks another version of fxnvtx."""
 
         def __init__(self, key: str, inner: Any) -> None:
             self.key = key
@@ -163,7 +166,7 @@ def _cache_pass() -> Any:
                 if theirs is None:
                     return None
                 inner.append(theirs)
-            return ("fxnvtx", self.key, *inner)
+            return ("fxnvtx", _IMPORT, self.key, *inner)
 
     return CacheKey
 
@@ -253,7 +256,7 @@ def _lines() -> tuple[type, type, type]:
         def codegen(self, code: Any) -> None:
             tensors = ", ".join(self.tensors)
             self.wrapper.fxnvtx_level = code._indent  # torch 2.11 to 2.15
-            code.writeline(f"_fxnvtx_at = {self.name}.enter({tensors}) if _fxnvtx_ranges.active else None")
+            code.writeline(f"_fxnvtx_at = {self.name}.enter({tensors}) if _fxnvtx_emit.active else None")
             code.writeline("try:")
             code.do_indent()
             code.writeline("pass")
@@ -312,7 +315,7 @@ def _with_ranges(base: Any) -> Any:
         base.run_wrapper_ir_passes(self, is_inference)
         name = f"_fxnvtx_{self.launcher_fn_name}"
         rows = [owners_of(row) for row in self.fxnvtx_rows]
-        self.header.writeline("import fxnvtx.ranges as _fxnvtx_ranges")
+        self.header.writeline(_IMPORT)
         self.header.writeline("from fxnvtx.compile.runtime import Table as _fxnvtx_Table")
         below = hasattr(self, "subgraph_name") and getattr(self, "partition_signatures", None) is None
         work = _work_of(self)

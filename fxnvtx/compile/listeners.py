@@ -27,7 +27,7 @@ from types import ModuleType
 from typing import Any
 
 from .. import ranges as _ranges
-from ..ranges import Mark, Open
+from ..ranges import Mark, Open, emit
 from .torch_private import hide_module
 
 __all__ = ["METADATA", "ProfilerListener", "RoctxListener", "chosen", "follow_sessions", "listen_on_rocm"]
@@ -82,7 +82,7 @@ class _Sessions:
     def started(self) -> None:
         with self._lock:
             self._count += 1
-            if self._listener is None and _ranges.mode != "off":
+            if self._listener is None and emit.mode != "off":
                 self._listener = _make_listener()
                 if self._listener is not None:
                     _ranges.add_sink(self._listener)
@@ -186,7 +186,7 @@ class RoctxListener:
 
 def listen_on_rocm(hip: str) -> None:
     """Start to listen where `chosen`. torch.cuda.nvtx is asked for at the first range: torch is only being imported."""
-    if chosen(hip, _ranges.mode, os.environ):
+    if chosen(hip, emit.mode, os.environ):
         _ranges.add_sink(RoctxListener(*map(_nvtx, ("range_push", "range_pop", "mark", "range_start", "range_end"))))
 
 

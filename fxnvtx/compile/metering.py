@@ -27,12 +27,11 @@ from .. import ranges as _ranges
 from .. import slot as _slot
 from ..categories import MODULE
 from ..errors import warn_once
-from ..labels import Label
-from ..names import input_shapes
 from ..ranges import Mark, Open, local
+from ..ranges.labels import Label, input_shapes
+from ..ranges.stack import Live
+from ..recording.work import Entry, register
 from ..slot import Slot, slot_of
-from ..stack import Live
-from ..work import Entry, register
 from .region import Call
 from .torch_private import dynamo_active, hide_module, jit_traces
 from .work import Work, formulas, operator_work, summed
@@ -140,7 +139,7 @@ class _Meter(threading.local, Live):
         finally:
             self.count = None
 
-    # the side that ranges.py calls
+    # the side that ranges calls
 
     def opened(self, entry: Open) -> None:
         if self.count is not None and (key := innermost()) is not None:

@@ -18,22 +18,10 @@ from typing import Any
 
 import torch
 
-from .. import ranges as _ranges
 from ..categories import MODULE, PIECE
 from ..errors import warn_once
-from ..ranges import (
-    HANDLE,
-    Entry,
-    Label,
-    attend,
-    close_deep,
-    label,
-    local,
-    nvtx_pop,
-    nvtx_push,
-    pop,
-    push,
-)
+from ..ranges import HANDLE, Entry, Label, emit, label, local, nvtx_pop, nvtx_push, pop, push
+from ..ranges.emit import attend, close_deep
 from .labels import moved_row, moves_of
 from .metering import register_work
 from .region import BACKWARD, Call, Region, families
@@ -195,10 +183,10 @@ class Cursor:
         if not place.row and current.opening is not None:
             current.opening()
         closing, opening, self._place = place.moves.get(row) or self._resolved.move(place, row)
-        mine, stack, nvtx_on = self._open, self._stack, _ranges.nvtx_on
+        mine, stack, nvtx_on = self._open, self._stack, emit.nvtx_on
         if stack.special:
             attend(stack)
-        if _ranges.live:
+        if emit.live:
             for _ in range(closing):
                 pop(mine.pop())
             payload = self._payload(shapes)
@@ -265,7 +253,7 @@ def ranged(
     """`compiled` with `region`'s ranges. Runs also where a CUDA graph replays the region and no generated code runs."""
 
     def call(*args: Any) -> Any:
-        if not _ranges.active:
+        if not emit.active:
             return compiled(*args)
         return _listened(region, compiled, args, table, watching)
 
@@ -277,7 +265,7 @@ def watched(compiled: Callable[..., Any]) -> Callable[..., Any]:
 
     def call(*args: Any) -> Any:
         result = compiled(*args)
-        if _ranges.active and current.call is not None and not current.silent:
+        if emit.active and current.call is not None and not current.silent:
             _watch(current.call, result)
         return result
 
@@ -351,7 +339,7 @@ class Backward:
     def begin(self, gradients: Any) -> None:
         if current.unfinished is not None:  # a backward that failed before its generated code began
             current.unfinished()
-        if not _ranges.active:
+        if not emit.active:
             return
         self.before.append((current.call, current.silent))
         current.call, current.silent = self.call, self.call.silent

@@ -22,10 +22,11 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from .. import ranges as _ranges
 from ..compile.torch_private import dynamo_active, hide_module
 from ..control import controls_of, entry_of
-from ..crossing import around
 from ..errors import FxnvtxError, warn_once
 from ..instrument import instrument, unwrapped
 from ..names import DEFAULT_EXCLUDE, Pattern, is_callable_module, walk_paths
+from ..ranges import emit
+from ..ranges.crossing import around
 from ..slot import SLOT, tracing
 from .methods import Methods, unwrapped_method
 
@@ -140,7 +141,7 @@ class _Unmet:
     def __get__(self, module: nn.Module | None, kind: type | None = None) -> Any:
         if module is None or torch.compiler.is_compiling():  # the second is what Dynamo sees when it inlines a call
             return None
-        if not _ranges.active or dynamo_active() or tracing():
+        if not emit.active or dynamo_active() or tracing():
             return None
         self.met.meet(module)
         return module.__dict__.get(SLOT)

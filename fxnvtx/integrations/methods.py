@@ -21,11 +21,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import ranges as _ranges
 from ..compile.torch_private import dynamo_active, hide_module
 from ..control import entry_of
 from ..instrument import label_of
-from ..ranges import label, open_labels, pop, push
+from ..ranges import emit, label, open_labels, pop, push
 
 __all__ = ["Methods", "leads_to_children", "unwrapped_method"]
 
@@ -103,7 +102,7 @@ class Methods:
 def _wrapper(original: FunctionType, name: str) -> FunctionType:
     @functools.wraps(original)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or not _ranges.active or dynamo_active():
+        if torch.compiler.is_compiling() or not emit.active or dynamo_active():
             return original(self, *args, **kwargs)
         entry = _enter(self, name, original)
         try:
@@ -137,7 +136,7 @@ def _enter(module: Any, name: str, original: FunctionType) -> Any:
             return None
         return push(label(f"{text}.{name}", "module"))
     except Exception as error:  # whatever somebody's module does when it is read; the call must go on
-        _ranges.log.debug("%s has no range: %r", name, error)
+        emit.log.debug("%s has no range: %r", name, error)
         return None
 
 

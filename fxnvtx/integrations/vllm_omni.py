@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 
-from .. import ranges as _ranges
+from ..ranges import emit
 
 __all__ = ["register"]
 
@@ -29,7 +29,7 @@ def register() -> None:
         return
     depth = os.environ.get("FXNVTX_VLLM_OMNI_DEPTH", "").strip()
     if depth and not depth.isdecimal():
-        _ranges.log.warning("FXNVTX_VLLM_OMNI_DEPTH=%s is no number of levels: all are shown", depth)
+        emit.log.warning("FXNVTX_VLLM_OMNI_DEPTH=%s is no number of levels: all are shown", depth)
     _started = True
     from .everything import Everything
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .. import ranges
 from ..errors import PipelineError
-from ..ranges import label, range
+from ..ranges import emit, label, range
 from .args import ServerArgs
 from .executor import PipelineExecutor
 from .request import RequestMetrics, running, running_with
@@ -231,7 +231,7 @@ class ParallelExecutor(PipelineExecutor):
 
     def _execute(self, pipeline: ComposedPipeline, payload: Any, args: ServerArgs) -> Any:
         rank = self.group.rank
-        for sink in ranges.sinks:
+        for sink in emit.sinks:
             meta = getattr(sink, "meta", None)
             if isinstance(meta, dict):
                 meta["rank"] = rank

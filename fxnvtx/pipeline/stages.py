@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PipelineError
-from ..labels import Label, label
 from ..models import (
     ByteTokenizer,
     FlowMatchEulerScheduler,
@@ -22,6 +21,7 @@ from ..models import (
     set_lora_scale,
     to_uint8,
 )
+from ..ranges.labels import Label, label
 from .args import ServerArgs
 from .component_use import ComponentUse
 from .request import Batch, Embedding, running

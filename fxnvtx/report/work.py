@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from ..categories import MODULE, OP
 from ..errors import ConfigError
-from ..work import Entry
+from ..recording.work import Entry
 from .labels import Name, clean
 from .part import Gpu
 from .tree import Node

@@ -16,8 +16,8 @@ from fxnvtx import range_pop, range_push, ranges
 from fxnvtx.__main__ import words
 from fxnvtx.categories import Numbers
 from fxnvtx.recording import Recording
+from fxnvtx.recording.spool import Spool, Window, read_spool
 from fxnvtx.report import from_recording, load
-from fxnvtx.spool import Spool, Window, read_spool
 
 from ..support.limits import CHILD_S
 from ..support.nsys import with_capture

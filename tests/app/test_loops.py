@@ -17,10 +17,10 @@ from torch import nn
 import fxnvtx
 from fxnvtx import ranges
 from fxnvtx.integrations.everything import instrument_everything
-from fxnvtx.loops import Call, Site, Sites, inferred
 from fxnvtx.recording import Node, Recording
+from fxnvtx.recording.loops import Call, Site, Sites, inferred
+from fxnvtx.recording.spool import Spool, read_spool
 from fxnvtx.report import load
-from fxnvtx.spool import Spool, read_spool
 
 from .test_cli import fxnvtx as command
 from .test_cli import one_line_error

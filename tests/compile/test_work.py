@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import fxnvtx
-from fxnvtx import work
+from fxnvtx.recording import work
 
 from ..models import samples
 from ..support.work_truth import shown_flops, true_flops

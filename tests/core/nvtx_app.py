@@ -154,7 +154,7 @@ def main(path: str, listener: str, output: str) -> None:
         recording.save(output)
     else:
         run(model)
-        assert fxnvtx.ranges.nvtx_on
+        assert fxnvtx.ranges.emit.nvtx_on
         with open(output, "w", encoding="utf-8") as file:
             json.dump({"stack": len(local.stack)}, file)
 

@@ -123,7 +123,7 @@ def main(listener: str, output: str) -> None:
         asyncio.run(one_by_one(PROGRAM))
     elif listener == "tool":
         asyncio.run(together(PROGRAM))
-        assert fxnvtx.ranges.nvtx_on
+        assert fxnvtx.ranges.emit.nvtx_on
     else:
         with fxnvtx.record() as recording:
             asyncio.run(together(PROGRAM))

@@ -67,7 +67,7 @@ def model(request):
 def clean():
     yield
     assert local.stack == []
-    assert not fxnvtx.ranges.active
+    assert not fxnvtx.ranges.emit.active
     assert local.silent == set()
 
 

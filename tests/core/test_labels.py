@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fxnvtx
-from fxnvtx import labels as _labels
 from fxnvtx.errors import FxnvtxError, LabelError
 from fxnvtx.ranges import CATEGORIES, label
+from fxnvtx.ranges import labels as _labels
 
 from .tools import labels
 

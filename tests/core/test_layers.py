@@ -37,8 +37,6 @@ PROGRAMS = "programs"  # the command line and what it runs: may import everythin
 PARTS = {
     "ground": ["categories", "errors", "output", "printable"],
     "torch": ["compile/torch_private"],
-    "ranges": ["crossing", "labels", "ranges", "stack"],
-    "recording": ["loops", "recording", "spool", "work"],
     "modules": [
         "attachments",
         "control",
@@ -56,7 +54,6 @@ PARTS = {
 # (who, whom): against the direction or closing a circle, and why it is there. Entries are taken out, not added.
 EXCEPTIONS = {
     ("instrument", "compile/metering"): "a recording that counts work meters the modules of instrumented models",
-    ("loops", "names"): "shapes of a model's inputs, in the process that runs it",
     ("recording", "report"): "Recording.report(), a method for the user's convenience",
 }
 
@@ -108,7 +105,7 @@ def _home(name: str, path: Path, node: ast.ImportFrom) -> str | None:
 def test_the_product_was_read():
     found = imports()
     assert len(found) > 80
-    assert {"ranges", "names"} <= found["slot"]
+    assert {"ranges/emit", "names"} <= found["slot"]
     assert any(whom == "report" for whom in found["recording"])  # inside a function
     assert {part_of(name) for name in found} == {*DIRECTION, PROGRAMS}
     assert [name for members in PARTS.values() for name in members if name not in found] == []

@@ -7,6 +7,7 @@ from torch import nn
 
 import fxnvtx
 from fxnvtx import ranges
+from fxnvtx.ranges import emit
 
 from .test_recorder import Chain
 from .tools import shape
@@ -52,7 +53,7 @@ def told():
     ranges.add_sink(listener)
     yield listener
     ranges.remove_sink(listener)
-    assert not ranges.active
+    assert not emit.active
 
 
 @pytest.mark.parametrize("path", ["hooks", "fx", "auto"])

@@ -16,7 +16,7 @@ from torch import nn
 
 import fxnvtx
 from fxnvtx.ranges import label, local, pop, push
-from fxnvtx.stack import Range, read_events
+from fxnvtx.ranges.stack import Range, read_events
 
 from .tools import labels, shape
 

@@ -38,7 +38,7 @@ def test_the_same_recorder_order_can_be_left_in_any_order():
     second.__exit__(None, None, None)
     assert labels(one) == ["both"]
     assert labels(two) == ["both", "second only"]
-    assert not fxnvtx.ranges.sinks
+    assert not fxnvtx.ranges.emit.sinks
 
 
 def test_a_range_open_at_the_end_is_marked_and_stays_so():
@@ -70,8 +70,8 @@ def test_an_exception_ends_the_recording_and_keeps_it():
         raise KeyboardInterrupt
     assert labels(recording) == ["r"]
     assert recording.balanced
-    assert not fxnvtx.ranges.sinks
-    assert not fxnvtx.ranges.active
+    assert not fxnvtx.ranges.emit.sinks
+    assert not fxnvtx.ranges.emit.active
 
 
 def test_reading_while_it_records():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fxnvtx
-from fxnvtx.names import input_shapes
+from fxnvtx.ranges.labels import input_shapes
 
 from . import zoo
 from .test_soundness_forms import x

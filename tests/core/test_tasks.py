@@ -23,8 +23,8 @@ from torch import nn
 
 import fxnvtx
 from fxnvtx.ranges import local
+from fxnvtx.recording.spool import Spool, read_spool
 from fxnvtx.report.capture.recording import read_recording
-from fxnvtx.spool import Spool, read_spool
 
 from ..support import nvtx_tap
 from ..support.limits import CHILD_S

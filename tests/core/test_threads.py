@@ -72,10 +72,11 @@ def test_a_fork_while_another_thread_instruments_does_not_lock_the_child_up():
         """
         import os, threading, fxnvtx
         from torch import nn
-        from fxnvtx import control, ranges
+        from fxnvtx import control
+        from fxnvtx.ranges import emit
         held, release = threading.Event(), threading.Event()
         def hold():
-            with control.lock, ranges._listener_lock:
+            with control.lock, emit.listener_lock:
                 held.set()
                 release.wait(20)
         thread = threading.Thread(target=hold)

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import fxnvtx
-from fxnvtx import slot, work
-from fxnvtx.recording import Recording
+from fxnvtx import slot
+from fxnvtx.recording import Recording, work
 
 from ..models import samples
 from ..support import diffusers_zoo as zoo

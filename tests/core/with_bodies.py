@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import types
 
-from fxnvtx.crossing import ASYNC, is_left_inside
+from fxnvtx.ranges.crossing import ASYNC, is_left_inside
 
 found: dict[str, bool] = {}
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import fxnvtx
-from fxnvtx.stack import Range
+from fxnvtx.ranges.stack import Range
 
 from ..compile.launches import enclosing, witness
 from ..support.work_truth import shown_flops, true_flops

@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 import fxnvtx
 from fxnvtx import ranges
 from fxnvtx.compile.listeners import ProfilerListener, RoctxListener, chosen
+from fxnvtx.ranges import emit
 from fxnvtx.report import from_recording, load
 from fxnvtx.report.capture.kineto import CLOCKS_NS, settled
 
@@ -98,7 +99,7 @@ def test_the_trace_holds_the_recorders_ranges(tmp_path, how):
             assert torch.equal(model(x), wanted)
         with session() as again:
             model(x)
-        assert not ranges.active
+        assert not emit.active
         assert torch.equal(model(x), wanted)
     assert dict(torch._dynamo.utils.counters["frames"]) == frames
     found, threads = annotations(prof, tmp_path)
@@ -232,7 +233,7 @@ def test_a_range_that_a_session_cuts(tmp_path):
         prof.__exit__(None, None, None)
         across.__exit__(None, None, None)
     assert ranges.local.stack == []
-    assert not ranges.active
+    assert not emit.active
     assert ("inside", ()) in annotations(prof, tmp_path)[0]
 
 
@@ -271,7 +272,7 @@ def test_the_windows_of_a_schedule(tmp_path):
         on_trace_ready=lambda p: kept.append(annotations(p, tmp_path)[0]),
     ) as prof:
         for step in range(6):
-            active.append(ranges.active)
+            active.append(emit.active)
             with fxnvtx.range(f"step {step}"):
                 pass
             prof.step()

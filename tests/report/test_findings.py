@@ -11,10 +11,10 @@ from click.testing import CliRunner
 
 from fxnvtx.cli.commands import cli
 from fxnvtx.recording import Range
+from fxnvtx.recording.work import Entry, encoded
 from fxnvtx.report import Report, from_recording, load
 from fxnvtx.report.findings import RULES, Finding, Silence, findings, findings_text
 from fxnvtx.report.work import parse_peaks
-from fxnvtx.work import Entry, encoded
 
 from .captures import DATA, Capture
 from .samples import pipeline, recorded

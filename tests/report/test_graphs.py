@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from fxnvtx.recording.work import Entry, encoded
 from fxnvtx.report import Report, load
 from fxnvtx.report.work import parse_peaks
-from fxnvtx.work import Entry, encoded
 
 from .captures import Capture
 

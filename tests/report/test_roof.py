@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 
 from fxnvtx import FxnvtxError
 from fxnvtx.cli.commands import cli
+from fxnvtx.recording.work import Entry, decoded, encoded, read_entry
 from fxnvtx.report import load
 from fxnvtx.report.findings import above_the_roof, far_below_the_roof
 from fxnvtx.report.part import Gpu
 from fxnvtx.report.report import from_recording
 from fxnvtx.report.rows import Row
 from fxnvtx.report.work import KNOWN, Peaks, parse_peaks, peaks_of
-from fxnvtx.work import Entry, decoded, encoded, read_entry
 
 from .captures import Capture
 from .samples import recorded

@@ -21,6 +21,7 @@ from fxnvtx.cli import doctor
 from fxnvtx.integrations.everything import instrument_everything
 from fxnvtx.integrations.sglang import missing_targets, patch_older_releases, register
 from fxnvtx.integrations.sglang.targets import TARGETS, Options, found_in, read_options
+from fxnvtx.ranges import emit
 from fxnvtx.recording import Recording
 
 DOUBLE = Path(__file__).parent / "double"
@@ -608,7 +609,7 @@ def test_who_takes_the_place_of_torchs_nvtx_functions_hears_every_range(start, t
     server = start()
     heard = []
     server.serve()
-    assert not ranges.sinks
+    assert not emit.sinks
     with monkeypatch.context() as patch:
         patch.setattr(torch_nvtx, "range_push", lambda text: heard.append(text))
         patch.setattr(torch_nvtx, "range_pop", lambda: heard.append(None))
@@ -623,7 +624,7 @@ def test_who_takes_the_place_of_torchs_nvtx_functions_hears_every_range(start, t
         patch.setattr(torch_nvtx, "range_push", lambda text: 1 / 0)
         assert server.serve().image is not None
         assert heard.count(None) == len(recording.ranges), "what was not pushed is not popped"
-    assert not ranges.sinks
+    assert not emit.sinks
 
 
 @pytest.mark.slow

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ... import ranges as _ranges
 from ...compile.torch_private import hide_module
 from ...names import unwrapped
-from ...ranges import label, pop, push
+from ...ranges import emit, label, pop, push
 from .registry import Bound, Held, methods, named_modules, pipes
 
 __all__ = ["hold_residency", "nbytes", "release_residency"]
@@ -79,7 +78,7 @@ def _around(
 
     def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if not _ranges.active:
+            if not emit.active:
                 return original(self, *args, **kwargs)
             name = _name(modules(self, *args))
             size = moved(self, *args) if name is not None else None

@@ -12,10 +12,9 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
 
-from ... import ranges as _ranges
 from ...categories import OP, STAGE
 from ...compile.torch_private import hide_module
-from ...ranges import Entry, Label, label, pop, push
+from ...ranges import Entry, Label, emit, label, pop, push
 from .registry import Bound
 from .thread_state import Request, Tiling, find, follow, note_timesteps, state
 
@@ -51,7 +50,7 @@ def request(refresh: Refresh) -> Callable[[Method], Method]:
         if inspect.isgeneratorfunction(original):
 
             def stream(self: Any, *args: Any, **kwargs: Any) -> Any:
-                bound = shown(self) if _ranges.active else None
+                bound = shown(self) if emit.active else None
                 if bound is None or _under_way(bound):
                     return (yield from original(self, *args, **kwargs))
                 entry = push(_request_label(bound), type(self).__name__)
@@ -63,7 +62,7 @@ def request(refresh: Refresh) -> Callable[[Method], Method]:
             return stream
 
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            bound = shown(self) if _ranges.active else None
+            bound = shown(self) if emit.active else None
             if bound is None or _under_way(bound):
                 return original(self, *args, **kwargs)
             refresh(bound.pipe)
@@ -110,7 +109,7 @@ def _ranged(text: Callable[[Any, Bound], Label], name: str) -> Callable[[Method]
 
     def wrap(original: Method) -> Method:
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            bound = shown(self) if _ranges.active else None
+            bound = shown(self) if emit.active else None
             key = (id(self), name)
             if bound is None or key in state.inside:
                 return original(self, *args, **kwargs)
@@ -145,7 +144,7 @@ def scheduler_step(original: Method) -> Method:
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         key = (id(self), "step")
-        if not _ranges.active or key in state.inside or not _steps_here(self):
+        if not emit.active or key in state.inside or not _steps_here(self):
             return original(self, *args, **kwargs)
         entry = push(label("scheduler_step", "op"))
         state.inside.add(key)
@@ -165,7 +164,7 @@ def set_timesteps(original: Method) -> Method:
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
-        if _ranges.active and _steps_here(self):
+        if emit.active and _steps_here(self):
             note_timesteps(self, original, args, kwargs)
         return result
 
@@ -211,7 +210,7 @@ class _Pass(AbstractContextManager[Any]):
 def cache_context(original: Method) -> Method:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         inner = original(self, *args, **kwargs)
-        if not _ranges.active or shown(self) is None:
+        if not emit.active or shown(self) is None:
             return inner
         name = args[0] if args else kwargs.get("name")
         return _Pass(inner, label(f"predict_noise.{PASSES.get(str(name), name)}", "op"))
@@ -230,7 +229,7 @@ def tiled_method(name: str) -> Callable[[Method], Method]:
 
     def wrap(original: Method) -> Method:
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            bound = shown(self) if _ranges.active else None
+            bound = shown(self) if emit.active else None
             key = (id(self), shown_name)
             if bound is None or key in state.inside:
                 return original(self, *args, **kwargs)
@@ -258,7 +257,7 @@ def bar_method(original: Method) -> Method:
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         bar = original(self, *args, **kwargs)
-        if not _ranges.active or shown(self) is None:
+        if not emit.active or shown(self) is None:
             return bar
         iterable = args[0] if args else kwargs.get("iterable")
         return follow(bar, iterable, kwargs.get("desc"))

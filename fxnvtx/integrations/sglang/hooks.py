@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ... import ranges
-from ...labels import Label, label
+from ...ranges.labels import Label, label
 from .layers import Layers, bytes_of, layer_bytes
 from .targets import Options, guarded, log
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from ... import ranges
 from ...compile import when_imported
+from ...ranges import emit
 from .targets import guarded
 
 __all__ = ["also_through_torch"]
@@ -58,7 +59,7 @@ def _watch(module: ModuleType) -> None:
 
     def look() -> None:
         wanted = any(replaced(module, name) for name in NAMES) and not on_roctx()
-        if wanted != any(s is listener for s in ranges.sinks):
+        if wanted != any(s is listener for s in emit.sinks):
             (ranges.add_sink if wanted else ranges.remove_sink)(listener)
 
     class Watched(type(module)):  # type: ignore[misc]
@@ -66,11 +67,11 @@ def _watch(module: ModuleType) -> None:
 
         def __setattr__(self, name: str, value: Any) -> None:
             super().__setattr__(name, value)
-            if name in NAMES and ranges.mode != "off":
+            if name in NAMES and emit.mode != "off":
                 look()
 
     module.__class__ = Watched
-    if ranges.mode != "off":
+    if emit.mode != "off":
         look()
 
 
@@ -85,4 +86,4 @@ def on_roctx() -> bool:
 
     from ...compile.listeners import chosen
 
-    return chosen(getattr(torch.version, "hip", None), ranges.mode, os.environ)
+    return chosen(getattr(torch.version, "hip", None), emit.mode, os.environ)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import CaptureError
-from ...spool import SUFFIX, read_spool
+from ...recording.spool import SUFFIX, read_spool
 from ..part import WHOLE, Part, Window
 from .kineto import converted, is_gzip
 from .nsys import Reader

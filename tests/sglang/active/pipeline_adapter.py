@@ -16,11 +16,12 @@ from fxnvtx.control import controls_of
 from fxnvtx.errors import ConfigError
 from fxnvtx.instrument import DiffusionNvtxHooks, is_enabled, label_of
 from fxnvtx.integrations.sglang.torch_nvtx import also_through_torch
-from fxnvtx.names import Selection, input_shapes, label_text, name_modules
+from fxnvtx.names import Selection, label_text, name_modules
 from fxnvtx.pipeline import strategies
 from fxnvtx.pipeline.component_use import Holdings
 from fxnvtx.pipeline.request import RequestMetrics
 from fxnvtx.ranges import maybe_nvtx_range
+from fxnvtx.ranges.labels import input_shapes
 
 RUNTIME = "sglang.multimodal_gen.runtime."
 

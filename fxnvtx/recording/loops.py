@@ -18,6 +18,8 @@ from opcode import opmap
 from types import CodeType, FrameType
 from typing import Any
 
+from ..ranges.labels import input_shapes
+
 __all__ = ["Call", "Frame", "Loop", "Site", "Sites", "inferred"]
 
 _DEEPEST = 60  # frames that are looked at: above them there may be as many as Python allows
@@ -96,11 +98,6 @@ class _Mark:
 class Sites:
     """Notes where calls come from. Costs a walk up the stack at every outermost call, and nothing inside it."""
 
-    def __init__(self) -> None:
-        from .names import input_shapes  # here: reading needs no torch
-
-        self._shapes_of = input_shapes
-
     def here(self) -> Site | None:
         """The site of the call that the calling thread is making, or None while it is being traced."""
         if sys.gettrace() is not None:
@@ -129,7 +126,7 @@ class Sites:
         names = code.co_varnames[code.co_argcount + code.co_kwonlyargcount :]
         values = frame.f_locals
         args = values.get(names[0], ()) if code.co_flags & 4 and names else ()
-        return str(self._shapes_of(args if isinstance(args, tuple) else (), _keywords(values)))
+        return str(input_shapes(args if isinstance(args, tuple) else (), _keywords(values)))
 
 
 def _keywords(values: Any) -> dict[str, object]:

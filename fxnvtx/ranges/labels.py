@@ -7,14 +7,14 @@ model is instrumented, those made for a block of code until many others were mad
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from nvtx._lib.lib import Domain as _NvtxDomain
 from nvtx._lib.lib import DomainHandle, pop_range, push_range
 
-from .categories import CATEGORIES
-from .errors import LabelError
+from ..categories import CATEGORIES
+from ..errors import LabelError
 
 __all__ = [
     "CATEGORIES",
@@ -23,6 +23,7 @@ __all__ = [
     "Label",
     "classes_of",
     "domain",
+    "input_shapes",
     "label",
     "nvtx_end",
     "nvtx_pop",
@@ -134,3 +135,25 @@ def classes_of(labels: Iterable[Label]) -> dict[str, str]:
             if known.kind and known.text in untold:
                 found.setdefault(known.text, set()).add(known.kind)
     return {text: " | ".join(sorted(found[text])) for text in sorted(found)}
+
+
+def input_shapes(args: Sequence[object], kwargs: dict[str, object]) -> tuple[object, ...]:
+    """Shapes of all tensors in a call, positional then keyword, containers walked. Never raises: what will not tell
+    its size (a nested tensor, a lazy one) is left out. A symbolic size is given as text: asking for its number would
+    fix it in the program being traced. Hashable, so that it can key a cache."""
+    found: list[object] = []
+    todo: list[object] = [*reversed([*args, *kwargs.values()])]
+    for _ in range(10_000):
+        if not todo:
+            break
+        item = todo.pop()
+        if isinstance(item, (list, tuple)):
+            todo.extend(reversed(item))
+        elif isinstance(item, dict):
+            todo.extend(reversed(list(item.values())))
+        elif hasattr(type(item), "size") and hasattr(type(item), "dim"):
+            try:
+                found.append(tuple(n if type(n) is int else str(n) for n in item.size()))  # type: ignore[attr-defined]
+            except Exception:  # any tensor subclass may refuse in its own way
+                continue
+    return tuple(found)

@@ -24,12 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import ranges as _ranges
-from .categories import Numbers
-from .errors import CaptureError
+from .. import ranges as _ranges
+from ..categories import Numbers
+from ..errors import CaptureError
+from ..ranges import emit
+from ..ranges.stack import in_order
+from . import Range, RangeMark, Recording
 from .loops import Call, Frame, Site, Sites, inferred
-from .recording import Range, RangeMark, Recording
-from .stack import in_order
 from .work import News
 
 __all__ = ["SUFFIX", "Spool", "Window", "read_spool"]
@@ -50,7 +51,7 @@ class Window:
         self.is_open = False
         self._calls = 0
         self._steps = 0
-        self._nvtx = _ranges.nvtx_on  # what there is to hear it
+        self._nvtx = emit.nvtx_on  # what there is to hear it
         self._show(False)
 
     def opened(self, entry: _ranges.Open) -> bool:
@@ -79,7 +80,7 @@ class Window:
     def _show(self, shown: bool) -> None:
         # no callback: the recorder is a listener all along, so nothing else depends on this
         self.is_open = shown
-        _ranges.nvtx_on = self._nvtx and shown
+        emit.nvtx_on = self._nvtx and shown
 
 
 SUFFIX = ".spool"
@@ -89,7 +90,7 @@ _OUTER = frozenset({"request", "stage", "loop", "step"})
 
 
 class Spool:
-    """A sink of ranges.py. Holds no file open: a program may close or reuse every descriptor it finds."""
+    """A sink of fxnvtx.ranges. Holds no file open: a program may close or reuse every descriptor it finds."""
 
     def __init__(self, folder: Path, first: bool, window: Window | None = None, sites: Sites | None = None) -> None:
         self.folder = folder
@@ -118,7 +119,7 @@ class Spool:
         self.first = False
         self._begin()
 
-    # the side that ranges.py calls
+    # the side that ranges calls
 
     def opened(self, entry: _ranges.Open) -> None:
         if self.window is not None and not self.window.opened(entry):
@@ -159,7 +160,7 @@ class Spool:
             self.broken = True
         except Exception as error:  # a full disk, a folder that is gone, a payload whose repr() raises
             self.broken = True
-            _ranges.log.warning("the recording of process %d stops here: %s", os.getpid(), error)
+            emit.log.warning("the recording of process %d stops here: %s", os.getpid(), error)
 
     def _write(self) -> None:
         rows, still = [], []

@@ -12,12 +12,13 @@ from pathlib import Path
 from time import perf_counter_ns
 from typing import Any
 
-from . import ranges as _ranges
-from .crossing import Crossing
-from .errors import CaptureError, ToolError
-from .labels import Label
-from .output import writing
-from .stack import Event, Log, Range, RangeMark, in_order, read_events
+from .. import ranges as _ranges
+from ..errors import CaptureError, ToolError
+from ..output import writing
+from ..ranges import emit
+from ..ranges.crossing import Crossing
+from ..ranges.labels import Label
+from ..ranges.stack import Event, Log, Range, RangeMark, in_order, read_events
 from .work import carried
 
 __all__ = ["Node", "Range", "RangeMark", "Recording", "build_tree", "record"]
@@ -58,7 +59,7 @@ class Recording:
         self._stopped = False
         self._read: tuple[list[Range], list[RangeMark]] | None = None
 
-    # the side that ranges.py calls, under its lock
+    # the side that ranges calls, under its lock
     def listen(self, number: int, thread_id: int, log: Log) -> None:
         self._logs.setdefault(number, (thread_id, []))[1].append(log)
 
@@ -141,7 +142,7 @@ class Recording:
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the folded tree with its times."""
-        from .report import from_recording
+        from ..report import from_recording
 
         return from_recording(self)._repr_html_()
 
@@ -330,8 +331,8 @@ def record(*, work: bool = False) -> Iterator[Recording]:
     finally:
         _ranges.remove_sink(recording)
         recording.stop()
-        if recording.empty and not _ranges.silence_told:
+        if recording.empty and not emit.silence_told:
             reason = explain_silence()
             if reason:
-                _ranges.silence_told = True
-                _ranges.log.warning("this recording is empty: %s", reason)
+                emit.silence_told = True
+                emit.log.warning("this recording is empty: %s", reason)

@@ -7,27 +7,20 @@ nothing at all when an outer pop has closed it already. NVTX itself only knows "
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import threading
 from collections.abc import Callable
-from sys import _getframe
 from time import perf_counter_ns
-from types import TracebackType
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from nvtx._lib.lib import mark
 
-from .categories import OP, TASK_SWITCH
-from .crossing import ASYNC, Crossing, around, held_function, is_left_inside, latest, surrounding, switch
+from ..categories import OP, TASK_SWITCH
+from .crossing import Crossing, around, latest, surrounding, switch
 from .labels import (
-    CATEGORIES,
-    DOMAIN,
     HANDLE,
     Label,
-    classes_of,
-    domain,
     label,
     nvtx_end,
     nvtx_pop,
@@ -37,37 +30,27 @@ from .labels import (
 from .stack import Entry, Live, Mark, Open, RangeStack, Sink, Stacks
 
 __all__ = [
-    "CATEGORIES",
-    "DOMAIN",
-    "HANDLE",
-    "Crossing",
-    "Entry",
-    "Label",
-    "Mark",
-    "Open",
-    "RangeStack",
+    "add_sink",
+    "attend",
     "begin",
-    "classes_of",
-    "domain",
+    "close_deep",
     "end",
-    "label",
     "listening",
+    "local",
     "mark_now",
-    "maybe_nvtx_range",
-    "mode",
-    "nvtx_pop",
-    "nvtx_push",
+    "on_listeners_changed",
     "open_labels",
     "pop",
     "push",
-    "range",
-    "range_pop",
-    "range_push",
+    "remove_sink",
+    "stacks",
+    "tell_closed",
     "tool_attached",
+    "unwind",
+    "why_silent",
 ]
 
 log = logging.getLogger("fxnvtx")
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 # ------------------------------------------------------------------------------------------------ listeners
@@ -95,9 +78,9 @@ active = nvtx_on
 emitted = False
 crossings: set[int] = set()  # numbers of the open ranges that may cross others: while there are any, all stacks attend
 silence_told = False  # whether the log has said why nothing is emitted; once is enough
-_listener_lock = threading.RLock()
+listener_lock = threading.RLock()
 _on_change: list[Callable[[], None]] = []
-_stacks = Stacks()
+stacks = Stacks()
 _before_this_process = 0  # crossing ranges up to this number are those of the process that this one was forked from
 
 
@@ -118,21 +101,21 @@ def add_sink(sink: Sink | Live) -> None:
             silence_told = True
             log.warning("FXNVTX=off: this recording stays empty; unset FXNVTX to record")
         return
-    with _listener_lock:
+    with listener_lock:
         sinks = (*sinks, sink)
         _changed()
 
 
 def remove_sink(sink: Sink | Live) -> None:
     global sinks
-    with _listener_lock:
+    with listener_lock:
         sinks = tuple(s for s in sinks if s is not sink)
         _changed()
 
 
 def _changed() -> None:
     global active, live
-    _stacks.changed(_recorders())
+    stacks.changed(_recorders())
     live = cast("tuple[Live, ...]", tuple(s for s in sinks if not hasattr(s, "listen")))
     active = nvtx_on or bool(sinks)
     for callback in _on_change:
@@ -163,8 +146,8 @@ class _Thread(threading.local):
         self.stack = RangeStack(self.id)
         # instrumented models whose outermost call on this thread began while they were switched off
         self.silent: set[Any] = set()
-        with _listener_lock:
-            _stacks.add(self.stack, _recorders())
+        with listener_lock:
+            stacks.add(self.stack, _recorders())
         self.stack.special = bool(crossings)
 
 
@@ -207,7 +190,7 @@ def pop(entry: Entry | None) -> None:
     if stack and stack[-1] is entry:
         del stack[-1]
         if live:
-            _closed(stack, entry)
+            tell_closed(stack, entry)
         else:
             log = stack.log
             if log is not None:
@@ -231,15 +214,15 @@ def _push_live(stack: RangeStack, text: Label, payload: object, owner: object) -
     log = stack.log
     if log is not None:
         log.append(entry)
-    for told in live:
-        told.opened(opened)
+    for listener in live:
+        listener.opened(opened)
     if nvtx_on:
         opened.on_nvtx = True
         nvtx_push(text.attributes if payload is None else text.with_payload(payload), HANDLE)
     return entry
 
 
-def _closed(stack: RangeStack, entry: Entry, leaked: bool = False) -> None:
+def tell_closed(stack: RangeStack, entry: Entry, leaked: bool = False) -> None:
     """Tell those who listen that `entry`, already off the stack, is over."""
     log = stack.log
     now = perf_counter_ns()
@@ -253,8 +236,8 @@ def _closed(stack: RangeStack, entry: Entry, leaked: bool = False) -> None:
     opened.end_ns, opened.leaked = now, leaked
     if opened.on_nvtx:
         nvtx_pop(HANDLE)
-    for told in live:
-        told.closed(opened)
+    for listener in live:
+        listener.closed(opened)
 
 
 def unwind(stack: RangeStack, depth: int) -> None:
@@ -264,21 +247,21 @@ def unwind(stack: RangeStack, depth: int) -> None:
         del stack[-1]
         stack.torn = True
         leaked = not stack.was_stopped(entry)
-        if leaked and len(entry) > 1 and type(entry[1]) is range:
+        if leaked and len(entry) > 1 and hasattr(entry[1], "closed_early"):  # a `with` statement's (ranges.range)
             entry[1].closed_early(stack)
-        _closed(stack, entry, leaked)
+        tell_closed(stack, entry, leaked)
 
 
 def close_deep(stack: RangeStack, entry: Entry) -> None:
     """The rare pop, of what is not on top: something leaked inside it, an outer pop was faster, or it is another
     thread's (a generator collected here): only the owner may pop, it does so at its next turn."""
-    for index in _backwards(len(stack)):
+    for index in reversed(range(len(stack))):
         if stack[index] is entry:
             unwind(stack, index + 1)
             del stack[-1]
-            _closed(stack, entry)
+            tell_closed(stack, entry)
             return
-    for other in _stacks.all():
+    for other in stacks.all():
         if other is not stack and other.holds(entry):
             other.stop(entry)
             return
@@ -290,7 +273,7 @@ def attend(stack: RangeStack) -> None:
     while stack and stack.was_stopped(stack[-1]):
         entry = stack[-1]
         del stack[-1]
-        _closed(stack, entry)
+        tell_closed(stack, entry)
     for entry in tuple(stack.stopped):
         if not stack.holds(entry):  # an outer pop was faster
             stack.was_stopped(entry)
@@ -338,7 +321,7 @@ def begin(text: Label, payload: object = None, owner: object = None, opener: obj
     switch(made)
     stack.inside = made
     crossings.add(made.number)
-    for other in _stacks.all():
+    for other in stacks.all():
         other.special = True
     made.start_ns = perf_counter_ns()
     log = stack.log
@@ -348,8 +331,8 @@ def begin(text: Label, payload: object = None, owner: object = None, opener: obj
         opened = made.opened = Open(text, payload, made.level, stack.thread_id)
         opened.start_ns, opened.crossing = made.start_ns, made.number
         opened.inside = 0 if made.parent is None else made.parent.number
-        for told in live:
-            told.opened(opened)
+        for listener in live:
+            listener.opened(opened)
     if nvtx_on:
         made.nvtx = nvtx_start(text.attributes if payload is None else text.with_payload(payload))
     return made
@@ -370,12 +353,8 @@ def end(made: Crossing | None) -> None:
         nvtx_end(made.nvtx)
     if made.opened is not None:
         made.opened.end_ns = made.end_ns
-        for told in live:
-            told.closed(made.opened)
-
-
-def _backwards(size: int) -> Any:
-    return reversed(_builtin_range(size))
+        for listener in live:
+            listener.closed(made.opened)
 
 
 def mark_now(text: Label, payload: object = None) -> None:
@@ -386,211 +365,33 @@ def mark_now(text: Label, payload: object = None) -> None:
     now = perf_counter_ns()
     if log is not None:
         log.append((text, payload, now))
-    for told in live:
-        told.marked(Mark(text, payload, local.id, now))
+    for listener in live:
+        listener.marked(Mark(text, payload, local.id, now))
     if nvtx_on:
         mark(text.with_payload(payload), HANDLE)
 
 
 def _before_fork() -> None:
-    _listener_lock.acquire()
+    listener_lock.acquire()
 
 
 def _after_fork() -> None:
-    _listener_lock.release()
+    listener_lock.release()
 
 
 def _after_fork_in_child() -> None:
-    _listener_lock.release()
+    listener_lock.release()
     global _before_this_process
     _before_this_process = latest()
     switch(None)
     crossings.clear()
     # The child has the parent's open ranges on its stack, but its tool never saw them begin. Of other threads it has
     # the stacks, not the threads.
-    global _stacks
-    _stacks = Stacks()
+    global stacks
+    stacks = Stacks()
     local.__dict__.clear()
     local.__init__()  # type: ignore[misc]
 
 
 # A child must not inherit a lock whose owner it does not have.
 os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
-
-# ------------------------------------------------------------------------------------------------ public forms
-
-_builtin_range = __builtins__["range"] if isinstance(__builtins__, dict) else __builtins__.range
-
-
-def range_push(
-    text: str | Label, *, category: str | None = None, payload: object = None, color: int | None = None
-) -> None:
-    """Open a range; close it with `range_pop()` on the same thread. Prefer `range`, which cannot leak."""
-    made = text if type(text) is Label else label(cast(str, text), category, color)
-    _unnamed().append(push(made, payload))
-
-
-def range_pop() -> None:
-    """Close the range that this thread's last `range_push` opened. Never closes a range of anybody else."""
-    mine = _unnamed()
-    stack = local.stack
-    while mine:
-        entry = mine.pop()
-        if entry is None:  # pushed while nobody listened
-            return
-        if stack.holds(entry):
-            pop(entry)
-            return
-        # closed already by an enclosing range: it was leaked, and this pop belongs to an earlier push
-    for sink in sinks:
-        sink.stray_pop()
-
-
-def _unnamed() -> list[Entry | None]:
-    """This thread's ranges from `range_push`, which has no handle to give back."""
-    try:
-        return cast("list[Entry | None]", local.unnamed)
-    except AttributeError:
-        local.unnamed = []
-        return cast("list[Entry | None]", local.unnamed)
-
-
-class range:  # noqa: N801 - a context manager and decorator, spelled like a function
-    """A range around a block of code or a function.
-
-    `payload` is a number (it reaches NVTX) or any JSON value (it reaches recordings). Works as a context
-    manager (re-entrant, and from several threads at once), as an asynchronous one, and as a decorator of functions,
-    coroutine functions and generator functions of both kinds. With enabled=False the decorator returns the function
-    untouched.
-
-    What the thread may leave in between becomes a start/end range, which may cross others: `async with`, a `with` in a
-    coroutine with an await in its body, and decorated coroutines and generators. Everything else is push/pop.
-    """
-
-    __slots__ = ("_opened", "enabled", "label", "payload")
-
-    def __init__(
-        self,
-        text: str | Label,
-        *,
-        category: str | None = None,
-        payload: object = None,
-        color: int | None = None,
-        enabled: bool = True,
-    ) -> None:
-        self.label = text if type(text) is Label else label(cast(str, text), category, color)
-        self.payload = payload
-        self.enabled = enabled
-        # What is not on a stack under this object as its owner: by thread, each touches its own list only. None: nobody
-        # listened, or an outer pop was faster
-        self._opened: dict[int, list[Entry | Crossing | None]] = {}
-
-    def __enter__(self) -> range:
-        if not self.enabled:
-            return self
-        if not active:
-            self._opened.setdefault(local.id, []).append(None)
-            return self
-        frame = _getframe(1)
-        if frame.f_code.co_flags & ASYNC and is_left_inside(frame):
-            self._opened.setdefault(local.id, []).append(begin(self.label, self.payload, opener=self))
-        elif self._opened:
-            self._opened.setdefault(local.id, []).append(push(self.label, self.payload))
-        else:
-            push(self.label, self.payload, self)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if not self._opened:
-            stack = local.stack
-            entry = stack[-1] if stack else ()
-            if len(entry) > 1 and entry[1] is self:  # the usual case: pop(), without looking for the stack again
-                del stack[-1]
-                if live:
-                    _closed(stack, entry)
-                else:
-                    log = stack.log
-                    if log is not None:
-                        log += (entry, perf_counter_ns())
-                    if nvtx_on:
-                        nvtx_pop(HANDLE)
-                if stack.special and stack.stopped:
-                    attend(stack)
-                return
-        if self.enabled:
-            self._leave()
-
-    def closed_early(self, stack: RangeStack) -> None:
-        """An outer pop was faster than the `with` statement's: that one, to come, has nothing to do."""
-        self._opened.setdefault(stack.thread_id, []).append(None)
-
-    def _leave(self) -> None:
-        mine = self._opened.get(local.id)
-        if not mine:
-            for stack in (local.stack, *_stacks.all()):
-                for entry in reversed(tuple(stack)):
-                    if len(entry) > 1 and entry[1] is self:
-                        pop(entry)
-                        return
-            # entered on another thread: a generator that is finalized here, or a forked child
-            mine = next((other for other in list(self._opened.values()) if other), None)
-            if not mine:
-                return
-        last = mine[-1]
-        if type(last) is not Crossing:
-            del mine[-1]  # nothing else that is still open can have been entered since
-            pop(last)  # type: ignore[arg-type]  # type() narrows nothing
-        else:
-            self._leave_crossing(mine)
-        if not mine:
-            for thread_id, other in list(self._opened.items()):
-                if other is mine:
-                    self._opened.pop(thread_id, None)
-
-    def _leave_crossing(self, mine: list[Any]) -> None:
-        # of several tasks' the one of ours
-        found = next((c for c in surrounding() if c.opener is self and c in mine), None)
-        if found is not None:
-            mine.remove(found)
-            end(found)
-            return
-        # The context knows of none: the last that was not entered in a coroutine, else the last
-        last = next((i for i in _backwards(len(mine)) if type(mine[i]) is not Crossing), -1)
-        opened: Any = mine.pop(last)
-        close: Any = end if type(opened) is Crossing else pop
-        close(opened)
-
-    async def __aenter__(self) -> range:
-        if self.enabled:
-            self._opened.setdefault(local.id, []).append(begin(self.label, self.payload, opener=self))
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.enabled:
-            self._leave()
-
-    def __call__(self, function: F) -> F:
-        if not self.enabled:
-            return function
-        text, payload = self.label, self.payload
-
-        inner = held_function(function, lambda: begin(text, payload), end)
-        if inner is None:
-
-            def inner(*args: Any, **kwargs: Any) -> Any:
-                entry = push(text, payload)
-                try:
-                    return function(*args, **kwargs)
-                finally:
-                    pop(entry)
-
-        return cast(F, functools.wraps(function)(inner))
-
-
-def maybe_nvtx_range(text: str, enabled: bool = True) -> range:
-    """`range(text)` where `enabled`, else nothing: one line instead of an if around a with."""
-    return range(text, enabled=enabled)

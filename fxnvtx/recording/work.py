@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 from nvtx._lib.lib import mark
 
-from . import ranges as _ranges
-from .labels import HANDLE, domain
+from ..ranges import emit
+from ..ranges.labels import HANDLE, domain
 
 __all__ = ["PREFIX", "Entry", "News", "carried", "decoded", "encoded", "read_entry", "register"]
 
@@ -64,7 +64,7 @@ def register(entries: Iterable[Entry], model: object = None) -> None:
         _entries.update(dict.fromkeys((e for e in found if e in _entries), owner))
         _entries.update(dict.fromkeys(new, owner))
         _registered += len(new)
-    if _ranges.nvtx_on:
+    if emit.nvtx_on:
         for entry in new:
             mark(domain.get_event_attributes(encoded(entry), _COLOR, "work"), HANDLE)
 
