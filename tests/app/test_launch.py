@@ -177,6 +177,16 @@ def test_what_an_earlier_run_left_and_cannot_be_removed_is_one_line(tmp_path: Pa
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["recording.json"]
 
 
+@pytest.mark.parametrize("nsys", [[], ["--nsys"]])
+def test_a_folder_that_cannot_be_written_is_one_line_before_the_program_starts(tmp_path: Path, nsys: list[str]) -> None:
+    (tmp_path / "program.py").write_text("open('started', 'w').close()")
+    (tmp_path / "file").write_text("")
+    done = fxnvtx("run", *nsys, "-o", "file/inside", "program.py", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "cannot write to file/inside" in one_line_error(done)
+    assert not (tmp_path / "started").exists()
+
+
 def test_an_option_may_stand_where_the_command_would() -> None:
     assert words(["--depth", "1", "x.py"]) == ["run", "--depth", "1", "x.py"]
     assert words(["-m", "pytest", "-q"]) == ["run", "-m", "pytest", "-q"]
@@ -272,16 +282,24 @@ def test_modules_that_start_programs(tmp_path: Path, program: str, options: list
 
 
 @pytest.mark.slow
-def test_a_console_script_that_starts_others(tmp_path: Path) -> None:
-    command = shutil.which("torchrun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    if command is None:
-        pytest.skip("torchrun is not on the PATH: it comes with torch")
+@pytest.mark.parametrize(
+    ("command", "options", "processes"),
+    [
+        ("torchrun", ["--standalone", "--nproc-per-node=2"], 2),
+        ("accelerate", ["launch", "--cpu", "--num_processes=1", "--num_machines=1", "--mixed_precision=no"], 1),
+    ],
+)
+def test_a_console_script_that_starts_others(tmp_path: Path, command: str, options: list[str], processes: int) -> None:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    if shutil.which(command, path=path) is None:
+        pytest.skip(f"{command} is not on the PATH: it comes with torch, or fxnvtx[diffusers]")
     (tmp_path / "model.py").write_text(MODEL)
-    words = ["--standalone", "--nproc-per-node=2", "model.py", "--depth", "3"]
-    done = fxnvtx("run", "-o", "out", command, *words, cwd=tmp_path)
+    done = fxnvtx("run", "-o", "out", command, *options, "model.py", "--depth", "3", cwd=tmp_path, PATH=path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("argv ['--depth', '3']") == 2
-    assert recorded(tmp_path / "out") == ["Sequential", "0"] * 2
+    assert done.stdout.count("argv ['--depth', '3']") == processes
+    assert recorded(tmp_path / "out") == ["Sequential", "0"] * processes
+    if processes == 1:
+        return
     assert {p.name.split(".")[1] for p in (tmp_path / "out").glob("recording.rank*")} == {"rank0", "rank1"}
 
 

@@ -10,8 +10,9 @@ from sglang.multimodal_gen import DiffGenerator
 def main():
     model, requests, *words = sys.argv[1:]
     given = dict(word.split("=", 1) for word in words)
-    given = {name: {"true": True, "false": False}.get(value, value) for name, value in given.items()}
-    generator = DiffGenerator.from_pretrained(model_path=model, num_gpus=1, **given)
+    known = {"true": True, "false": False}
+    given = {name: int(value) if value.isdigit() else known.get(value, value) for name, value in given.items()}
+    generator = DiffGenerator.from_pretrained(model_path=model, **{"num_gpus": 1, **given})
     asked = {"height": 64, "width": 64, "num_inference_steps": 3, "guidance_scale": 2.0, "seed": 0}
     try:
         for number in range(int(requests)):

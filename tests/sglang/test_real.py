@@ -210,6 +210,24 @@ def test_stages_only_and_windows_of_steps(run_sglang, plain, mode):
         assert not [m for m in modules if m.startswith("denoising_stage.transformer.layers.0.")]
 
 
+def test_two_ranks(run_sglang, eager):
+    """Sequence parallel, on gloo: a recording of each rank, with all layers. Some 30 s on two quiet cores."""
+    run = run_sglang("ranks", FLAG, "num_gpus=2", "ulysses_degree=2", env=RECORD)
+    trees = {}
+    for file in run.folder.glob("request0-rank*.json"):
+        recording = Recording.load(file)
+        assert recording.balanced
+        (root,) = recording.tree()
+        assert root.payload == recording.meta["rank"]
+        trees[root.label] = paths(recording.ranges)
+    assert set(trees) == {"rank_0", "rank_1"}
+    ranges = {rank: Counter(path[1:] for path in found) for rank, found in trees.items()}
+    assert ranges["rank_0"] == ranges["rank_1"]
+    for path in paths(recordings(eager)[0].ranges):
+        if ".layers." in path[-1] or path[-1].startswith("denoising_step"):
+            assert path in ranges["rank_0"]
+
+
 @pytest.fixture(scope="module")
 def own_tests(sglang_python):
     """The folder of SGLang's own unit tests."""
