@@ -1,6 +1,6 @@
 """The real SGLang-Diffusion, its own server and worker processes, a tiny model with random weights, no GPU.
 
-About 25 s a run and 60 s a compiled one; with an environment (see conftest.py) all of it takes some four minutes.
+About 25 s a run and 60 s a compiled one; with an environment (see conftest.py) all of it takes some five minutes.
 """
 
 import os
