@@ -1,34 +1,36 @@
 """Reference models: ordinary PyTorch, random weights from a seed, traceable by torch.fx whole and level by level."""
 
-from .build import (
-    SIZES,
-    FlowMatchEulerScheduler,
-    ImageModels,
+from .dit import (
+    MLP,
+    Attention,
+    ByteTokenizer,
+    DiT,
+    DiTBlock,
     LoRALinear,
-    ModelSize,
-    VideoModels,
+    TextEncoder,
     apply_lora,
-    build,
-    build_video,
     merge_lora,
     remove_lora,
     set_lora_scale,
     unmerge_lora,
 )
-from .dit import MLP, Attention, ByteTokenizer, DiT, DiTBlock, TextEncoder
 from .generate import (
-    Tile,
+    SIZES,
+    FlowMatchEulerScheduler,
+    ImageModels,
+    ModelSize,
+    VideoModels,
+    build,
+    build_video,
     denoise,
     generate,
     generate_video,
-    join_tiles,
     noise,
-    plan_tiles,
     to_uint8,
     write_apng,
     write_png,
 )
-from .vae import VAE, LatentUpsampler, VideoVAE
+from .vae import VAE, LatentUpsampler, Tile, VideoVAE, join_tiles, plan_tiles
 
 __all__ = [
     "MLP",

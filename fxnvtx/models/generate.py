@@ -1,97 +1,246 @@
-"""Prompt to image, and prompt to video in two stages: the reference pipelines as plain loops, and what they use."""
+"""Reference models from a size and a seed, with random weights; and the reference pipelines as plain loops with them:
+prompt to image, and prompt to video in two stages.
+"""
 
 from __future__ import annotations
 
 import copy
 import ctypes
+import math
 import os
 import struct
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import product
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..output import write_bytes
-from .build import (
-    IMAGE_LATENT_CHANNELS,
-    VIDEO_LATENT_CHANNELS,
-    FlowMatchEulerScheduler,
-    ImageModels,
-    VideoModels,
-    build,
-    build_video,
-    set_lora_scale,
-)
-from .dit import DiT
+from .dit import ByteTokenizer, DiT, TextEncoder, apply_lora, set_lora_scale
+from .vae import VAE, LatentUpsampler, VideoVAE, join_tiles, plan_tiles
 
-# ---------------------------------------------------------------------------------------------------------------- tiles
-
-# Decoding a latent tile by tile, so that memory does not grow with the video.
-#
-#     tiles = plan_tiles(latent.shape[2:], tile=(8, 16, 16), halo=(2, 2, 2))
-#     parts = [vae.decode(latent[tile.read]) for tile in tiles]
-#     video = join_tiles(parts, tiles, vae.scale)
-#
-# Each tile is decoded with a halo around it, which is cut off again: every pixel comes from exactly one tile.
+# ------------------------------------------ sizes: S, B, L and XL of arXiv 2212.09748, table 1; tiny is ours, for a CPU
 
 
 @dataclass(frozen=True)
-class Tile:
-    """One tile of a latent [batch, channels, *sizes], in latent points.
+class ModelSize:
+    """One row of the table.
 
-    It owns `start` to `stop`; to decode it one reads `halo_start` to `halo_stop`. One entry per axis.
+    `image` and `video` are what it generates, in pixels: side; frames and side. `tile` is the piece of a video latent
+    that is decoded at a time: frames, rows, columns.
     """
 
-    start: tuple[int, ...]
-    stop: tuple[int, ...]
-    halo_start: tuple[int, ...]
-    halo_stop: tuple[int, ...]
-
-    @property
-    def read(self) -> tuple[slice, ...]:
-        """Index of the tile with its halo in the latent."""
-        return (slice(None), slice(None), *map(slice, self.halo_start, self.halo_stop))
-
-    def keep(self, scale: Sequence[int]) -> tuple[slice, ...]:
-        """Index of what the tile owns in its decoded part; `scale`: decoded points per latent point, per axis."""
-        spans = zip(self.start, self.stop, self.halo_start, scale, strict=True)
-        return (slice(None), slice(None), *(slice((a - h) * s, (b - h) * s) for a, b, h, s in spans))
-
-    def write(self, scale: Sequence[int]) -> tuple[slice, ...]:
-        """Index of what the tile owns in the whole decoded result."""
-        spans = zip(self.start, self.stop, scale, strict=True)
-        return (slice(None), slice(None), *(slice(a * s, b * s) for a, b, s in spans))
+    depth: int
+    dim: int
+    heads: int
+    text_depth: int
+    text_dim: int
+    text_heads: int
+    vae_channels: tuple[int, ...]
+    vae_groups: int
+    video_channels: tuple[int, ...]
+    image: int
+    video: tuple[int, int]
+    tile: tuple[int, int, int]
 
 
-def plan_tiles(sizes: Sequence[int], *, tile: Sequence[int], halo: Sequence[int]) -> list[Tile]:
-    """Cut a latent of `sizes` (without batch and channels) into tiles of at most `tile`, each read with `halo` more
-    points on every side that has them. In order of the axes, the last one fastest."""
-    if not len(sizes) == len(tile) == len(halo):
-        raise ConfigError(f"sizes, tile and halo must have one number per axis, not {sizes}, {tile} and {halo}")
-    if min(tile) < 1 or min(halo) < 0:
-        raise ConfigError(f"a tile needs at least 1 point per axis and a halo at least 0, not {tile} and {halo}")
-    tiles = []
-    for start in product(*(range(0, size, step) for size, step in zip(sizes, tile, strict=True))):
-        stop = tuple(min(a + step, size) for a, step, size in zip(start, tile, sizes, strict=True))
-        halo_start = tuple(max(a - h, 0) for a, h in zip(start, halo, strict=True))
-        halo_stop = tuple(min(b + h, size) for b, h, size in zip(stop, halo, sizes, strict=True))
-        tiles.append(Tile(start, stop, halo_start, halo_stop))
-    return tiles
+_SD_VAE = (128, 256, 512, 512)
+SIZES: dict[str, ModelSize] = {
+    "tiny": ModelSize(2, 64, 4, 1, 32, 2, (8, 16, 16, 16), 4, (8, 8, 16, 16), 64, (8, 64), (2, 4, 4)),
+    "small": ModelSize(12, 384, 6, 4, 256, 4, (32, 64, 128, 128), 32, (16, 32, 64, 64), 256, (16, 128), (4, 8, 8)),
+    "base": ModelSize(12, 768, 12, 6, 512, 8, _SD_VAE, 32, (32, 64, 128, 128), 256, (16, 256), (4, 16, 16)),
+    "large": ModelSize(24, 1024, 16, 12, 768, 12, _SD_VAE, 32, (64, 128, 256, 256), 256, (32, 256), (4, 16, 16)),
+    "xl": ModelSize(28, 1152, 16, 12, 768, 12, _SD_VAE, 32, (128, 256, 512, 512), 256, (32, 512), (4, 32, 32)),
+}
 
 
-def join_tiles(parts: Sequence[Tensor], tiles: Sequence[Tile], scale: Sequence[int]) -> Tensor:
-    """The whole result [batch, channels, *sizes * scale] from the decoded parts of the tiles, in the same order."""
-    sizes = [max(tile.stop[axis] for tile in tiles) * s for axis, s in enumerate(scale)]
-    whole = parts[0].new_empty((*parts[0].shape[:2], *sizes))
-    for part, tile in zip(parts, tiles, strict=True):
-        whole[tile.write(scale)] = part[tile.keep(scale)]
-    return whole
+def model_size(name: str) -> ModelSize:
+    """The row of that name; ConfigError where there is none."""
+    if name not in SIZES:
+        raise ConfigError(f"there is no model size {name!r}: choose one of {', '.join(SIZES)}")
+    return SIZES[name]
+
+
+# ------------------------------------------------------------------------------------------------------- the scheduler
+
+# Euler steps along the straight paths of flow matching: a sample at noise level s is (1 - s) * data + s * noise.
+
+
+TRAIN_TIMESTEPS = 1000
+
+
+class FlowMatchEulerScheduler:
+    """Noise levels from 1 (noise) to 0 (data), and the step between two of them.
+
+    `shift` > 1 spends more of the steps at high noise, as larger images need (arXiv 2403.03206, equation 23). A step is
+    told its index, so nothing is kept from one step to the next: copies of the scheduler agree with it.
+    """
+
+    def __init__(self, shift: float = 3.0) -> None:
+        if not (math.isfinite(shift) and shift > 0):
+            raise ConfigError(f"shift must be a positive number, not {shift!r}")
+        self.shift = shift
+        self.sigmas: tuple[float, ...] = ()
+        self.timesteps = torch.empty(0)
+
+    def set_timesteps(self, steps: int, *, start: float = 1.0, device: torch.device | str = "cpu") -> Tensor:
+        """Lay `steps` steps from noise level `start` (1 for pure noise; less to refine a sample) down to 0.
+
+        Sets `sigmas` (steps + 1 numbers, the last is 0) and returns `timesteps` (float32 [steps], 1000 * sigma).
+        """
+        if not isinstance(steps, int) or steps < 1:
+            raise ConfigError(f"steps must be a whole number, at least 1, not {steps!r}")
+        if not 0 < start <= 1:
+            raise ConfigError(f"start must be a noise level above 0 and at most 1, not {start!r}")
+        first = start / (self.shift - (self.shift - 1) * start)  # what the shift below turns into `start`
+        even = [first * (1 - index / steps) for index in range(steps + 1)]
+        shifted = [self.shift * s / (1 + (self.shift - 1) * s) for s in even]
+        self.sigmas = (start, *shifted[1:])
+        self.timesteps = torch.tensor(self.sigmas[:-1], dtype=torch.float32, device=device) * TRAIN_TIMESTEPS
+        return self.timesteps
+
+    def _sigma(self, index: int) -> float:
+        if not 0 <= index < len(self.timesteps):
+            raise ConfigError(f"there is no step {index} of {len(self.timesteps)}: call set_timesteps first")
+        return self.sigmas[index]
+
+    def step(self, velocity: Tensor, index: int, sample: Tensor) -> Tensor:
+        """From the sample at noise level `sigmas[index]` and its velocity (noise - data) to `sigmas[index + 1]`."""
+        sigma = self._sigma(index)
+        return sample + velocity * (self.sigmas[index + 1] - sigma)
+
+    def add_noise(self, sample: Tensor, noise: Tensor, index: int = 0) -> Tensor:
+        """`sample` at the noise level of step `index`."""
+        sigma = self._sigma(index)
+        return sample * (1 - sigma) + noise * sigma
+
+
+# --------------------------------------------------------------------------------------------------------------- models
+
+
+IMAGE_LATENT_CHANNELS = 4
+VIDEO_LATENT_CHANNELS = 8
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class _Components:
+    def components(self) -> dict[str, nn.Module]:
+        """The modules by name, in the order in which a request uses them."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        return {name: value for name, value in values.items() if isinstance(value, nn.Module)}
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Move or cast every module, as `nn.Module.to`; returns self."""
+        for module in self.components().values():
+            module.to(*args, **kwargs)
+        return self
+
+
+@dataclass
+class ImageModels(_Components):
+    """What turns a prompt into an image."""
+
+    size: ModelSize
+    tokenizer: ByteTokenizer
+    text_encoder: TextEncoder
+    dit: DiT
+    vae: VAE
+    scheduler: FlowMatchEulerScheduler
+
+
+@dataclass
+class VideoModels(_Components):
+    """What turns a prompt into a video in two stages: `dit` at half the side, `upsampler`, `refiner`.
+
+    `dit` and `refiner` carry adapters (lora.py), switched off; the second stage switches the refiner's on.
+    """
+
+    size: ModelSize
+    tokenizer: ByteTokenizer
+    text_encoder: TextEncoder
+    dit: DiT
+    upsampler: LatentUpsampler
+    refiner: DiT
+    vae: VideoVAE
+    scheduler: FlowMatchEulerScheduler
+
+
+def build(size: str = "tiny", seed: int = 0, *, device: torch.device | str = "cpu") -> ImageModels:
+    """The models of an image pipeline, float32, in eval mode. The same seed gives the same weights to the bit.
+
+    The global random generators are neither used nor changed. device="meta" allocates nothing.
+    """
+    row = model_size(size)
+    return ImageModels(
+        size=row,
+        tokenizer=ByteTokenizer(),
+        text_encoder=_make(_text_encoder(row), seed, 0, device),
+        dit=_make(_dit(row, IMAGE_LATENT_CHANNELS), seed, 1, device),
+        vae=_make(
+            lambda: VAE(latent=IMAGE_LATENT_CHANNELS, channels=row.vae_channels, groups=row.vae_groups), seed, 2, device
+        ),
+        scheduler=FlowMatchEulerScheduler(),
+    )
+
+
+def build_video(size: str = "tiny", seed: int = 0, *, device: torch.device | str = "cpu") -> VideoModels:
+    """The models of a two-stage video pipeline; otherwise as `build`."""
+    row = model_size(size)
+    models = VideoModels(
+        size=row,
+        tokenizer=ByteTokenizer(),
+        text_encoder=_make(_text_encoder(row), seed, 0, device),
+        dit=_make(_dit(row, VIDEO_LATENT_CHANNELS), seed, 1, device),
+        upsampler=_make(
+            lambda: LatentUpsampler(channels=VIDEO_LATENT_CHANNELS, hidden=row.video_channels[-1]), seed, 2, device
+        ),
+        refiner=_make(_dit(row, VIDEO_LATENT_CHANNELS), seed, 3, device),
+        vae=_make(lambda: VideoVAE(latent=VIDEO_LATENT_CHANNELS, channels=row.video_channels), seed, 4, device),
+        scheduler=FlowMatchEulerScheduler(),
+    )
+    for number, dit in enumerate((models.dit, models.refiner)):
+        apply_lora(dit, seed=_mix(seed, 5 + number))
+    return models
+
+
+def _text_encoder(row: ModelSize) -> Callable[[], TextEncoder]:
+    return lambda: TextEncoder(row.text_dim, row.text_depth, row.text_heads)
+
+
+def _dit(row: ModelSize, channels: int) -> Callable[[], DiT]:
+    return lambda: DiT(channels=channels, dim=row.dim, depth=row.depth, heads=row.heads, text_dim=row.text_dim)
+
+
+def _mix(seed: int, component: int) -> int:
+    # apart from one another for every component of neighbouring seeds
+    return (seed * 1_000_003 + component) % 2**63
+
+
+def _make(construct: Callable[[], Module], seed: int, component: int, device: torch.device | str) -> Module:
+    """Construct on the meta device, where the constructors of torch draw no random number, then fill."""
+    with torch.device("meta"):
+        module = construct().float()  # whatever the default dtype is
+    if torch.device(device).type != "meta":
+        module.to_empty(device="cpu")
+        fill(module, torch.Generator().manual_seed(_mix(seed, component)))
+        module.to(device)
+    return module.eval()
+
+
+@torch.no_grad()
+def fill(module: nn.Module, generator: torch.Generator) -> None:
+    """Random weights that keep the variance of what flows through: matrices by their fan-in, norms 1, biases 0."""
+    for name, parameter in module.named_parameters():
+        if parameter.dim() >= 2:
+            parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
+        else:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
 
 
 # ------------------------------------------------------------------------------------------------------------ a request
