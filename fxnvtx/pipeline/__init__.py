@@ -2,12 +2,11 @@
 
 from .args import ServerArgs
 from .component_use import ComponentUse
-from .executor import ComposedPipeline, PipelineExecutor, SyncExecutor
+from .executor import ComposedPipeline, PipelineExecutor, PipelineStage, StageParallelism, SyncExecutor
 from .manager import ComponentResidencyManager
 from .parallel import ParallelExecutor
 from .pipelines import PIPELINES, Result, run
 from .request import Batch, RequestMetrics, StageProfiler
-from .stage import PipelineStage, StageParallelism
 
 __all__ = [
     "PIPELINES",

@@ -26,9 +26,8 @@ from .. import ranges
 from ..errors import PipelineError
 from ..ranges import emit, label, range
 from .args import ServerArgs
-from .executor import PipelineExecutor
+from .executor import PipelineExecutor, PipelineStage, StageParallelism
 from .request import RequestMetrics, running, running_with
-from .stage import PipelineStage, StageParallelism
 
 if TYPE_CHECKING:
     from .executor import ComposedPipeline

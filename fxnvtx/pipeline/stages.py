@@ -24,8 +24,8 @@ from ..models import (
 from ..ranges.labels import Label, label
 from .args import ServerArgs
 from .component_use import ComponentUse
+from .executor import PipelineStage, StageParallelism
 from .request import Batch, Embedding, running
-from .stage import PipelineStage, StageParallelism
 
 __all__ = [
     "DecodingStage",
