@@ -143,7 +143,7 @@ def _under_nsys(output: Path) -> None:
 
 def _in_process(job: Job, output: Path, rows: int) -> None:
     from ..recording import record
-    from ..report import from_recording, render_html, render_text, write_chrome
+    from ..report import first_screen, from_recording, render_html, write_chrome
 
     run = runner(job)
     for _ in range(job.warmup):
@@ -156,7 +156,7 @@ def _in_process(job: Job, output: Path, rows: int) -> None:
     names = ["recording.json", "trace.json", PAGE, TREE, *_write_picture(result, output)]
     report = from_recording(recording)
     write_text(output / PAGE, render_html(report))
-    shown = render_text(report, "tree", fold=True, limit=rows)
+    shown = first_screen(report, limit=rows)
     shown += f"wrote {', '.join(names)} to {output}/\n  the whole table: fxnvtx report {output}/recording.json\n"
     write_text(output / TREE, shown)
     say(shown, end="")

@@ -248,7 +248,7 @@ class Launched:
 
     def show(self, rows: int) -> None:
         """Print the tree of all processes, and say what is missing; write trace.json."""
-        from ..report import load, render_text, write_chrome
+        from ..report import first_screen, load, write_chrome
 
         try:
             if self.kept and self.recordings:
@@ -258,7 +258,7 @@ class Launched:
             if found is None or not self.shown:
                 complain(f"fxnvtx: {self._why_nothing()}")
             elif rows:
-                complain(render_text(found, "tree", fold=True, limit=rows))
+                complain(first_screen(found, limit=rows))
             for note in self.notes:
                 complain(f"fxnvtx: {note}")
         finally:

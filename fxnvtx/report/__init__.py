@@ -2,6 +2,7 @@
 
 from .capture.scrub import scrub
 from .diff import Change, Comparison, diff
+from .findings import first_screen
 from .render.data import render_csv, render_json
 from .render.html import render_html
 from .render.text import render_text
@@ -17,6 +18,7 @@ __all__ = [
     "Report",
     "Row",
     "diff",
+    "first_screen",
     "from_recording",
     "load",
     "render_csv",

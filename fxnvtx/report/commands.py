@@ -21,7 +21,7 @@ from .capture import expanded, uncollected
 from .capture.recording import load_recording
 from .capture.scrub import scrub
 from .diff import Comparison, diff
-from .findings import findings_text
+from .findings import findings_text, headlines
 from .part import Numbers, Window, read_times
 from .render.data import render_csv, render_json
 from .render.diff import diff_csv, diff_html, diff_json, diff_markdown, diff_text
@@ -71,6 +71,7 @@ _ENDINGS = (
 @click.option("--split-fused", is_flag=True, help="share fused kernels out over their modules: an estimate")
 @click.option("--sort", type=click.Choice(list(ORDERS)), help="largest first; in the tree among siblings")
 @click.option("--limit", type=ROWS, help="at most so many rows (text only)")
+@click.option("--all", "everything", is_flag=True, help="small rows, too (text only)")
 @click.option("--requests", metavar="NUMBERS", help="only these requests, counted from 0: 2, or 1:4, or 0,3:")
 @click.option("--steps", metavar="NUMBERS", help=f"of each request only these steps, from 0: {EXAMPLES}")
 @click.option("--skip-warmup", is_flag=True, help="leave out the first request")
@@ -79,7 +80,7 @@ _ENDINGS = (
 @click.option("--keep-compile", is_flag=True, help="keep requests in which something was compiled")
 @click.option("--peak", metavar="FIGURES", help="what the device can do: bf16=989T,mem=3.35T (per second)")
 @click.option("--jobs", type=click.IntRange(1, 256), help="how many files to read at once")
-@click.option("--findings", "findings_", is_flag=True, help="what is worth doing something about, before the table")
+@click.option("--findings", "findings_", is_flag=True, help="all that is worth doing something about, with evidence")
 @click.option("--exact", is_flag=True, help="keep the running numbers of torch's emit_nvtx in the names")
 @click.option("--classes", type=CAPTURE, metavar="RECORDING", help="take the modules' classes from this recording")
 @click.option("--scrub", "scrubbed", is_flag=True, help="write a copy without environment, host and process names")
@@ -98,6 +99,7 @@ def report_command(
     split_fused: bool,
     sort: str | None,
     limit: int | None,
+    everything: bool,
     requests: str | None,
     steps: str | None,
     skip_warmup: bool,
@@ -117,7 +119,9 @@ def report_command(
     Several files are several ranks: their times add up, and every row says how far the ranks are apart. A folder stands
     for the captures in it, or else for its recordings.
 
-    In text, the tree is folded: one row for identical blocks, steps and requests (--no-fold: each of its own).
+    In text, the largest findings come first (--findings: all), then the tree, folded: one row for identical blocks,
+    steps and requests (--no-fold: each of its own). Rows that are a small part of the whole are left out; a line says
+    how many, and their time (--all: every row).
 
     \b
     calls     how often the range ran (-: replayed by a CUDA graph, no Python ran)
@@ -172,8 +176,14 @@ def report_command(
             found.classes.update(load_recording(classes).classes)
         chosen = Selection(by, depth, include, exclude, fold, kernels, split_fused, sort)
         if form == "text":
-            text = findings_text(found) + "\n" if findings_ else ""
-            text = printable_lines(text) + render_text(found, chosen, color=_colored(output), limit=limit)
+            color = _colored(output)
+            if by == "tree" and all(node.is_unknown() for node in found.root.children.values()):
+                chosen = replace(chosen, kernels=True)  # there is nothing else to name
+            if findings_:
+                text = printable_lines(findings_text(found)) + "\n"
+            else:
+                text = headlines(found, color=color) + "\n" if by == "tree" and not (include or exclude) else ""
+            text += render_text(found, chosen, color=color, limit=limit, everything=everything)
         elif form == "json":
             text = render_json(found, chosen, findings=findings_)
         elif form == "csv":
@@ -315,6 +325,7 @@ _MEANING: dict[str, tuple[frozenset[str], frozenset[str] | None]] = {
     "kernels": (_ALL, frozenset({"tree"})),
     "split_fused": (_ALL, _NESTED - {"component"}),
     "limit": (frozenset({"text"}), None),
+    "everything": (frozenset({"text"}), None),
     "sort": (_TABLES, None),
     "requests": (_ALL, None),
     "steps": (_ALL, None),

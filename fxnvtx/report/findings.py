@@ -12,14 +12,16 @@ from functools import wraps
 from statistics import median
 
 from ..categories import COMPILE, RESIDENCY, STEP
-from .format import readable_bytes, readable_ns, readable_share
+from ..printable import cut, width_of
+from .format import middle, painted, readable_bytes, readable_ns, readable_share
 from .labels import category_of
+from .render.text import render_text, width_of_terminal, wrapped
 from .report import Report
 from .rows import Row
 from .selection import with_modules
 from .tree import Calls, Node, merged, spread_of
 
-__all__ = ["RULES", "Finding", "Silence", "findings", "findings_text"]
+__all__ = ["RULES", "Finding", "Silence", "findings", "findings_text", "first_screen", "headlines"]
 
 _WITHOUT_CONDITION = ("predict_noise.unconditional", "predict_noise.uncond")
 EVIDENCE = 3  # rows of evidence with each finding
@@ -66,6 +68,36 @@ def findings_text(report: Report) -> str:
     if silent:
         lines.append("not enough in this capture to say: " + "; ".join(f"{s.rule} ({s.why})" for s in silent))
     return "\n".join(lines) + "\n"
+
+
+FIRST = 5  # findings before a table
+
+
+def headlines(report: Report, width: int | None = None, color: bool = False) -> str:
+    """The largest findings in two lines each, for above a table; one line where there is none."""
+    found, silent = findings(report)
+    columns = width_of_terminal(width)
+    more = f"{len(found) - FIRST} more, and all " if len(found) > FIRST else "all "
+    lines = [painted(f"what to do first ({more}evidence: --findings)", "bold", color)]
+    for number, finding in enumerate(found[:FIRST], 1):
+        evidence = ", ".join(f"{middle(name, 60)} {readable_ns(ns)}" for name, ns in finding.evidence)
+        text = f"{number}. {readable_ns(finding.ns)}: {finding.text}" + (f" ({evidence})" if evidence else "")
+        first, *rest = wrapped(text, columns, False, "").split("\n")
+        lines.append(first)
+        if rest:
+            second = " ".join(rest)
+            lines.append(f"   {second if width_of(second) <= columns - 3 else cut(second, columns - 4) + '…'}")
+    if not found:
+        silence = f"; {len(silent)} of {len(RULES)} rules lack what they need: --findings" if silent else ""
+        lines = [wrapped(f"nothing to do stands out{silence}", columns, color, "bold")]
+    return "\n".join(lines) + "\n"
+
+
+def first_screen(report: Report, width: int | None = None, *, color: bool = False, limit: int | None = None) -> str:
+    """What to do, and the folded tree, as the command shows it. width: in characters, default the terminal's; limit:
+    at most so many rows of the tree."""
+    table = render_text(report, fold=True, width=width, color=color, limit=limit)
+    return f"{headlines(report, width, color)}\n{table}"
 
 
 RULES: list[Rule] = []
@@ -132,7 +164,7 @@ def late_compilation(report: Report) -> Answer:
     steps = [row.name for row in _rows(report, "step")]
     if len(steps) < 2:
         return Silence("late_compilation", "fewer than two steps")
-    compiling = (node for node in report.root.walk() if node.parent is not None and category_of(node.name) == COMPILE)
+    compiling = (node for node in report.root.every() if node.parent is not None and category_of(node.name) == COMPILE)
     places = ((next((n.text for n in node.path() if category_of(n) == STEP), steps[0]), node.cpu) for node in compiling)
     late = _summed((step, time) for step, time in places if step != steps[0])
     if not late:
@@ -169,7 +201,7 @@ def idle_gaps(report: Report) -> Answer:
     idle, _, where, kernel = longest[0]
     return Finding(
         "idle_gaps",
-        f"the device was idle for {readable_ns(idle)} at a stretch, in {where} before {kernel}",
+        f"the device was idle for {readable_ns(idle)} at a stretch, in {where} before {middle(kernel, 60)}",
         idle,
         tuple((f"{where}, before {kernel}", idle) for idle, _, where, kernel in longest),
     )
@@ -178,7 +210,7 @@ def idle_gaps(report: Report) -> Answer:
 @_rule
 def residency_waits(report: Report) -> Answer:
     """Residency work that nothing hid takes more than 2% of the time."""
-    nodes = [node for node in report.root.walk() if node.parent is not None and node.name.category == RESIDENCY]
+    nodes = [node for node in report.root.every() if node.parent is not None and node.name.category == RESIDENCY]
     if not nodes:
         return Silence("residency_waits", "no residency ranges")
     waits = _summed((node.name.text, max(0, node.resident - node.overlap)) for node in nodes)
@@ -196,7 +228,7 @@ def residency_waits(report: Report) -> Answer:
 @_of_devices
 def copies(report: Report) -> Answer:
     """Copies are more than 5% of the device's busy time, what kernels hid not counted."""
-    ops = [(node.name.text, *op) for node in report.root.walk() for op in (node.ops or {}).items()]
+    ops = [(node.name.text, *op) for node in report.root.every() for op in (node.ops or {}).items()]
     kinds = _summed((name, credit) for _, name, (_, _, credit) in ops if name.startswith("[memcpy"))
     where = _summed((text, credit) for text, name, (_, _, credit) in ops if name.startswith("[memcpy"))
     total = sum(kinds.values())
@@ -217,7 +249,7 @@ def guidance(report: Report) -> Answer:
     steps = sum(_measure(report, row) for row in _rows(report, "step"))
     if not steps:
         return Silence("guidance", "no steps")
-    nodes = (node for node in report.root.walk() if node.name.text in _WITHOUT_CONDITION)
+    nodes = (node for node in report.root.every() if node.name.text in _WITHOUT_CONDITION)
     passes = _summed((node.name.text, node.gpu if report.has_gpu else node.cpu) for node in nodes)
     total = sum(passes.values())
     if total * 4 <= steps:
@@ -267,6 +299,8 @@ def exposed_communication(report: Report) -> Answer:
 @_of_devices
 def waits(report: Report) -> Answer:
     """Calls inside of modules that wait for the device take more than 2% of the CPU time."""
+    if not report.root.of("waited"):
+        return None
     inside = _summed((module, node.waited) for node, module, _ in with_modules(report.root) if module and node.waited)
     total = sum(inside.values())
     if total * 50 <= report.root.cpu:
@@ -323,14 +357,18 @@ def late_allocation(report: Report) -> Answer:
 @_of_devices
 def unattributed(report: Report) -> Answer:
     """More than a tenth of the device time belongs to no range."""
-    nodes = (node for node in report.root.walk() if node.parent is not None and node.is_unknown())
+    nodes = (node for node in report.root.every() if node.parent is not None and node.is_unknown())
     lost = _summed((node.name.text, node.gpu_self) for node in nodes)
     total = sum(lost.values())
     if total * 10 <= report.root.gpu:
         return None
+    share = readable_share(total / report.root.gpu)
+    nothing = all(node.is_unknown() for node in report.root.children.values())
     return Finding(
         "unattributed",
-        f"{readable_share(total / report.root.gpu)} of the device time has no layer: see the rows that say why",
+        "no range lies around the device's work: start the program with `fxnvtx run --nsys`, or let nsys trace nvtx"
+        if nothing
+        else f"{share} of the device time has no layer: see the rows that say why",
         total,
         _largest(lost),
     )
@@ -340,7 +378,7 @@ def unattributed(report: Report) -> Answer:
 def far_below_the_roof(report: Report) -> Answer:
     """Layers whose work is known take, at less than half of what the device can do, more than a tenth of the time."""
     whole = report.root.gpu if report.has_gpu else report.root.cpu
-    known = [node for node in report.root.walk() if node.parent is not None and node.rated and not node.roofless]
+    known = [node for node in report.root.every() if node.parent is not None and node.rated and not node.roofless]
     if not any(node.roof for node in known):
         return Silence("far_below_the_roof", "no work of layers, or no peaks of the device (--peak)")
     far = _summed((n.name.text, n.rated - n.roof) for n in known if n.roof and 2 * n.roof < n.rated)
@@ -358,7 +396,7 @@ def far_below_the_roof(report: Report) -> Answer:
 @_rule
 def above_the_roof(report: Report) -> Answer:
     """A layer is faster than the device can be: its work, its time or the peak is wrong, or a cache held its data."""
-    nodes = [node for node in report.root.walk() if node.parent is not None and node.roof and not node.roofless]
+    nodes = [node for node in report.root.every() if node.parent is not None and node.roof and not node.roofless]
     if not nodes:
         return Silence("above_the_roof", "no work of layers, or no peaks of the device (--peak)")
     over = _summed((n.name.text, n.roof - n.rated) for n in nodes if n.roof > n.rated > 0)

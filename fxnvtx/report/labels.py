@@ -48,6 +48,7 @@ _RESIDENCY = re.compile(r"^residency[.:]")
 _OP = re.compile(r"^(?:\w+::\w+|autograd::|\w+Backward\d*$|nccl[A-Z]\w*$)")
 _MODULE = re.compile(r"^[A-Za-z_]\w*(?:\.\w+)*(?: in=\[.*\])?$")
 _FUSED = re.compile(r"^fused\((.*)\)$")
+_COUNTED = re.compile(r"(?<=[^\W\d] )\d+$")
 _LAYER = re.compile(r"\b((?:layer|block|stage|decoder|encoder)s?[_ ])\d+(?=[_. ]|$)", re.IGNORECASE)  # `layer_3_attn`
 _DIGITS = re.compile(r"\d+")
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")  # timesteps may have a fraction
@@ -186,6 +187,7 @@ def fold(text: str, category: str) -> str:
     """The text with what varies between repetitions replaced by `*`.
 
     Modules: dotted parts that are numbers ("blocks.7.attn" -> "blocks.*.attn"). Steps and requests: every number.
+    Ranges of no category: a number behind words ("Compute 370" -> "Compute *").
     Fused modules: which neighbours they are ("blocks.7.ff, blocks.8.norm" -> "blocks.i.ff, blocks.i+1.norm").
     """
     if category in {"step", "request"}:
@@ -195,6 +197,8 @@ def fold(text: str, category: str) -> str:
         return f"fused({', '.join(_folded_owners(owners))})"
     head, mark, tail = text.partition(" in=")
     head = _LAYER.sub(r"\1*", head)
+    if category in ("", "range"):
+        head = _COUNTED.sub("*", head)  # another program's "Compute 370"
     return re.sub(r"(?<=\.)\d+(?=[.,)]|$)", "*", head) + mark + tail
 
 

@@ -1,4 +1,4 @@
-"""One line of a view, and lines in the order that was asked for (pure)."""
+"""One line of a view; lines in the order that was asked for, and those worth a look (pure)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from ..errors import ConfigError
 from .tree import Calls, Spread, spread_of
 
-__all__ = ["FLAT", "ORDERS", "Row", "Spread", "check_paths", "ordered"]
+__all__ = ["FLAT", "ORDERS", "Left", "Row", "Spread", "check_paths", "ordered", "significant"]
 
 
 FLAT = frozenset({"request", "stage", "step", "component"})  # no row lies inside another one
@@ -25,6 +25,7 @@ class Row:
     "outside" (what no other row of the view counts), "summary" or "side". above: in the tree, the row of the enclosing
     range. each: of single calls, GPU time (CPU time in captures without device work).
     flops, moved, rated, unrated, roof: see Node, here of all that is inside, and the properties made of them.
+    weight: the larger one of its parts of the whole device time and of the whole CPU time, for judging its importance.
     ranks: the same measure per process; skew: (highest - lowest) / highest of those. estimate: shares, not measured.
     """
 
@@ -70,6 +71,8 @@ class Row:
     unrated: int = 0
     roofless: int = 0
     share: float = 0.0
+    part: float = field(default=0.0, repr=False)  # the same, adding up over all rows (in the tree over siblings)
+    weight: float = field(default=0.0, repr=False)
     distribution: Calls = field(default=None, repr=False)
     shared: int = field(default=0, repr=False)  # of gpu: what counts for other rows' operations, too
     twice: int = field(default=0, repr=False)  # of the measure: ranges inside others of the same row
@@ -206,3 +209,64 @@ def ordered(rows: list[Row], by: str | None) -> list[Row]:
         found.append(row)
         todo.extend(reversed(below.get(id(row), [])))
     return found
+
+
+# A row is worth a look from the first part of the whole on, or where it is one of the first number of largest rows;
+# of rows that would fill more than a screen, from the second part on.
+_FEW, _SMALL = 20, 0.01
+_SCREEN, _LARGE = 40, 0.05
+
+
+@dataclass(frozen=True)
+class Left:
+    """What `significant` left out: how many rows, each below `under` of the whole; their time in ns (of the device
+    where the capture has any) and its part of the whole, nothing twice."""
+
+    rows: int
+    under: float
+    ns: int
+    share: float
+
+
+def significant(rows: list[Row], by: str, sort: str | None, gpu: bool) -> tuple[list[Row], Left | None]:
+    """The rows worth a look with the ones around them, in the same order, and what was left out.
+
+    Sums, what is outside of all rows, and what cannot be attributed to any range stay. sort: an order of ORDERS whose
+    largest rows stay, too.
+    """
+    measure = ORDERS[sort] if sort is not None else _weight
+    first = {id(row) for row in sorted(rows, key=measure, reverse=True)[:_FEW]}
+    screen = {id(row) for row in sorted(rows, key=_weight, reverse=True)[:_SCREEN]}
+    kept: set[int] = set()
+    for row in rows:
+        least = _SMALL if id(row) in screen else _LARGE
+        if (
+            row.weight >= least
+            or id(row) in first
+            or row.kind in ("summary", "outside")
+            or (row.kind == "unknown" and row.above is None)
+        ):
+            above: Row | None = row
+            while above is not None and id(above) not in kept:
+                kept.add(id(above))
+                above = above.above
+    left = [row for row in rows if id(row) not in kept]
+    if len(left) < 2:  # the line that says so would take as much room
+        return rows, None
+    ns, part = 0, 0.0
+    for row in left:
+        if row.kind == "side":
+            continue
+        if by != "tree":
+            ns += row.gpu_self if gpu else row.cpu_self
+        elif row.above is None or id(row.above) in kept:
+            ns += row.gpu - row.shared if gpu else row.cpu
+        else:
+            continue
+        part += row.part
+    shown = [row for row in rows if id(row) in kept]
+    return shown, Left(len(left), max(row.weight for row in left), ns, part)
+
+
+def _weight(row: Row) -> float:
+    return row.weight

@@ -25,6 +25,7 @@ def rows_of(root: Node, side: Node, parts: list[Part], classes: dict[str, str], 
     gpu = any(part.has_gpu for part in parts)
     keys = Keys(root, classes, chosen)
     shown, way = _prepared(root, keys, chosen)
+    wholes = (shown.gpu, shown.cpu)
     whole = shown.gpu if gpu else shown.cpu
     rows = _view(shown, side, way, keys, chosen, gpu)
     if len(parts) > 1:
@@ -44,6 +45,8 @@ def rows_of(root: Node, side: Node, parts: list[Part], classes: dict[str, str], 
             itself = flat or row.kind == "outside"
             elsewhere = row.twice + (row.shared if gpu and not itself else 0)
             row.share = (_measure(row, gpu, itself) - elsewhere) / whole
+            row.part = row.share if chosen.by == "tree" else _measure(row, gpu, True) / whole
+        row.weight = max(row.gpu / wholes[0] if wholes[0] else 0.0, row.cpu / wholes[1] if wholes[1] else 0.0)
     return rows
 
 

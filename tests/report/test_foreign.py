@@ -382,7 +382,7 @@ def test_text_is_folded_and_sorted(tmp_path: Path) -> None:
     def shown(*arguments: str) -> list[str]:
         done = CliRunner().invoke(cli, ["report", str(path), *arguments], env={"COLUMNS": "140"})
         assert done.exit_code == 0, done.output
-        return [line.split()[0] for line in done.output.splitlines()[1:]]
+        return [line.split()[0] for line in done.output.split("\n\n")[-1].splitlines()[1:]]
 
     assert shown()[0] == "request#*"
     assert len(shown()) == 8

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fxnvtx.report import Report, diff, load, render_csv, render_json, render_text
-from fxnvtx.report.findings import findings_text
+from fxnvtx.report.findings import findings_text, first_screen
 from fxnvtx.report.render.diff import diff_csv, diff_json, diff_markdown, diff_text
 
 from .samples import pipeline
@@ -22,6 +22,7 @@ WIDTH = 140
 
 ONE: dict[str, Callable[[Report], str]] = {
     "tree.txt": lambda report: render_text(report, width=WIDTH, fold=True),
+    "first.txt": lambda report: first_screen(report, WIDTH),
     "tree-narrow.txt": lambda report: render_text(report, width=72, fold=True),
     "tree-coloured.txt": lambda report: render_text(report, width=WIDTH, fold=True, color=True, limit=8),
     "steps.txt": lambda report: render_text(report, "step", width=WIDTH),

@@ -22,7 +22,8 @@ from .samples import pipeline, recorded
 GIVEN: dict[str, list[str]] = {
     "by": [], "form": [], "output": [], "scrubbed": [], "depth": ["--depth", "1"], "include": ["--include", "*.attn"],
     "exclude": ["--exclude", "*.attn"], "fold": ["--fold"], "kernels": ["--kernels"], "split_fused": ["--split-fused"],
-    "sort": ["--sort", "ORDER"], "limit": ["--limit", "1"], "requests": ["--requests", "1"], "steps": ["--steps", "1"],
+    "sort": ["--sort", "ORDER"], "limit": ["--limit", "1"], "everything": ["--all"],
+    "requests": ["--requests", "1"], "steps": ["--steps", "1"],
     "skip_warmup": ["--skip-warmup"], "skip_first": ["--skip-first", "2"],
     "between": ["--between", "0:1us"], "keep_compile": ["--keep-compile"], "exact": ["--exact"],
     "jobs": ["--jobs", "1"],
@@ -59,10 +60,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         capture.range(at, at + 900, "request", "request", payload=number)
         capture.range(at + 100, at + 200, "step", "step", payload=0)
         capture.range(at + 300, at + 400, "step", "step", payload=1)
+    for number in range(25):  # what --all shows
+        at = last + 300_000 + number * 100
+        capture.range(at, at + 90, f"request#{10 + number}", "request")
+        capture.range(at + 1, at + 80, f"stage_{chr(97 + number)}s", "stage")
+        capture.range(at + 2, at + 70, f"denoising_step_{number}_t{number}", "step")
+        capture.range(at + 3, at + 60, f"small{chr(97 + number)}", "module")
+        capture.kernel(at + 10, at + 12, capture.call(at + 5, at + 6), f"small_{number}")
     for label, flops in (("transformer", 10), ("aten::mm", 1), ("transformer.blocks.0.attn", 10**9)):
         capture.text(encoded(Entry(label, "", False, "forward", 1, (("bf16", flops),), 10**6, "", "cuda")))
     capture.close()
-    classes = {"transformer.blocks.0": "A", "transformer.blocks.1": "B", "transformer": "T"}
+    classes = {f"small{chr(97 + number)}": f"Small{number}" for number in range(25)}
+    classes |= {"transformer.blocks.0": "A", "transformer.blocks.1": "B", "transformer": "T"}
     recorded([], classes=classes).save(made / "classes.json")
     return made
 

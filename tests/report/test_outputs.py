@@ -44,7 +44,7 @@ def report(capture: Path) -> Report:
 @pytest.mark.parametrize("width", [40, 60, 80, 100, 132, 200])
 @pytest.mark.parametrize("by", ["tree", "module", "kernel", "step"])
 def test_the_table_fits_the_width(report: Report, width: int, by: str) -> None:
-    text = render_text(report, by=by, width=width)
+    text = render_text(report, by=by, width=width, everything=True)
     lines = text.splitlines()
     assert max(len(line) for line in lines) <= width
     assert len(lines) == len(report.rows(by=by)) + 1
@@ -62,14 +62,14 @@ def test_the_table_shows_every_level_of_a_deep_tree(tmp_path: Path) -> None:
 
 
 def test_long_names_keep_what_tells_them_apart(report: Report) -> None:
-    lines = render_text(report, width=60).splitlines()
+    lines = render_text(report, width=60, everything=True).splitlines()
     assert any("….attn" in line for line in lines)
     assert any("….norm" in line for line in lines)
 
 
 def test_text_limit_says_what_is_left_out(report: Report) -> None:
     rows = len(report.rows())
-    assert f"... and {rows - 5} more rows" in render_text(report, width=100, limit=5)
+    assert f"... and {rows - 5} more rows" in render_text(report, width=100, limit=5, everything=True)
 
 
 def test_names_with_markup_are_shown_as_they_are(tmp_path: Path) -> None:

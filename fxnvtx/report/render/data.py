@@ -169,7 +169,9 @@ def _line(row: Row) -> list[object]:
 
 FORMAT, VERSION = "fxnvtx-report", 2
 _FIELDS = tuple(
-    field.name for field in fields(Row) if field.name not in ("above", "distribution", "gpu_each", "shared", "twice")
+    field.name
+    for field in fields(Row)
+    if field.name not in ("above", "distribution", "gpu_each", "shared", "twice", "part", "weight")
 )
 
 _DERIVED = ("tflops", "gbs", "roof_share", "bound", "headroom", "suspect")

@@ -19,7 +19,7 @@ from ..format import (
     shortened,
     table,
 )
-from ..rows import Row
+from ..rows import Row, significant
 from ..selection import Options, Selection, Shown, selected
 
 if TYPE_CHECKING:
@@ -40,19 +40,34 @@ def render_text(
     *,
     color: bool = False,
     limit: int | None = None,
+    everything: bool = False,
     **options: Unpack[Options],
 ) -> str:
     """The table as text that fits `width` characters (default: the terminal). by, depth, options: as `Report.rows` has
-    them; or all of it as a Selection. limit: at most so many rows, the number of rows left out is said."""
+    them; or all of it as a Selection. limit: at most so many rows. everything: small rows, too (see
+    `rows.significant`). What is left out is said, with its time."""
     chosen = selected(by, depth, options)
-    rows = report.select(chosen)
-    columns = width or shutil.get_terminal_size((120, 24)).columns
+    rows, left = report.select(chosen), None
+    if not everything:
+        rows, left = significant(rows, chosen.by, chosen.sort, report.has_gpu)
+    columns = width_of_terminal(width)
     shown = rows if limit is None else rows[:limit]
     lines = _table(report, shown, chosen, columns, color) if rows else [painted("no ranges to show", "yellow", color)]
     if len(rows) > len(shown):
         lines.append(painted(f"... and {len(rows) - len(shown):,} more rows", "dim", color))
+    if left is not None:
+        most = f"{100 * left.under:.2g}%" if left.under else "0%"
+        said = (
+            f"... left out: {left.rows:,} rows of at most {most} each, {readable_ns(left.ns)} together"
+            f" ({readable_share(left.share)}): --all shows them"
+        )
+        lines.append(wrapped(said, columns, color, "dim"))
     lines.extend(wrapped(f"note: {note}", columns, color) for note in report.notes)
     return "\n".join(lines) + "\n"
+
+
+def width_of_terminal(given: int | None) -> int:
+    return given or shutil.get_terminal_size((120, 24)).columns
 
 
 def wrapped(note: str, width: int, color: bool, style: str = "yellow") -> str:
