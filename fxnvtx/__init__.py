@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 import warnings
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from .compile import register as _register_backend
@@ -18,9 +17,9 @@ if TYPE_CHECKING:
     from . import integrations, models, pipeline, report
     from .compile.backend import backend
     from .errors import FxnvtxError
-    from .explain import Explanation, explain
-    from .graph import insert_ranges
-    from .instrument import DiffusionNvtxHooks, instrument, set_enabled, uninstrument
+    from .modules import DiffusionNvtxHooks, instrument, set_enabled, uninstrument
+    from .modules.explain import Explanation, explain
+    from .modules.fx_graph import insert_ranges
     from .ranges import maybe_nvtx_range, range, range_pop, range_push
     from .recording import Recording, record
 
@@ -52,21 +51,21 @@ __all__ = [
 
 # public name -> the module it lies in
 _HOMES = {
-    "DiffusionNvtxHooks": "instrument",
-    "Explanation": "explain",
+    "DiffusionNvtxHooks": "modules",
+    "Explanation": "modules.explain",
     "FxnvtxError": "errors",
     "Recording": "recording",
     "backend": "compile.backend",
-    "explain": "explain",
-    "insert_ranges": "graph",
-    "instrument": "instrument",
+    "explain": "modules.explain",
+    "insert_ranges": "modules.fx_graph",
+    "instrument": "modules",
     "maybe_nvtx_range": "ranges",
     "range": "ranges",
     "range_pop": "ranges",
     "range_push": "ranges",
     "record": "recording",
-    "set_enabled": "instrument",
-    "uninstrument": "instrument",
+    "set_enabled": "modules",
+    "uninstrument": "modules",
 }
 _PACKAGES = frozenset({"integrations", "models", "pipeline", "report"})
 
@@ -76,19 +75,6 @@ def import_quietly(name: str) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
         return import_module(name)
-
-
-class _Package(ModuleType):
-    """This package's type: the functions `explain` and `instrument` lie in modules of the same names.
-
-    Python binds a submodule as an attribute of its package when anybody imports it, which would put the module
-    `fxnvtx.explain` where users call the function.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, ModuleType) and _HOMES.get(name) == name:
-            value = getattr(value, name)
-        super().__setattr__(name, value)
 
 
 def __getattr__(name: str) -> Any:
@@ -103,6 +89,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-sys.modules[__name__].__class__ = _Package

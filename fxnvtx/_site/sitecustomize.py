@@ -17,18 +17,10 @@ _VARIABLE = "FXNVTX_RUN"
 _WITH_TORCH = frozenset(
     [
         "compile",
-        "attachments",
-        "control",
-        "explain",
-        "graph",
-        "instrument",
         "integrations",
-        "levels",
         "models",
-        "names",
+        "modules",
         "pipeline",
-        "slot",
-        "soundness",
     ]
 )
 

@@ -25,7 +25,7 @@ __all__ = ["arm"]
 
 _as_long_as_the_process = contextlib.ExitStack()
 _OURS = str(Path(__file__).resolve().parents[1])
-_GENERATED = "<fxnvtx "  # levels.py prints forwards under such a file name
+_GENERATED = "<fxnvtx "  # modules/traced_forward.py prints forwards under such a file name
 
 
 def arm(options: dict[str, str]) -> None:

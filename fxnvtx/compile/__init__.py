@@ -6,7 +6,8 @@ Importing it loads neither of them, nor torch, and puts each of these in place o
   entry point;
 - the user's own ranges in code that Dynamo traces;
 - torch.profiler shows fxnvtx's ranges, once there can be any; on ROCm so does AMD's profiler;
-- with the first slot, Dynamo must not see slots, and what other backends compile is looked at.
+- with the first slot, Dynamo must not see slots, and what other backends compile is looked at;
+- a recording that asks for the work of eager layers gets it counted.
 
 So nothing below compile/ needs to know of it.
 """
@@ -32,7 +33,7 @@ NAME = "fxnvtx"
 _REGISTRY = "torch._dynamo.backends.registry"  # torch 2.0 to 2.15
 _PROFILER = "torch.autograd.profiler"
 _VERSION = "torch.version"
-_RANGES, _CONTROL = "fxnvtx.ranges", "fxnvtx.control"
+_RANGES, _MODELS = "fxnvtx.ranges", "fxnvtx.modules.registry"
 # Seen in torch 2.11 to 2.15: both kinds of variable for a module live here, the second one for modules that are
 # specialised on (`torch.export`, torch._dynamo.config.inline_inbuilt_nn_modules = False).
 _MODULES = "torch._dynamo.variables.nn_module"
@@ -54,7 +55,8 @@ def register() -> None:
         when_imported(traced, patch)
     when_imported(_RANGES, lambda _: when_imported(_PROFILER, _follow_sessions))
     when_imported(_RANGES, lambda _: when_imported(_VERSION, _listen_on_rocm))
-    when_imported(_CONTROL, _with_first_slot)
+    when_imported(_MODELS, _with_first_slot)
+    when_imported(_MODELS, _count_work)
 
 
 def _add(registry: types.ModuleType) -> None:
@@ -83,8 +85,19 @@ def _listen_on_rocm(version: types.ModuleType) -> None:
         listen_on_rocm(version.hip)
 
 
-def _with_first_slot(control: types.ModuleType) -> None:
-    control.before_slots.append(_first_slot)
+def _count_work(_: types.ModuleType) -> None:
+    from .. import recording
+
+    def metering() -> Any:
+        from . import metering
+
+        return metering.metering()
+
+    recording.metering = metering
+
+
+def _with_first_slot(registry: types.ModuleType) -> None:
+    registry.before_slots.append(_first_slot)
 
 
 def _first_slot() -> None:
@@ -111,7 +124,7 @@ def reads_none(module: Any) -> bool:
     """
     from torch import nn
 
-    from ..slot import SLOT, slot_of
+    from ..modules.call_slot import SLOT, slot_of
 
     if not isinstance(module, nn.Module):
         return False
@@ -120,7 +133,7 @@ def reads_none(module: Any) -> bool:
     if slot is not None:
         found = slot.inner
     elif found is not None:
-        from ..control import entry_of
+        from ..modules.registry import entry_of
 
         if entry_of(module) is None:
             return False
@@ -142,7 +155,7 @@ def _patch(namespace: types.ModuleType) -> None:
     if name is None:
         warn_once("slots", "this torch lets Dynamo see fxnvtx: a model with hooks may get graph breaks while listening")
         return
-    from ..slot import SLOT
+    from ..modules.call_slot import SLOT
 
     for kind in kinds:
         setattr(kind, name, _answering(getattr(kind, name), SLOT))

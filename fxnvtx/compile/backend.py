@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import has_side_effect
 
 from ..errors import CompileError, warn_once
-from ..explain import CompiledRegion, note
+from ..modules.explain import CompiledRegion, note
 from ..ranges import label, pop, push
 from . import inductor
 from .module_index import current_frame, digest, read_graph

@@ -275,7 +275,7 @@ def _unwrapped(compiler: Any) -> tuple[Any, Any]:
 
 
 def _is_ours(compiler: Any) -> bool:
-    from ..control import controls
+    from ..modules.registry import controls
     from .backend import Backend
 
     wrapper, inner = _unwrapped(compiler)
@@ -285,8 +285,8 @@ def _is_ours(compiler: Any) -> bool:
 
 def _look(compiler: Any, graph_module: Any, inputs: Any) -> Any:
     """The backend to compile with instead; None where it stays as it is."""
-    from ..control import controls
-    from ..explain import CompiledRegion, note
+    from ..modules.explain import CompiledRegion, note
+    from ..modules.registry import controls
     from .backend import Backend, fxnvtx_backend
     from .labels import family
     from .module_index import current_frame, read_graph

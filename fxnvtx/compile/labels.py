@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import nn
 
-from ..control import Control, Entry, controls, entry_of
-from ..names import Selection, is_callable_module, unwrapped, walk_paths
+from ..modules.registry import Control, Entry, controls, entry_of
+from ..modules.selection import Selection, is_callable_module, unwrapped, walk_paths
 from ..ranges import Label, label
 from .owners import OWN
 from .torch_private import hide_module

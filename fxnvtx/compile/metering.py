@@ -24,14 +24,14 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode  # where torch keeps it, 1.12 to 2.15
 
 from .. import ranges as _ranges
-from .. import slot as _slot
 from ..categories import MODULE
 from ..errors import warn_once
+from ..modules import call_slot as _slot
+from ..modules.call_slot import Slot, slot_of
 from ..ranges import Mark, Open, local
 from ..ranges.labels import Label, input_shapes
 from ..ranges.stack import Live
 from ..recording.work import Entry, register
-from ..slot import Slot, slot_of
 from .region import Call
 from .torch_private import dynamo_active, hide_module, jit_traces
 from .work import Work, formulas, operator_work, summed

@@ -20,8 +20,8 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from ..control import controls
-from ..names import walk_paths
+from ..modules.registry import controls
+from ..modules.selection import walk_paths
 from .labels import named_tensors
 from .owners import OWN, Owners, Step, UserRange, stack_of
 from .region import Anchor, Region

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..errors import warn_once
-from ..explain import CompiledRegion
+from ..modules.explain import CompiledRegion
 from .owners import Before, Owners, Row, input_shapes, is_folded
 from .work import NOTHING, Work, launch_work
 

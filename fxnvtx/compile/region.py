@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..categories import MODULE
-from ..control import Control, controls
+from ..modules.registry import Control, controls
 from ..ranges import label, local, open_labels, push
 from .labels import Binding, Names, at, named_tensors
 from .torch_private import hide_module

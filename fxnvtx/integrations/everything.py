@@ -1,6 +1,6 @@
 """Every model of a program is instrumented just before its first call, without a line in the program.
 
-`nn.Module.__call__` reads one attribute, `_compiled_call_impl`; instrumented modules have their slot there (slot.py). A
+`nn.Module.__call__` reads one attribute, `_compiled_call_impl`; instrumented modules have their slot there. A
 descriptor in its place on the class sees the calls of all other modules, and of those alone: nothing is replaced that a
 program or torch.fx looks at, no frame of ours appears in a traceback, and an instrumented module costs what it costs.
 """
@@ -21,13 +21,13 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from .. import ranges as _ranges
 from ..compile.torch_private import dynamo_active, hide_module
-from ..control import controls_of, entry_of
 from ..errors import FxnvtxError, warn_once
-from ..instrument import instrument, unwrapped
-from ..names import DEFAULT_EXCLUDE, Pattern, is_callable_module, walk_paths
+from ..modules import instrument, unwrapped
+from ..modules.call_slot import SLOT, tracing
+from ..modules.registry import controls_of, entry_of
+from ..modules.selection import DEFAULT_EXCLUDE, Pattern, is_callable_module, walk_paths
 from ..ranges import emit
 from ..ranges.crossing import around
-from ..slot import SLOT, tracing
 from .methods import Methods, unwrapped_method
 
 __all__ = ["Everything", "Family", "instrument_everything"]

@@ -22,8 +22,8 @@ import torch
 from torch import nn
 
 from ..compile.torch_private import dynamo_active, hide_module
-from ..control import entry_of
-from ..instrument import label_of
+from ..modules import label_of
+from ..modules.registry import entry_of
 from ..ranges import emit, label, open_labels, pop, push
 
 __all__ = ["Methods", "leads_to_children", "unwrapped_method"]

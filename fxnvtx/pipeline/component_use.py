@@ -14,7 +14,7 @@ from torch import nn
 
 from ..categories import Numbers
 from ..errors import PipelineError
-from ..names import unwrapped
+from ..modules.selection import unwrapped
 from .args import ServerArgs
 from .memory import ByteAccount, MemoryPlace, Place, ResidencyRanges, default_place
 from .strategies import Strategy, strategy_class

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..attachments import Attachments
 from ..errors import PipelineError
-from ..names import unwrapped
+from ..modules import Attachments
+from ..modules.selection import unwrapped
 from .args import ServerArgs
 from .component_use import Active, ComponentUse, Holdings, Request, Requests, Timeline, UsesComponents, uses_of
 from .memory import ByteAccount, Place

@@ -296,7 +296,7 @@ def _as_it_is(event: Event) -> Event:
     return copy.copy(event) if type(event) is Crossing else event
 
 
-# set by instrument.py: why instrumented models may have stayed silent, or None where there is nothing to say
+# set by fxnvtx.modules: why instrumented models may have stayed silent, or None where there is nothing to say
 explain_silence: Callable[[], str | None] = lambda: None  # noqa: E731
 
 
@@ -304,7 +304,7 @@ def _no_meter() -> AbstractContextManager[None]:
     return nullcontext()
 
 
-# set by instrument.py, which knows the models: counts the work of their eager calls while the block runs
+# set by fxnvtx.compile: counts the work of eager calls while the block runs
 metering: Callable[[], AbstractContextManager[None]] = _no_meter
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 import fxnvtx
-from fxnvtx import control
 from fxnvtx.integrations.everything import instrument_everything
+from fxnvtx.modules import registry as control
 from fxnvtx.recording import Node, Recording
 
 
@@ -300,7 +300,7 @@ def test_the_programs_own_instrument_call_stands() -> None:
 
 @pytest.mark.usefixtures("everything")
 def test_the_generated_forwards_run_where_explain_says_so() -> None:
-    from fxnvtx.levels import Level
+    from fxnvtx.modules.traced_forward import Level
 
     class Two(nn.Module):
         def __init__(self) -> None:

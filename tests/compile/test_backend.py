@@ -11,7 +11,7 @@ import fxnvtx
 from fxnvtx import errors
 from fxnvtx.compile import inductor
 from fxnvtx.errors import CompileError
-from fxnvtx.explain import regions
+from fxnvtx.modules.explain import regions
 
 from ..support.limits import CHILD_S
 from .generated import counted, without_graph_caches

@@ -8,7 +8,7 @@ from torch import nn
 
 import fxnvtx
 from fxnvtx.compile.provenance import unknown_forms
-from fxnvtx.explain import regions
+from fxnvtx.modules.explain import regions
 
 from .launches import empty_ranges, enclosing, innermost, witness
 

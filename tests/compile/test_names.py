@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fxnvtx
-from fxnvtx.explain import regions
+from fxnvtx.modules.explain import regions
 
 from .generated import counted
 from .launches import innermost, witness

@@ -10,7 +10,7 @@ from torch import nn
 
 import fxnvtx
 from fxnvtx.compile import dynamo
-from fxnvtx.explain import regions
+from fxnvtx.modules.explain import regions
 
 from .generated import counted, kernel_hashes, without_graph_caches
 from .models import Same, Unique, in_place, regional, whole

@@ -14,8 +14,8 @@ import torch
 
 import fxnvtx
 from fxnvtx import compile as registered
-from fxnvtx import control
 from fxnvtx.compile.backend import fxnvtx_backend
+from fxnvtx.modules import registry as control
 
 PACKAGE = Path(fxnvtx.__file__).parent
 

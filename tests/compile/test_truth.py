@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fxnvtx
-from fxnvtx.instrument import instrument
+from fxnvtx.modules import instrument
 
 from .launches import check_nesting, empty_ranges, enclosing, innermost, witness
 from .models import Broken, Twice, Unique, linear_shapes, widths_of_blocks

@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fxnvtx
+from fxnvtx.modules.call_slot import SLOT
 from fxnvtx.ranges import label, local, push
-from fxnvtx.slot import SLOT
 
 from . import zoo
 from .test_soundness_forms import x

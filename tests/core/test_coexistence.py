@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import fxnvtx
-from fxnvtx.slot import SLOT
+from fxnvtx.modules.call_slot import SLOT
 
 from . import zoo
 from .test_soundness_forms import x

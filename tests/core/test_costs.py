@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import fxnvtx
-from fxnvtx.attachments import Attachments
 from fxnvtx.compile.region import Anchor, Region
-from fxnvtx.control import Control, controls_of, entry_of
+from fxnvtx.modules import Attachments
+from fxnvtx.modules.registry import Control, controls_of, entry_of
 
 
 def net(blocks=3):

@@ -8,8 +8,8 @@ from torch import fx, nn
 
 import fxnvtx
 from fxnvtx import errors
-from fxnvtx.control import controls, controls_of
 from fxnvtx.errors import FxnvtxError, InstrumentError, SelectionError, TraceError
+from fxnvtx.modules.registry import controls, controls_of
 
 from . import zoo
 from .test_soundness_forms import x

@@ -9,7 +9,7 @@ from torch import nn
 import fxnvtx
 from fxnvtx import DiffusionNvtxHooks
 from fxnvtx.errors import InstrumentError
-from fxnvtx.slot import SLOT
+from fxnvtx.modules.call_slot import SLOT
 
 from . import zoo
 from .test_naming import Block, Model

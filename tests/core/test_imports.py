@@ -53,7 +53,7 @@ def test_instrumenting_needs_no_dynamo() -> None:
 def test_every_public_name_is_there_and_is_no_module_of_the_same_name() -> None:
     code = "\n".join(
         [
-            "import fxnvtx.explain, fxnvtx.instrument, importlib, types, fxnvtx",
+            "import fxnvtx.modules.explain, importlib, types, fxnvtx",
             "importlib.import_module('fxnvtx.compile.backend')",
             "for name in fxnvtx.__all__: getattr(fxnvtx, name)",
             "assert isinstance(fxnvtx.explain, types.FunctionType), fxnvtx.explain",

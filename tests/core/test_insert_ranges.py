@@ -14,7 +14,7 @@ from torch import fx, nn
 import fxnvtx
 from fxnvtx import insert_ranges
 from fxnvtx.errors import InstrumentError, SelectionError
-from fxnvtx.graph import RANGE_NODES, has_ranges, range_pop, range_push
+from fxnvtx.modules.fx_graph import RANGE_NODES, has_ranges, range_pop, range_push
 from fxnvtx.ranges import local
 
 from . import zoo

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import fxnvtx
-from fxnvtx.control import controls
-from fxnvtx.slot import SLOT
+from fxnvtx.modules.call_slot import SLOT
+from fxnvtx.modules.registry import controls
 
 from . import zoo
 from .test_soundness_forms import x

@@ -8,8 +8,8 @@ from torch import nn
 
 import fxnvtx
 from fxnvtx.errors import InstrumentError, SelectionError
-from fxnvtx.instrument import label_of
-from fxnvtx.names import DEFAULT_EXCLUDE, Selection, name_modules, walk_paths
+from fxnvtx.modules import label_of
+from fxnvtx.modules.selection import DEFAULT_EXCLUDE, Selection, name_modules, walk_paths
 
 from . import zoo
 from .test_soundness_forms import x

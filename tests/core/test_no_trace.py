@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import fxnvtx
-from fxnvtx.control import controls, controls_of
-from fxnvtx.slot import SLOT
+from fxnvtx.modules.call_slot import SLOT
+from fxnvtx.modules.registry import controls, controls_of
 
 from . import zoo
 from .test_soundness_forms import x

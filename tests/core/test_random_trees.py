@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fxnvtx
-from fxnvtx.control import controls_of
 from fxnvtx.errors import TraceError
-from fxnvtx.slot import SLOT
+from fxnvtx.modules.call_slot import SLOT
+from fxnvtx.modules.registry import controls_of
 
 from .tools import equal, outcome, run_recorded, shape
 from .trees import Chain, Decides, Looped, Twice, W, Wraps, build, recipes
@@ -23,7 +23,7 @@ slow = settings(
 
 def expected_tree(model, sample):
     """What torch's own forward hooks see, without the modules that get no range."""
-    from fxnvtx.names import DEFAULT_EXCLUDE, is_callable_module
+    from fxnvtx.modules.selection import DEFAULT_EXCLUDE, is_callable_module
 
     calls: list = []
     stack = [calls]

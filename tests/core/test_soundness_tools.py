@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 import fxnvtx
-from fxnvtx.slot import SLOT
+from fxnvtx.modules.call_slot import SLOT
 
 from . import zoo
 from .test_soundness_forms import x

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fxnvtx
-from fxnvtx.instrumented import Structure
+from fxnvtx.modules.instrumented import Structure
 from fxnvtx.recording import build_tree
 
 from .test_random_trees import expected_tree, names_agree, slow

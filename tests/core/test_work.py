@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import fxnvtx
-from fxnvtx import slot
+from fxnvtx.modules import call_slot as slot
 from fxnvtx.recording import Recording, work
 
 from ..models import samples

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fxnvtx
-from fxnvtx.control import controls_of
+from fxnvtx.modules.registry import controls_of
 
 from .tools import equal, outcome, run_recorded, shape
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from fxnvtx.instrument import instrument
 from fxnvtx.models import build, build_video, generate, generate_video
+from fxnvtx.modules import instrument
 from fxnvtx.recording import Node, Recording, record
 
 

@@ -116,16 +116,16 @@ def test_a_mixed_group_is_gated_the_same_everywhere():
 
 
 def test_reading_a_model_is_not_part_of_the_request(monkeypatch):
-    from fxnvtx import attachments
+    from fxnvtx import modules
 
     seen = []
-    real = attachments.instrument
+    real = modules.instrument
 
     def noted(*args, **kwargs):
         seen.append(len(fxnvtx.ranges.local.stack))
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(attachments, "instrument", noted)
+    monkeypatch.setattr(modules, "instrument", noted)
     pipeline = pipeline_of({"net": Net()}, {"a": calls()})
     with fxnvtx.record() as recording:
         for _ in range(2):

@@ -12,7 +12,7 @@ from torch import nn
 
 import fxnvtx
 from fxnvtx.errors import PipelineError
-from fxnvtx.instrument import is_enabled, label_of
+from fxnvtx.modules import is_enabled, label_of
 from fxnvtx.pipeline import ComponentResidencyManager, ComponentUse, ServerArgs
 from fxnvtx.pipeline.component_use import Timeline
 

@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import nn
 
 from fxnvtx import ranges
-from fxnvtx.instrument import is_enabled, label_of
+from fxnvtx.modules import is_enabled, label_of
 from fxnvtx.pipeline import ComponentResidencyManager, ComponentUse
 from fxnvtx.pipeline.memory import MemoryPlace
 from fxnvtx.recording import Recording

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 import fxnvtx
-from fxnvtx.instrument import label_of, set_enabled
 from fxnvtx.models import apply_lora, remove_lora
+from fxnvtx.modules import label_of, set_enabled
 from fxnvtx.pipeline import Batch, ComponentUse, ServerArgs
 
 from .nets import LAYERS, Net, Uses, calls, labels, pipeline_of

@@ -16,11 +16,11 @@ from torch import nn
 import fxnvtx
 from fxnvtx import compile as imports
 from fxnvtx import ranges
-from fxnvtx.attachments import Attachments
 from fxnvtx.cli import doctor
 from fxnvtx.integrations.everything import instrument_everything
 from fxnvtx.integrations.sglang import missing_targets, patch_older_releases, register
 from fxnvtx.integrations.sglang.targets import TARGETS, Options, found_in, read_options
+from fxnvtx.modules import Attachments
 from fxnvtx.ranges import emit
 from fxnvtx.recording import Recording
 

@@ -17,11 +17,11 @@ from torch import nn
 
 from ...compile import no_longer_when_imported, when_imported
 from ...compile.torch_private import hide_module
-from ...control import controls_of, sync
 from ...errors import InstrumentError, SelectionError, warn_once
-from ...instrument import instrument as instrument_model
-from ...instrument import uninstrument as uninstrument_model
-from ...names import DEFAULT_EXCLUDE, Pattern, walk_paths
+from ...modules import instrument as instrument_model
+from ...modules import uninstrument as uninstrument_model
+from ...modules.registry import controls_of, sync
+from ...modules.selection import DEFAULT_EXCLUDE, Pattern, walk_paths
 from . import registry, wrappers
 from .offload import hold_residency, release_residency
 from .registry import Bound, Held, Options, Pipe, Wrap, bind, definer, instance_override, lock, methods, pipes, unbind

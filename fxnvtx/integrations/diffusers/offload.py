@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ...compile.torch_private import hide_module
-from ...names import unwrapped
+from ...modules.selection import unwrapped
 from ...ranges import emit, label, pop, push
 from .registry import Bound, Held, methods, named_modules, pipes
 

@@ -23,7 +23,7 @@ from typing import Any
 from torch import nn
 
 from ...compile.torch_private import hide_module
-from ...names import DEFAULT_EXCLUDE, unwrapped, walk_paths
+from ...modules.selection import DEFAULT_EXCLUDE, unwrapped, walk_paths
 
 __all__ = [
     "ROOT_METHODS",

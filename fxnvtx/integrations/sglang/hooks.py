@@ -311,7 +311,7 @@ def nobody_finds_models() -> bool:
     model that has no slot of its own."""
     from torch import nn
 
-    from ...slot import SLOT
+    from ...modules.call_slot import SLOT
 
     return nn.Module.__dict__.get(SLOT) is None
 

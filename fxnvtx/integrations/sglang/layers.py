@@ -17,7 +17,7 @@ from .targets import Options, guarded
 if TYPE_CHECKING:
     from torch import nn
 
-    from ...attachments import Attachments
+    from ...modules import Attachments
 
 __all__ = ["Handle", "Layers", "bytes_of", "layer_bytes"]
 
@@ -53,7 +53,7 @@ class Layers:
     @property
     def attachments(self) -> Attachments:
         if self._attachments is None:
-            from ...attachments import Attachments
+            from ...modules import Attachments
 
             self._attachments = Attachments()
         return self._attachments
@@ -63,7 +63,7 @@ class Layers:
         """Note that `hooks` will show `model`. How many of its modules get a range; 0 where no layers are wanted."""
         if not self.options.layers:
             return 0
-        from ...names import DEFAULT_EXCLUDE, Selection, label_text, name_modules, unwrapped
+        from ...modules.selection import DEFAULT_EXCLUDE, Selection, label_text, name_modules, unwrapped
 
         named = name_modules(unwrapped(model), Selection.of(None, DEFAULT_EXCLUDE, self.options.depth))
         names: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # a replaced layer must not be kept alive
@@ -89,7 +89,7 @@ class Layers:
         otherwise show as a stage's own."""
         from torch import nn
 
-        from ...names import unwrapped
+        from ...modules.selection import unwrapped
 
         manager = executor.component_residency_manager
         known = {id(m) for m in self.attachments.modules()}
@@ -173,7 +173,7 @@ class Layers:
         """`compiled`, which runs a method of `target`, inside the range of that component."""
         from torch import nn
 
-        from ...attachments import with_root
+        from ...modules import with_root
 
         return with_root(target, compiled) if isinstance(target, nn.Module) else compiled
 
@@ -205,7 +205,7 @@ class Layers:
         modules = self._left_out.get(model, {}).get(prefix)
         if not modules:
             return ()
-        from ...names import unwrapped, walk_paths
+        from ...modules.selection import unwrapped, walk_paths
 
         paths = [".".join(path) for path, module, _ in walk_paths(unwrapped(model)) if path and module in modules]
         return tuple(map(glob.escape, paths))

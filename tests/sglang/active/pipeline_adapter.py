@@ -12,11 +12,11 @@ from types import ModuleType, SimpleNamespace
 import torch.cuda.nvtx
 
 import fxnvtx.pipeline as fx
-from fxnvtx.control import controls_of
 from fxnvtx.errors import ConfigError
-from fxnvtx.instrument import DiffusionNvtxHooks, is_enabled, label_of
 from fxnvtx.integrations.sglang.torch_nvtx import also_through_torch
-from fxnvtx.names import Selection, label_text, name_modules
+from fxnvtx.modules import DiffusionNvtxHooks, is_enabled, label_of
+from fxnvtx.modules.registry import controls_of
+from fxnvtx.modules.selection import Selection, label_text, name_modules
 from fxnvtx.pipeline import strategies
 from fxnvtx.pipeline.component_use import Holdings
 from fxnvtx.pipeline.request import RequestMetrics

@@ -1,7 +1,7 @@
 """One level of a model as a generated forward: its children's ranges are pushed inline, at 0.1 us instead of 0.3.
 
-A level is one module's own forward with its children opaque. It is proven traceable (soundness.py), traced by
-torch.fx, given range nodes (graph.py), and printed as Python; then the range nodes are replaced by the two or three
+A level is one module's own forward with its children opaque. It is proven traceable (traceability.py), traced by
+torch.fx, given range nodes (fx_graph.py), and printed as Python; then the range nodes are replaced by the two or three
 statements that they stand for. The result is used in place of the module's forward as long as `holds()` says that
 nothing the tracing rested on has changed; it reads children, parameters and buffers from the module at every call.
 """
@@ -25,14 +25,14 @@ from torch import fx, nn
 from torch.nn.modules import module as _nn_module
 from torch.overrides import TorchFunctionMode
 
-from . import graph as _graph
-from .compile.torch_private import hide_from_dynamo
-from .names import walk_paths
-from .ranges import HANDLE, label, nvtx_pop, nvtx_push
-from .ranges.crossing import begins_only
-from .ranges.emit import unwind
-from .slot import SLOT, Slot, calls_plainly, in_range
-from .soundness import Facts, Refused, read_forward
+from ..compile.torch_private import hide_from_dynamo
+from ..ranges import HANDLE, label, nvtx_pop, nvtx_push
+from ..ranges.crossing import begins_only
+from ..ranges.emit import unwind
+from . import fx_graph as _graph
+from .call_slot import SLOT, Slot, calls_plainly, in_range
+from .selection import walk_paths
+from .traceability import Facts, Refused, read_forward
 
 __all__ = ["Level", "Refused", "trace_level"]
 

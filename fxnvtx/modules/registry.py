@@ -12,16 +12,16 @@ import sys
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
-from types import MethodType, TracebackType
+from types import MethodType, ModuleType, TracebackType
 from typing import cast
 
 from torch import nn
 
-from . import ranges as _ranges
-from .compile.torch_private import hide_from_torchscript, hide_module, undisturbed
+from .. import ranges as _ranges
+from ..compile.torch_private import hide_from_torchscript, hide_module, undisturbed
+from ..ranges import emit
+from .call_slot import SLOT, lock, slot_of, tracing
 from .instrumented import Control, Entry
-from .ranges import emit
-from .slot import SLOT, lock, slot_of, tracing
 
 __all__ = [
     "Control",
@@ -135,23 +135,8 @@ class _Changing:
 _changing = _Changing()
 
 
-# Where a compiled model's root has a slot, functions of these run with Dynamo watching.
-_OURS = [
-    "control",
-    "graph",
-    "instrument",
-    "instrumented",
-    "levels",
-    "names",
-    "ranges",
-    "ranges.crossing",
-    "ranges.emit",
-    "ranges.labels",
-    "ranges.stack",
-    "recording",
-    "slot",
-    "soundness",
-]
+# Where a compiled model's root has a slot, functions of these packages run with Dynamo watching.
+_OURS = ("modules", "ranges", "recording")
 _hidden: set[str] = set()
 
 # called before a slot is placed: whoever has to keep slots out of a compiler's sight
@@ -163,11 +148,12 @@ def _keep_out_of_sight() -> None:
 
     Called before the first slot is placed, and again later for what has been imported since.
     """
-    for name in _OURS:
-        module = sys.modules.get(f"{__package__}.{name}")
-        if module is not None and name not in _hidden:
-            _hidden.add(name)
-            hide_module(vars(module))
+    for package in (sys.modules[f"fxnvtx.{name}"] for name in _OURS):
+        for module in (package, *vars(package).values()):
+            name = getattr(module, "__name__", "")
+            if isinstance(module, ModuleType) and name.startswith(package.__name__) and name not in _hidden:
+                _hidden.add(name)
+                hide_module(vars(module))
     hide_from_torchscript(SLOT)
     for call in before_slots:
         call()

@@ -21,12 +21,12 @@ from typing import Any
 
 from torch import nn
 
-from .errors import TraceError
-from .levels import Level, Refused, trace_level
-from .names import Named, Selection, label_text, name_modules
-from .ranges import Label, label
-from .ranges.crossing import begins_only
-from .slot import Around, Gate, Inside, Naming, OuterSlot, Slot, calls_plainly, lock
+from ..errors import TraceError
+from ..ranges import Label, label
+from ..ranges.crossing import begins_only
+from .call_slot import Around, Gate, Inside, Naming, OuterSlot, Slot, calls_plainly, lock
+from .selection import Named, Selection, label_text, name_modules
+from .traced_forward import Level, Refused, trace_level
 
 __all__ = ["Control", "Entry", "Structure"]
 

@@ -18,9 +18,9 @@ from typing import Any
 from torch import fx, nn
 from torch.fx.node import has_side_effect
 
-from . import ranges as _ranges
-from .errors import InstrumentError
-from .names import DEFAULT_EXCLUDE, Pattern, Selection, label_text
+from .. import ranges as _ranges
+from ..errors import InstrumentError
+from .selection import DEFAULT_EXCLUDE, Pattern, Selection, label_text
 
 __all__ = ["has_ranges", "insert_ranges", "owner_chain", "remove_ranges", "run_chains"]
 

@@ -10,13 +10,13 @@ from io import StringIO
 
 from torch import fx, nn
 
-from . import graph as _graph
-from . import ranges as _ranges
-from .control import Control, Entry, controls_of, entry_of
-from .errors import InstrumentError
-from .instrument import unwrapped
-from .names import is_callable_module, walk_paths
-from .ranges import emit
+from .. import ranges as _ranges
+from ..errors import InstrumentError
+from ..ranges import emit
+from . import fx_graph as _graph
+from . import unwrapped
+from .registry import Control, Entry, controls_of, entry_of
+from .selection import is_callable_module, walk_paths
 
 __all__ = ["CompiledRegion", "Explanation", "Row", "explain", "note", "regions"]
 

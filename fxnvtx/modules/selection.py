@@ -9,7 +9,7 @@ from typing import TypeVar, cast
 
 from torch import nn
 
-from .errors import InstrumentError, SelectionError
+from ..errors import InstrumentError, SelectionError
 
 __all__ = [
     "DEFAULT_EXCLUDE",

@@ -23,13 +23,13 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from . import ranges as _ranges
-from .compile.torch_private import dynamo_active, jit_traces
-from .names import unwrapped
-from .ranges import HANDLE, Entry, Label, begin, emit, end, local, mark_now, nvtx_pop, nvtx_push, pop, push
-from .ranges.crossing import held_open, surrounding
-from .ranges.emit import attend, close_deep
-from .ranges.labels import input_shapes
+from .. import ranges as _ranges
+from ..compile.torch_private import dynamo_active, jit_traces
+from ..ranges import HANDLE, Entry, Label, begin, emit, end, local, mark_now, nvtx_pop, nvtx_push, pop, push
+from ..ranges.crossing import held_open, surrounding
+from ..ranges.emit import attend, close_deep
+from ..ranges.labels import input_shapes
+from .selection import unwrapped
 
 __all__ = [
     "SLOT",
@@ -129,7 +129,7 @@ class Naming:
 
 
 class Generated(Protocol):
-    """A generated forward (levels.py), as slots use it."""
+    """A generated forward (traced_forward.py), as slots use it."""
 
     @property
     def holds(self) -> Callable[[nn.Module], bool]: ...
