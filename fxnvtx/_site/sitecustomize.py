@@ -52,7 +52,7 @@ class _AtTorch:
             sys.meta_path.remove(self)
         try:
             _package(self.options["package"])
-            from fxnvtx.cli.children import arm
+            from fxnvtx.integrations.launched import arm
 
             arm(self.options)
         except Exception as error:  # the program goes on without ranges

@@ -86,7 +86,7 @@ def _nvtx() -> Iterator[Finding]:
 
 def _nsys() -> Iterator[Finding]:
     from ..errors import ToolError
-    from .nsys import find_nsys, nsys_version
+    from . import find_nsys, nsys_version
 
     nsys = find_nsys()
     if nsys is None:

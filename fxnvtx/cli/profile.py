@@ -22,7 +22,7 @@ from click.core import ParameterSource
 from ..errors import ConfigError
 from ..output import say, write_text
 from ..report.commands import refuse
-from .commands import writable_folder
+from . import writable_folder
 
 if TYPE_CHECKING:
     import torch
@@ -81,7 +81,7 @@ def profile_command(
     output: Path,
 ) -> None:
     """Run a diffusion pipeline and show where its time went, per request, stage, step, component, block and layer."""
-    from .nsys import find_nsys
+    from . import find_nsys
 
     check_options(context, pipeline)
     job = Job(pipeline, prompt, steps, seed, size, compile_, _residency(residency), depth, stages_only, warmup, model)
@@ -129,7 +129,7 @@ def _under_nsys(output: Path) -> None:
     import torch
     from rich.console import Console
 
-    from .nsys import capture
+    from . import capture
 
     words = [word for word in sys.argv[1:] if word != "--nsys"]
     target = output / "capture"

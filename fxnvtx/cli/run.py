@@ -27,8 +27,7 @@ from ..errors import ConfigError, OutputError
 from ..output import complain
 from ..recording import Recording
 from ..recording.spool import SUFFIX, read_spool
-from .commands import writable_folder
-from .nsys import around, ranges_kept
+from . import around, ranges_kept, writable_folder
 
 __all__ = ["run_command"]
 

@@ -50,10 +50,11 @@ def profiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_profile_prints_request_stage_step_component_block_and_layer(profiled: tuple[Path, str]) -> None:
     _, printed = profiled
-    for level in ("request#", "stage_", "denoising_loop", "denoising_step_*", "predict_noise", "scheduler_step"):
+    for level in ("request#", "stage_", "denoising_loop", "denoising_step_*", "predict_noise"):
         assert level in printed
     recording = Recording.load(profiled[0] / "recording.json")
     labels = {r.label for r in recording.ranges}
+    assert "scheduler_step" in labels  # in print where it costs enough
     assert any(label.startswith("denoising_step_1_t") for label in labels)
     assert any(label.endswith("blocks.0.attn.to_q") for label in labels)
     assert any("vae" in label and label.endswith("conv_out") for label in labels)

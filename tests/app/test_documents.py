@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import fxnvtx
-from fxnvtx.cli.commands import cli
+from fxnvtx.cli import cli
 from fxnvtx.cli.doctor import findings
 from fxnvtx.report.render.data import COLUMNS, row_fields
 from fxnvtx.report.rows import Row

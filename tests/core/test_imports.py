@@ -29,8 +29,8 @@ def _loaded(code: str) -> set[str]:
     [
         "import fxnvtx; fxnvtx.FxnvtxError; fxnvtx.record; fxnvtx.range; dir(fxnvtx)",
         "from fxnvtx import Recording, report",
-        "import fxnvtx.report.commands, fxnvtx.cli.doctor, fxnvtx.cli.commands",
-        "from fxnvtx.cli.commands import cli\nfor name in cli.list_commands(None)[2:]: cli.get_command(None, name)",
+        "import fxnvtx.report.commands, fxnvtx.cli.doctor",
+        "from fxnvtx.cli import cli\nfor name in cli.list_commands(None)[2:]: cli.get_command(None, name)",
     ],
 )
 def test_reading_needs_no_torch(code: str) -> None:
@@ -39,8 +39,8 @@ def test_reading_needs_no_torch(code: str) -> None:
 
 def test_a_launched_program_meets_no_library_of_the_command_line() -> None:
     """It may be another environment than ours, with torch and without click."""
-    loaded = _loaded("import torch, fxnvtx.cli.children")
-    assert "fxnvtx.cli.children" in loaded
+    loaded = _loaded("import torch, fxnvtx.integrations.launched")
+    assert "fxnvtx.integrations.launched" in loaded
     assert not {"click", "rich"} & loaded - _loaded("import torch")
 
 

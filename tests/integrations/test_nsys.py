@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("diffusers", reason="needs diffusers: pip install fxnvtx[diffusers]")
 
-from fxnvtx.cli.nsys import capture
+from fxnvtx.cli import capture
 
 from ..support.nsys import with_capture
 

@@ -27,7 +27,7 @@ from typing import Any
 
 from click.testing import CliRunner
 
-from fxnvtx.cli.commands import cli
+from fxnvtx.cli import cli
 from fxnvtx.recording import Range
 from fxnvtx.report import write_chrome, write_speedscope
 

@@ -329,7 +329,7 @@ def test_numbers_are_given_in_the_order_of_appearance(batches: list[list[int]]) 
 def test_arrays_are_loaded_when_a_capture_is_read_and_not_before() -> None:
     """Ours, that is: some releases of nvtx import numpy themselves."""
     code = (
-        "import sys, fxnvtx, fxnvtx.cli.commands, fxnvtx.report.commands\n"
+        "import sys, fxnvtx, fxnvtx.cli, fxnvtx.report.commands\n"
         "wanted = {'nanoarrow', 'adbc_driver_manager', 'fxnvtx.report.attribution'}\n"
         "early = wanted & set(sys.modules)\n"
         "from fxnvtx.report import load; load(sys.argv[1])\n"

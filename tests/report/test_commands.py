@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from fxnvtx.cli import main
-from fxnvtx.cli.commands import cli
+from fxnvtx.cli import cli, main
 from fxnvtx.recording import Recording
 from fxnvtx.report import load, render_text
 from fxnvtx.report.commands import Late

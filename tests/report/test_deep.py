@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from fxnvtx.cli.commands import cli
+from fxnvtx.cli import cli
 from fxnvtx.recording import Range
 from fxnvtx.report import load, render_text
 from fxnvtx.report.rows import Row

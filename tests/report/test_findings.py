@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from fxnvtx.cli.commands import cli
+from fxnvtx.cli import cli
 from fxnvtx.recording import Range
 from fxnvtx.recording.work import Entry, encoded
 from fxnvtx.report import Report, from_recording, load

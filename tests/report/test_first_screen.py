@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxnvtx.cli.commands import cli
+from fxnvtx.cli import cli
 from fxnvtx.recording import Range
 from fxnvtx.report import Report, from_recording, load, render_text
 from fxnvtx.report.findings import FIRST, RULES, findings, headlines

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fxnvtx
-from fxnvtx.cli.commands import cli
+from fxnvtx.cli import cli
 from fxnvtx.errors import CaptureError
 from fxnvtx.report import Report, diff, from_recording, load, render_text, scrub, write_chrome, write_speedscope
 from fxnvtx.report.labels import clean, fold, infer_category

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxnvtx.cli.commands import cli
+from fxnvtx.cli import cli
 from fxnvtx.recording import Range
 from fxnvtx.report import diff, from_recording, load
 from fxnvtx.report.render.diff import diff_markdown

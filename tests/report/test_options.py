@@ -8,7 +8,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from fxnvtx.cli.commands import cli
+from fxnvtx.cli import cli
 from fxnvtx.cli.profile import kind_of, profile_command
 from fxnvtx.recording.work import Entry, encoded
 from fxnvtx.report.commands import DIFF_FORMATS, FORMATS, diff_command, report_command

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxnvtx.cli.commands import cli
+from fxnvtx.cli import cli
 from fxnvtx.printable import csv_cell, cut, json_text, pad, printable, printable_lines, width_of
 from fxnvtx.recording import Range, Recording
 from fxnvtx.report import diff, from_recording, render_csv, render_json, render_text

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fxnvtx.cli.commands import cli
+from fxnvtx.cli import cli
 from fxnvtx.errors import ConfigError
 from fxnvtx.recording import Range
 from fxnvtx.report import Row, diff, load, render_csv, render_json, render_text

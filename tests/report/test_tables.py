@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from nanoarrow.c_array_stream import CArrayStream
 from nanoarrow.ipc import StreamWriter
 
-from fxnvtx.cli.commands import cli
+from fxnvtx.cli import cli
 from fxnvtx.errors import CaptureError, FxnvtxError, ToolError
 from fxnvtx.recording import Range
 from fxnvtx.report import load, render_csv

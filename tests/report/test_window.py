@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxnvtx.categories import Numbers
-from fxnvtx.cli.commands import cli
+from fxnvtx.cli import cli
 from fxnvtx.errors import ConfigError
 from fxnvtx.recording import Range
 from fxnvtx.report import Report, from_recording, load

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxnvtx.cli.commands import cli
+from fxnvtx.cli import cli
 from fxnvtx.errors import OutputError
 from fxnvtx.output import check_target, write_bytes, write_text, writing, writing_file
 from fxnvtx.recording import Range

@@ -16,10 +16,10 @@ from typing import Any
 from .. import ranges as _ranges
 from ..categories import Numbers
 from ..compile.torch_private import hide_module
-from ..integrations.everything import Everything
-from ..integrations.sglang import patch_older_releases
 from ..ranges import emit
 from ..recording.spool import Spool, Window
+from .everything import Everything
+from .sglang import patch_older_releases
 
 __all__ = ["arm"]
 
