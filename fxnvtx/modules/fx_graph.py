@@ -249,7 +249,7 @@ def _closing(before: Callable[[list[str]], list[str]] | None) -> Callable[[list[
         lines = "".join(before(body) if before else body).splitlines()
         guarded = [f"    {line}\n" for line in lines]
         return [
-            "import fxnvtx.graph as _fxnvtx\n",
+            f"import {__name__} as _fxnvtx\n",
             "_fxnvtx_depth = _fxnvtx._depth()\n",
             "try:\n",
             *(guarded or ["    pass\n"]),
