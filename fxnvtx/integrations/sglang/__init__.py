@@ -14,19 +14,37 @@ Environment variables (a value without meaning is logged once and ignored):
     FXNVTX_SGLANG_STEPS   denoising steps, from 0, that show their layers, like 4-8,20; all without it
     FXNVTX_SGLANG_SHAPES  1 (the default: markers with input shapes, as SGLang's have) | 0
     FXNVTX_SGLANG_RECORD  a folder: one recording per request and rank, for `fxnvtx report`
+
+Ranges go through torch.cuda.nvtx too, as SGLang's own do, for those who listen there and not to NVTX: whoever puts
+functions of their own in the place of torch's (a test, another tracer) wants to be called. Roctx is
+compile/listeners.py's.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from .targets import ROOT, Options, Target, found_in, has_plugins, log, missing_targets, read_options, sglang_folder
+from ... import ranges
+from ...ranges import emit
+from .targets import (
+    ROOT,
+    Options,
+    Target,
+    found_in,
+    guarded,
+    has_plugins,
+    log,
+    missing_targets,
+    read_options,
+    sglang_folder,
+)
 
-__all__ = ["missing_targets", "patch_older_releases", "register"]
+__all__ = ["also_through_torch", "missing_targets", "patch_older_releases", "register"]
 
 
 def register() -> None:
@@ -67,7 +85,6 @@ def patch_older_releases(options: Options | None = None) -> None:
 def _handlers(options: Options) -> list[tuple[Target, Any]]:
     """Every target that this release has, with the plugin's function for it. Says once what it does not have."""
     from . import hooks
-    from .torch_nvtx import also_through_torch
 
     found, missing = found_in(sglang_folder(), options.layers)
     if missing:
@@ -110,3 +127,81 @@ def _hooked(original: Callable[..., Any], handler: Callable[..., Any], kind: str
         return result if changed is None else changed
 
     return call
+
+
+# ----------------------------------------------------------------------------- those who listen to torch.cuda.nvtx
+
+_NAMES = ("range_push", "range_pop", "mark")
+
+
+class _TorchNvtx:
+    """A listener (see stack.Live) that calls what stands in the module now."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self._module = module
+        self._open: set[int] = set()  # id() of the ranges whose push went through
+
+    @guarded
+    def opened(self, entry: ranges.Open) -> None:
+        self._module.range_push(entry.label.text)
+        self._open.add(id(entry))
+
+    @guarded
+    def closed(self, entry: ranges.Open) -> None:
+        if id(entry) in self._open:
+            self._open.discard(id(entry))
+            self._module.range_pop()
+
+    @guarded
+    def marked(self, mark: ranges.Mark) -> None:
+        if _replaced(self._module, "mark"):
+            self._module.mark(mark.label.text)
+
+    def stray_pop(self) -> None: ...
+
+
+def also_through_torch() -> None:
+    """Let fxnvtx's ranges go through torch.cuda.nvtx too while somebody listens there. Idempotent; imports no torch.
+
+    Nothing is asked at a range: the module notices when one of its functions is replaced.
+    """
+    from ...compile import when_imported
+
+    when_imported("torch.cuda.nvtx", _watch)
+
+
+def _watch(module: ModuleType) -> None:
+    if getattr(type(module), "fxnvtx_watches", False):
+        return
+    listener = _TorchNvtx(module)
+
+    def look() -> None:
+        wanted = any(_replaced(module, name) for name in _NAMES) and not _on_roctx()
+        if wanted != any(s is listener for s in emit.sinks):
+            (ranges.add_sink if wanted else ranges.remove_sink)(listener)
+
+    class Watched(type(module)):  # type: ignore[misc]
+        fxnvtx_watches = True
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, value)
+            if name in _NAMES and emit.mode != "off":
+                look()
+
+    module.__class__ = Watched
+    if emit.mode != "off":
+        look()
+
+
+def _replaced(module: ModuleType, name: str) -> bool:
+    """Whether the function is another one than torch's own."""
+    return getattr(getattr(module, name, None), "__module__", module.__name__) != module.__name__
+
+
+def _on_roctx() -> bool:
+    """Whether every range goes through these functions already."""
+    import torch
+
+    from ...compile.listeners import chosen
+
+    return chosen(getattr(torch.version, "hip", None), emit.mode, os.environ)

@@ -13,7 +13,7 @@ import torch.cuda.nvtx
 
 import fxnvtx.pipeline as fx
 from fxnvtx.errors import ConfigError
-from fxnvtx.integrations.sglang.torch_nvtx import also_through_torch
+from fxnvtx.integrations.sglang import also_through_torch
 from fxnvtx.modules import DiffusionNvtxHooks, is_enabled, label_of
 from fxnvtx.modules.registry import controls_of
 from fxnvtx.modules.selection import Selection, label_text, name_modules
