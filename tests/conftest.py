@@ -15,7 +15,7 @@ from .support.heavy import is_heavy
 try:
     from hypothesis import settings
 except ImportError:  # a machine that has only a GPU
-    settings = None
+    settings = None  # type: ignore[assignment,misc]
 
 # What CI tries is the same every time, so that a red run is of the change that it was run for; whoever runs the tests
 # by hand tries something new each time. The fast set tries a few examples of each property.
@@ -68,7 +68,7 @@ def _tries_much(item: pytest.Item) -> bool:
     test: Any = getattr(item, "obj", None)
     if settings is None or not getattr(test, "is_hypothesis_test", False):
         return False
-    chosen = getattr(test, "_hypothesis_internal_use_settings", None) or settings.default
+    chosen: Any = getattr(test, "_hypothesis_internal_use_settings", None) or settings.default
     return getattr(item, "cls", None) is not None or chosen.max_examples > _MANY_EXAMPLES
 
 

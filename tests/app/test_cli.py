@@ -92,7 +92,7 @@ def test_profile_under_nsys_captures_exactly_what_the_recorder_saw(tmp_path: Pat
     first = min(start for label, start, _, _ in captured if label.startswith("request#"))
     shown = [row for row in captured if row[1] >= first]
     assert Counter(label for label, *_ in shown) == Counter(r.label for r in begun)
-    assert sorted(paths(shown)) == sorted(paths([(r.label, r.start_ns, r.end_ns, r.thread_id) for r in begun]))
+    assert sorted(paths(shown)) == sorted(paths([(r.label, r.start_ns, r.end_ns, r.thread_id) for r in begun]))  # type: ignore[misc]
 
 
 def paths(rows: list[tuple[str, int, int, int]]) -> list[tuple[str, ...]]:

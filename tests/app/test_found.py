@@ -7,7 +7,7 @@ import copy
 import pickle
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ class DiT(nn.Module):
     def initialize_weights(self) -> None:
         nn.init.zeros_(self.final.bias)
         for block in self.blocks:
-            nn.init.ones_(block.mlp.weight)
+            nn.init.ones_(cast(Block, block).mlp.weight)
 
     def forward(self, x: Any, t: Any) -> Any:
         x = self.embed(x)

@@ -96,8 +96,8 @@ def witness(fail_at: int | None = None) -> Iterator[list[Launch]]:
             own = name in vars(extern_kernels)
             kernel = getattr(extern_kernels, name)
             setattr(extern_kernels, name, timing(name, kernel))
-            back = (setattr, (extern_kernels, name, kernel)) if own else (delattr, (extern_kernels, name))
-            undo.append(lambda b=back: b[0](*b[1]))
+            put_back = functools.partial(setattr, extern_kernels, name, kernel)
+            undo.append(put_back if own else functools.partial(delattr, extern_kernels, name))
     for kind in (torch._ops.OpOverload, torch._ops.OpOverloadPacket):
         original = kind.__call__
 
@@ -108,8 +108,8 @@ def witness(fail_at: int | None = None) -> Iterator[list[Launch]]:
                 return __original(self, *args, **kwargs)  # not generated code, or a view that launches nothing
             return timing(name, functools.partial(__original, self))(*args, **kwargs)
 
-        kind.__call__ = call
-        undo.append(lambda k=kind, o=original: setattr(k, "__call__", o))
+        setattr(kind, "__call__", call)  # noqa: B010
+        undo.append(functools.partial(setattr, kind, "__call__", original))
     for name in IN_PLACE:
         method = getattr(torch.Tensor, name)
 
@@ -119,13 +119,13 @@ def witness(fail_at: int | None = None) -> Iterator[list[Launch]]:
             return timing(f"Tensor.{__name}", __method)(self, *args, **kwargs)
 
         setattr(torch.Tensor, name, on_tensor)
-        undo.append(lambda n=name: delattr(torch.Tensor, n))
+        undo.append(functools.partial(delattr, torch.Tensor, name))
     for module in generated_modules():
         for name, kernel in kernels_of(module).items():
             runs = hasattr(kernel, "run")
             stand_in = TimedTriton(kernel, timing(name, kernel.run)) if runs else timing(name, kernel)
             setattr(module, name, stand_in)
-            undo.append(lambda m=module, n=name, k=kernel: setattr(m, n, k))
+            undo.append(functools.partial(setattr, module, name, kernel))
     try:
         yield seen
     finally:

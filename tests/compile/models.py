@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -87,7 +89,7 @@ def widths_of_blocks(model: Unique) -> dict[int, str]:
     """A width that occurs in one block only -> that block: what a generated kernel's arguments tell about its owner."""
     widths: dict[int, set[str]] = {}
     for index, block in enumerate(model.blocks):
-        inner = getattr(block, "_orig_mod", block)
+        inner: Any = getattr(block, "_orig_mod", block)
         for width in (inner.up.out_features, inner.mid.out_features):
             widths.setdefault(width, set()).add(f"blocks.{index}")
     return {w: found.pop() for w, found in widths.items() if len(found) == 1}

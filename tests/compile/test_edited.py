@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -50,12 +52,12 @@ def test_an_adapter_after_the_first_compiled_call(how):
         for block in model.blocks:
             block.compile(backend="fxnvtx")
     run = torch.compile(model, backend="fxnvtx") if how == "whole" else model
-    block = model.blocks[1]
+    edited: Any = model.blocks[1]
     with fxnvtx.record() as recording, torch.no_grad():
         for change, wanted in (
             (lambda: None, PLAIN),
-            (lambda: setattr(block, "up", Lora(block.up).eval()), ADAPTED),
-            (lambda: setattr(block, "up", block.up.base_layer), PLAIN),
+            (lambda: setattr(edited, "up", Lora(edited.up).eval()), ADAPTED),
+            (lambda: setattr(edited, "up", edited.up.base_layer), PLAIN),
         ):
             change()
             before = len(recording.ranges)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import types
+from typing import Any
 
 import pytest
 import torch
@@ -68,5 +69,6 @@ def test_a_module_compiled_in_place_is_inlined_as_it_is_without_us():
 def test_a_torch_without_the_place_is_left_alone_and_said(missing, caplog, monkeypatch):
     monkeypatch.setattr(errors, "_said", set())
     caplog.set_level(logging.WARNING, logger="fxnvtx")
-    compiled._patch(types.SimpleNamespace(**missing))
+    stand_in: Any = types.SimpleNamespace(**missing)
+    compiled._patch(stand_in)
     assert "graph breaks" in caplog.text

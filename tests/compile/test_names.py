@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -95,7 +97,7 @@ def test_blocks_without_parameters_are_named_by_the_range_around_them():
 def test_what_cannot_be_known_is_said():
     """The block is called with nothing around it that tells which one it is."""
     model = fxnvtx.instrument(Row([Bare() for _ in range(3)]), "net")
-    compiled = torch.compile(Bare.forward, backend="fxnvtx")
+    compiled: Any = torch.compile(Bare.forward, backend="fxnvtx")
     compiled(model.blocks[0], torch.randn(4))
     with fxnvtx.record() as recording:
         compiled(model.blocks[1], torch.randn(4))
@@ -154,7 +156,7 @@ def test_compiled_and_eager_have_the_same_levels():
     def paths(recording):
         found = []
         for root in recording.tree():
-            todo = [((), root)]
+            todo: list[tuple[tuple[str, ...], Any]] = [((), root)]
             while todo:
                 above, node = todo.pop()
                 if node.category == "module":

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -75,7 +76,8 @@ def _capture(folder: Path, way: str) -> tuple[list[tuple[str, ...]], list[tuple[
             "on s.id = e.textId where e.eventType = 59 and e.domainId = ? order by e.start, -e.end",
             domain,
         ).fetchall()
-    paths, above = [], {}
+    paths = []
+    above: dict[int, list[Any]] = {}
     for start, end, thread, text in rows:
         assert end is not None, text
         open_here = above.setdefault(thread, [])

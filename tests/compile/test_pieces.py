@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -83,7 +84,7 @@ def test_the_ways_between_rows_are_found_once(monkeypatch):
     compiled = torch.compile(model, backend="fxnvtx")
     worked_out = []
     original = Resolved.move
-    monkeypatch.setattr(Resolved, "move", lambda self, *way: worked_out.append(way) or original(self, *way))
+    monkeypatch.setattr(Resolved, "move", lambda self, *way: worked_out.append(way) or original(self, *way))  # type: ignore[func-returns-value]
     x = torch.randn(3, 24)
     with torch.no_grad():
         compiled(x)
@@ -98,7 +99,7 @@ def test_the_ways_between_rows_are_found_once(monkeypatch):
 
 
 def test_code_that_never_goes_the_same_way_twice_keeps_few_places():
-    rows = [((("m", index), fxnvtx.ranges.label(f"m{index}", "module")),) for index in range(40)]
+    rows: list[Any] = [((("m", index), fxnvtx.ranges.label(f"m{index}", "module")),) for index in range(40)]
     resolved = Resolved(rows)
     draw = random.Random(0)
     for _ in range(2000):

@@ -8,6 +8,7 @@ import sys
 import types
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -73,5 +74,6 @@ def test_it_is_the_same_backend_by_name_and_listed_once():
 
 def test_a_torch_that_keeps_its_backends_elsewhere_gets_ours_all_the_same():
     seen = {}
-    registered._add(types.SimpleNamespace(register_backend=lambda backend, name: seen.update({name: backend})))
+    stand_in: Any = types.SimpleNamespace(register_backend=lambda backend, name: seen.update({name: backend}))
+    registered._add(stand_in)
     assert seen == {"fxnvtx": fxnvtx_backend}

@@ -73,7 +73,7 @@ def _check(recording, launches, names, widths, backward_from_ns):
         assert labels.count("backward") == int(launch.start_ns > backward_from_ns), (launch, labels)
         assert len(set(labels)) == len(labels), labels  # each level once
         seen.add(innermost(recording, launch))
-    assert {o for found in names.values() for o in found} & {s[4:] for s in seen}
+    assert {o for found in names.values() for o in found} & {s[4:] for s in seen if s is not None}
     generated = 0
     for launch in launches:
         labels = [r.label for r in enclosing(recording, launch)]

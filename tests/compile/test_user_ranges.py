@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 import torch
@@ -108,7 +109,7 @@ def test_other_backends_see_a_graph_without_them(backend):
     for kind in (Bare, Ranged):
         torch.manual_seed(0)
         model, x = Row(kind), torch.ones(3, PRIMES[0])
-        sizes = []
+        sizes: list[Any] = []
 
         def counting(graph_module, inputs, sizes=sizes):
             sizes.append([str(n.target) for n in graph_module.graph.nodes if n.op == "call_function"])
@@ -150,11 +151,11 @@ def test_a_graph_break_inside_a_range():
     assert fxnvtx.ranges.local.stack == [] or not len(fxnvtx.ranges.local.stack)
     by_label = {r.label: r for r in recording.ranges}
     around, down = by_label["around"], by_label["net.down"]
-    assert not around.start_ns <= down.start_ns <= around.end_ns
+    assert not around.start_ns <= down.start_ns <= around.end_ns  # type: ignore[operator]
     inside = [r for r in recording.ranges if r.label in ("net.up", "net.mid")]
     assert len(inside) == 2
     everywhere = [r for r in recording.ranges if r.label == "around"]
-    assert all(any(a.start_ns <= r.start_ns and r.end_ns <= a.end_ns for a in everywhere) for r in inside)
+    assert all(any(a.start_ns <= r.start_ns and r.end_ns <= a.end_ns for a in everywhere) for r in inside)  # type: ignore[operator]
 
 
 def test_inside_a_checkpointed_block():
@@ -197,7 +198,8 @@ def test_kernels_lie_inside_the_ranges_forward_and_backward():
         call(x).sum().backward()
     assert recording.balanced
     wanted = {}
-    for index, block in enumerate(model.blocks):
+    blocks: Any = model.blocks
+    for index, block in enumerate(blocks):
         wanted[frozenset((PRIMES[0], block.up.out_features))] = {"mine", f"net.blocks.{index}.up"}
         wanted[frozenset((block.up.out_features, block.mid.out_features))] = {"premade", f"net.blocks.{index}.mid"}
         wanted[frozenset((block.mid.out_features, PRIMES[0]))] = {"pushed", f"net.blocks.{index}.down"}
@@ -213,6 +215,8 @@ def test_kernels_lie_inside_the_ranges_forward_and_backward():
 
 def test_compiled_code_of_a_forward_that_is_a_coroutine():
     class Async(Mlp):
+        compiled: Any
+
         async def forward(self, x):
             await asyncio.sleep(0)
             x = self.compiled(x)

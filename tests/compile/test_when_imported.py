@@ -36,7 +36,7 @@ def test_it_waits_for_the_import_and_takes_its_finder_away(write):
     module = importlib.import_module("waited_for")
     assert seen == [1]
     assert imports._finder not in sys.meta_path
-    assert "exec_module" not in vars(module.__spec__.loader)
+    assert "exec_module" not in vars(module.__spec__.loader)  # type: ignore[union-attr]
     importlib.reload(module)
     assert seen == [1]
 

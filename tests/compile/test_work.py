@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -33,7 +35,7 @@ def test_block_by_block_every_layer_is_what_torch_counts() -> None:
     with torch.no_grad():
         truth = known(true_flops(model, lambda: model(*args), "net"))
         fxnvtx.instrument(model, "net")
-        for block in model.blocks:
+        for block in cast("torch.nn.ModuleList", model.blocks):
             block.compile(backend="fxnvtx")
         model(*args)
         with fxnvtx.record(work=True):

@@ -131,7 +131,7 @@ def _convolution_backend(select: Callable[..., Any], *args: Any, **kwargs: Any) 
     try:
         return select(*args, **kwargs)
     except RuntimeError:
-        return torch._C._ConvBackend.Cudnn
+        return torch._C._ConvBackend.Cudnn  # type: ignore[attr-defined]
 
 
 def _install_triton() -> None:
@@ -284,7 +284,7 @@ def install(interpreted: bool = False) -> None:
         _onto_device(list(example_inputs))
         return original(graph_module, example_inputs, *args, **kwargs)
 
-    compile_fx._compile_fx_inner = inner
+    compile_fx._compile_fx_inner = inner  # type: ignore[assignment]
     from torch._inductor.fx_passes import reinplace
 
     passes: Any = reinplace
@@ -292,7 +292,7 @@ def install(interpreted: bool = False) -> None:
     if interpreted:
         from torch._inductor.runtime import triton_helpers
 
-        triton_helpers.libdevice = _LibDevice()
+        triton_helpers.libdevice = _LibDevice()  # type: ignore[attr-defined]
     else:
         kernels: Any = async_compile.AsyncCompile
         kernels.triton = lambda self, name, source, *a, **k: StandIn(name, source)

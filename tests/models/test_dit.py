@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -77,14 +79,15 @@ def test_everything_given_matters_and_rows_of_a_batch_do_not_mix() -> None:
 
 def test_the_output_at_a_patch_belongs_to_the_latent_at_that_patch() -> None:
     dit, (latent, *rest) = SAMPLES["dit"]()
-    for block in dit.blocks:  # gates at zero: no block moves anything between patches
+    blocks: Any = dit.blocks
+    for block in blocks:  # gates at zero: no block moves anything between patches
         nn.init.zeros_(block.adaLN_modulation[1].weight)
     latent.requires_grad_()
     dit(latent, *rest)[1, :, 2:4, 4:6].sum().backward()
-    touched = latent.grad[1].abs().sum(0) > 0
+    touched = latent.grad[1].abs().sum(0) > 0  # type: ignore[index]
     assert touched[2:4, 4:6].all()
     assert touched.sum() == 4
-    assert not latent.grad[0].any()
+    assert not latent.grad[0].any()  # type: ignore[index]
 
 
 def test_timestep_projection_is_the_published_one_in_float32_whatever_the_model() -> None:

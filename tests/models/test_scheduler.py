@@ -65,7 +65,7 @@ def test_wrong_use_is_refused() -> None:
         scheduler.step(torch.zeros(1), 0, torch.zeros(1))
     for steps, start in ((0, 1.0), (-1, 1.0), (2.5, 1.0), (2, 0.0), (2, 1.5), (2, float("nan"))):
         with pytest.raises(ConfigError):
-            scheduler.set_timesteps(steps, start=start)
+            scheduler.set_timesteps(steps, start=start)  # type: ignore[arg-type]
     scheduler.set_timesteps(2)
     with pytest.raises(ConfigError, match="no step 2 of 2"):
         scheduler.step(torch.zeros(1), 2, torch.zeros(1))

@@ -60,7 +60,7 @@ def test_the_halo_is_what_the_decoder_sees() -> None:
     vae = build_video().vae
     latent = torch.randn(1, 8, 1, 1, 33, requires_grad=True)
     vae.decode(latent)[..., 16 * 8 : 17 * 8].sum().backward()
-    seen = latent.grad[0].abs().sum((0, 1, 2)).nonzero().flatten() - 16
+    seen = latent.grad[0].abs().sum((0, 1, 2)).nonzero().flatten() - 16  # type: ignore[index]
     assert (seen.min().item(), seen.max().item()) == (-vae.halo, vae.halo)
 
 

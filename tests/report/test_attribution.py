@@ -167,10 +167,10 @@ def test_random_captures(
             if number < lost:
                 capture._correlation += 1  # what nothing recorded launched
                 correlation += number % 2
-            for device, start, length, kind, node in launch.work:
-                if kind == "copy":
+            for device, start, length, what, node in launch.work:
+                if what == "copy":
                     capture.copy(start, start + length, correlation, 8, 1)
-                elif kind == "graph":
+                elif what == "graph":
                     capture.graph_run(start, start + length, correlation, 3, 1)
                 else:
                     capture.kernel(start, start + length, correlation, f"k{length % 3}", 1, device, node=node)

@@ -69,7 +69,7 @@ def test_rendering_asks_no_row_for_its_path(tmp_path: Path, monkeypatch: pytest.
     report = load(capture.close())
     asked = []
     path = Row.path.fget  # type: ignore[attr-defined]
-    monkeypatch.setattr(Row, "path", property(lambda row: asked.append(row) or path(row)))
+    monkeypatch.setattr(Row, "path", property(lambda row: asked.append(row) or path(row)))  # type: ignore[func-returns-value]
     assert len(render_text(report, everything=True).splitlines()) == 302
     assert not asked
     rows = json.loads(run("report", tmp_path / "open.sqlite", "--format", "json")[1])["rows"]

@@ -21,7 +21,8 @@ from .samples import pipeline, recorded
 
 def steps(times: dict[str, list[int]]) -> Report:
     """A recording of modules with these times, one per step."""
-    ranges, now = [], 0
+    ranges: list[Range] = []
+    now = 0
     for step in range(max(map(len, times.values()))):
         begin = now
         place = len(ranges)

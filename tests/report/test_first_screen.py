@@ -34,7 +34,7 @@ def many(sizes: list[tuple[int, int, int]], path: Path | None = None) -> Report:
     capture = Capture(path) if path is not None else None
     for number, (size, kind, work) in enumerate(sizes):
         name, category = LABELS[kind]
-        inside = (Range(f"net.{chr(97 + number % 26)}", "module", None, 1, 1, now, now + size // 2),)
+        inside: tuple[Range, ...] = (Range(f"net.{chr(97 + number % 26)}", "module", None, 1, 1, now, now + size // 2),)
         inside += (Range(f"net.{chr(97 + number % 26)}.up", "module", None, 1, 2, now, now + size // 3),)
         for made in (
             Range(f"{name}{chr(97 + number // 26)}{chr(97 + number % 26)}", category, None, 1, 0, now, now + size),

@@ -294,7 +294,7 @@ def test_damaged_traces_are_one_line(tmp_path: Path, text: str, zipped: bool) ->
         load(path)
 
 
-ODD = st.sampled_from(
+ODD: st.SearchStrategy[Any] = st.sampled_from(
     [
         None,
         True,

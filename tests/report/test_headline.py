@@ -33,7 +33,7 @@ def run(*arguments: object) -> tuple[int, str]:
 
 
 def test_the_headline_tells_of_requests_and_steps(pair: tuple[Path, Path]) -> None:
-    found = diff(*map(load, pair))
+    found = diff(load(pair[0]), load(pair[1]))
     assert [(unit.kind, unit.a, unit.b, unit.count_a, unit.count_b) for unit in found.units] == [
         ("request", 582_000, 858_000, 2, 2), ("step", 138_000, 207_000, 8, 8),
     ]  # fmt: skip
@@ -41,7 +41,7 @@ def test_the_headline_tells_of_requests_and_steps(pair: tuple[Path, Path]) -> No
         "requests 1.47x slower (582.0 us -> 858.0 us; 2 and 2 of them, too few to be sure);"
         " steps 1.50x slower (138.0 us -> 207.0 us; 8 and 8 of them)"
     )
-    back = diff(*map(load, reversed(pair)))
+    back = diff(load(pair[1]), load(pair[0]))
     assert "steps 1.50x faster (207.0 us -> 138.0 us" in back.headline
     assert "steps as fast" in diff(load(pair[0]), load(pair[0])).headline
     assert run("diff", *pair)[1].startswith("requests 1.47x slower")
@@ -84,7 +84,7 @@ def test_markdown_is_a_table(pair: tuple[Path, Path], tmp_path: Path) -> None:
     assert lines[0].startswith("**requests 1.47x slower \\(")
     assert lines[2] == "| range | A gpu | B gpu | change | relative | verdict |"
     table = [line for line in lines[2:] if line.startswith("|")]
-    assert len(table) == 2 + len(diff(*map(load, pair)).rows)
+    assert len(table) == 2 + len(diff(load(pair[0]), load(pair[1])).rows)
     assert {len(re.findall(r"(?<!\\\\)\|", line)) for line in table} == {7}
     run("diff", *pair, "-o", tmp_path / "x.md")
     assert (tmp_path / "x.md").read_text() == text

@@ -157,7 +157,7 @@ def test_chrome_trace_of_a_recording(tmp_path: Path) -> None:
         assert [event["name"] for event in sorted(events, key=lambda e: (e["ts"], -e["dur"]))] == ["outer", "inner"] * 3
         assert [event["args"]["payload"]["step"] for event in events if event["name"] == "outer"] == [0, 1, 2]
         for event, item in zip(sorted(events, key=lambda e: (e["ts"], -e["dur"])), recording.ranges, strict=True):
-            assert event["dur"] * 1000 == pytest.approx(item.end_ns - item.start_ns, abs=0.5)
+            assert event["dur"] * 1000 == pytest.approx(item.end_ns - item.start_ns, abs=0.5)  # type: ignore[operator]
 
 
 def check_speedscope(path: Path) -> dict[str, list[dict[str, Any]]]:

@@ -218,7 +218,8 @@ def test_measure_and_step_chart(browser: Browser) -> None:
 
 @needs_browser
 def test_a_hundred_thousand_rows_stay_usable(browser: Browser, tmp_path: Path) -> None:
-    ranges, now = [], 0
+    ranges: list[Range] = []
+    now = 0
     for step in range(100):
         begin = now
         place = len(ranges)

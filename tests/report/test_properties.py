@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -171,7 +172,7 @@ def test_a_recording_comes_back_as_its_own_tree(items: list[list[Written | int]]
     recording = recorded(writer.ranges)
     report = from_recording(recording)
     expected: dict[tuple[str, ...], tuple[int, int]] = {}
-    todo = [(node, (node.label,)) for node in recording.tree()]
+    todo: list[tuple[Any, tuple[str, ...]]] = [(node, (node.label,)) for node in recording.tree()]
     while todo:
         node, path = todo.pop()
         calls, time = expected.get(path, (0, 0))
@@ -212,8 +213,8 @@ def test_parts_of_a_union_agree_with_counting(rows: list[tuple[int, int, int]], 
         found, reach = own_parts(np.array([group for group, _, _ in some], np.int64), start, end, reach)
         own += found.tolist()
     seen: set[tuple[int, int]] = set()
-    for (group, start, length), mine in zip(early + late, own, strict=True):
-        points = {(group, at) for at in range(start, start + length)}
+    for (group, begin, length), mine in zip(early + late, own, strict=True):
+        points = {(group, at) for at in range(begin, begin + length)}
         assert mine == len(points - seen)
         seen |= points
 

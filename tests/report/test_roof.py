@@ -76,7 +76,7 @@ def test_shares_and_headroom_to_the_digit(tmp_path: Path) -> None:
     assert (b.flops, b.moved, b.rated, b.roof) == (0, 3_000_000, 12_000, 3_000)
     assert (b.roof_share, b.headroom, b.bound, b.gbs) == (0.25, 9_000, "memory", 250.0)
     assert (net.flops, net.moved, net.roof) == (a.flops, a.moved + b.moved, a.roof + b.roof)
-    assert net.headroom == a.headroom + b.headroom == 6_009_000
+    assert (net.headroom, a.headroom, b.headroom) == (6_009_000, 6_000_000, 9_000)
     assert not any(row.suspect or row.unrated for row in rows.values())
 
 
@@ -213,7 +213,7 @@ def test_a_recording_carries_its_work() -> None:
 
     ranges = [Range("net", "module", None, 1, 0, 0, 4_000, False)]
     for device, rated in (("cpu", 4_000), ("cuda", 0)):
-        row = [*entry("net", moved=1_000, device=device)]
+        row: list[Any] = [*entry("net", moved=1_000, device=device)]
         row[5] = dict(row[5])
         (shown,) = from_recording(recorded(ranges, work=[row, "junk", [1]]), peak=parse_peaks("mem=1T")).rows()
         assert (shown.moved, shown.rated) == (1_000, rated)

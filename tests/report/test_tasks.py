@@ -182,5 +182,6 @@ def test_against_what_really_lies_in_what(data: st.DataObject) -> None:
             fine = fine and (around or within)
         wanted.append(fine)
     given_ = [Task(start, end, number) for number, (start, end) in enumerate(times, 1)]
-    events = sorted([*given_, *thread.switches], key=lambda e: e.start if isinstance(e, Task) else e.time)
+    events: list[Task | Switch] = [*given_, *thread.switches]
+    events.sort(key=lambda e: e.start if isinstance(e, Task) else e.time)
     assert apart(events) == wanted

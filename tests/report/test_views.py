@@ -36,6 +36,7 @@ def test_requests_and_steps(report: Report) -> None:
     assert steps["denoising_step_2_t998"].gpu == 2 * 3 * BLOCK
     assert steps["denoising_step_2_t998"].calls == 2
     whole = steps["all 4 steps"]
+    assert whole.each is not None
     assert (whole.kind, whole.gpu, whole.each.count, whole.each.middle) == ("summary", 8 * 3 * BLOCK, 8, 3 * BLOCK)
 
 
@@ -60,8 +61,10 @@ def test_folded_blocks_and_steps(report: Report) -> None:
     rows = {"/".join(row.path): row for row in report.rows(fold=True)}
     attn = rows["request#*/denoising_step_*/transformer/transformer.blocks.*/transformer.blocks.*.attn"]
     assert (attn.calls, attn.gpu) == (24, 24 * 30_000)
+    assert attn.each is not None
     assert (attn.each.count, attn.each.low, attn.each.high) == (24, 30_000, 30_000)
     step = rows["request#*/denoising_step_*"]
+    assert step.each is not None
     assert (step.each.count, step.each.low, step.each.high) == (8, 3 * BLOCK, 3 * BLOCK)
     modules = {row.name for row in report.rows(by="module", fold=True)}
     blocks = "transformer.blocks.*"

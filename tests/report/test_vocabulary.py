@@ -37,7 +37,7 @@ VOCABULARY = (
 )  # fmt: skip
 
 Item = tuple[tuple[str, str], list[Any]]
-items = st.recursive(
+items: st.SearchStrategy[Item] = st.recursive(
     st.tuples(st.sampled_from(VOCABULARY), st.just([])),
     lambda below: st.tuples(st.sampled_from(VOCABULARY), st.lists(below, max_size=4)),
     max_leaves=15,
@@ -139,7 +139,8 @@ def test_every_category_in_the_sources_is_in_the_vocabulary() -> None:
 
 def pieces(calls: int = 3) -> Recording:
     """A compiled block: each call opens its range three times; its neighbour runs between the pieces."""
-    ranges, now = [], 0
+    ranges: list[Range] = []
+    now = 0
     for _ in range(calls):
         start = now
         place = len(ranges)

@@ -25,7 +25,8 @@ def timeline(
     requests: int = 4, compiling: tuple[int, ...] = (0,), steps: int = 3, wrapped: bool = False
 ) -> list[Range]:
     """Requests of 100 ns, in which steps take 10 ns each; the compiling ones take 10,000 more."""
-    ranges, now = [], 5
+    ranges: list[Range] = []
+    now = 5
     depth = 1 if wrapped else 0
     for request in range(requests):
         start, place = now, len(ranges)

@@ -96,7 +96,7 @@ def _names(node: ast.AST) -> Iterator[tuple[str, str]]:
         elif isinstance(part, ast.arg):
             yield part.arg, ""
         elif isinstance(part, ast.Call) and isinstance(part.func, ast.Attribute) and part.func.attr == "usefixtures":
-            yield from ((word.value, "") for word in part.args if isinstance(word, ast.Constant))
+            yield from ((str(word.value), "") for word in part.args if isinstance(word, ast.Constant))
 
 
 def _starts_or_compiles(part: ast.Attribute) -> bool:

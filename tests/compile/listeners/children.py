@@ -87,7 +87,7 @@ def tensor_parallel(child: nn.Module) -> nn.Module:
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
     if not dist.is_initialized():
-        dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+        dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())  # type: ignore[attr-defined]
     return parallelize_module(child, init_device_mesh("cpu", (1,)), ColwiseParallel())
 
 

@@ -36,7 +36,7 @@ def flux() -> tuple[torch.nn.Module, dict[str, Any]]:
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
     from diffusers import FluxTransformer2DModel
 
-    model = FluxTransformer2DModel(
+    model: Any = FluxTransformer2DModel(
         patch_size=1,
         in_channels=4,
         num_layers=2,
@@ -65,7 +65,7 @@ def oobleck() -> tuple[torch.nn.Module, dict[str, Any]]:
     """Stable Audio's: every convolution's weight is made anew by a pre-hook."""
     from diffusers import AutoencoderOobleck
 
-    model = AutoencoderOobleck(
+    model: Any = AutoencoderOobleck(
         encoder_hidden_size=8,
         downsampling_ratios=[2, 2],
         channel_multiples=[1, 2],
@@ -80,7 +80,7 @@ def lora() -> tuple[torch.nn.Module, dict[str, Any]]:
     from diffusers import PixArtTransformer2DModel
     from peft import LoraConfig, inject_adapter_in_model
 
-    model = PixArtTransformer2DModel(
+    model: Any = PixArtTransformer2DModel(
         num_attention_heads=2,
         attention_head_dim=8,
         in_channels=4,
@@ -116,7 +116,7 @@ def compiled(name: str) -> tuple[dict[str, Any], list[str]]:
     with counted() as counters, torch.no_grad():
         call = torch.compile(model, backend="inductor" if MODE == "plain" else "fxnvtx")
         call(**arguments)
-        if MODE == "recorder":
+        if recording is not None:
             labels = [made.label for made in recording.ranges if made.category == "module"]
             with fxnvtx.record() as second:
                 call(**arguments)
