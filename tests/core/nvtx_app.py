@@ -163,8 +163,10 @@ def run(model: Model) -> None:
     work(model)
     # Stays apart from the toggles above: those change what every thread sees.
     threads = [threading.Thread(target=steady, args=(model,)) for _ in range(4)]
-    [t.start() for t in threads]
-    [t.join() for t in threads]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def steady(model: Model) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import types
+from typing import Any
 
 import torch
 from torch import nn
@@ -100,7 +101,7 @@ def expected(node, name):
     return name, ((f"{name}.leaf", ()), *inside) if kind == "forward" else inside
 
 
-PROGRAM = [
+PROGRAM: list[Any] = [
     (kind, [(inner, [("straight", [])]) for inner in KINDS] + [("with", [("async with", [])])]) for kind in KINDS
 ]
 

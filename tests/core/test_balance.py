@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -143,7 +144,7 @@ def test_another_librarys_hook_that_raises_first(model, where, hook):
 
 def meanwhile(model, where, action):
     """Run `action` in the middle of a forward, once."""
-    done = []
+    done: list[int] = []
 
     def hook(*_):
         if not done:
@@ -155,7 +156,7 @@ def meanwhile(model, where, action):
 
 ACTIONS = {
     "switch off": lambda m: fxnvtx.set_enabled(m, False),
-    "switch off and on": lambda m: (fxnvtx.set_enabled(m, False), fxnvtx.set_enabled(m, True)),
+    "switch off and on": lambda m: (fxnvtx.set_enabled(m, False), fxnvtx.set_enabled(m, True)),  # type: ignore[func-returns-value]
     "uninstrument": fxnvtx.uninstrument,
     "instrument again": lambda m: fxnvtx.instrument(m, "m", path=m.path),
     "another path": lambda m: fxnvtx.instrument(m, "m", path="hooks" if m.path == "auto" else "auto"),
@@ -296,15 +297,15 @@ def test_a_call_does_not_take_what_lies_in_its_place_for_its_own(forgotten):
     assert local.stack == []
     found = {r.label: r for r in recording.ranges}
     assert found["m.tears"].leaked  # closed by the pop of "outer"
-    assert found["m.tears"].end_ns <= found["outer"].end_ns
+    assert found["m.tears"].end_ns <= found["outer"].end_ns  # type: ignore[operator]
     names = ["first", "second"][:forgotten]
-    assert all(found[n].start_ns > found["outer"].end_ns for n in names)
+    assert all(found[n].start_ns > found["outer"].end_ns for n in names)  # type: ignore[operator]
     assert [found[n].leaked for n in names] == [True, False][-forgotten:] if forgotten else True
     assert not found["m"].leaked
 
 
 def test_recursion(model):
-    deep = []
+    deep: list[int] = []
 
     def again(module, args):
         if len(deep) < 3:
@@ -327,6 +328,7 @@ def test_activation_checkpointing(model, reentrant, fail):
     plain = Model()
     plain.load_state_dict(model.state_dict())
     grads = []
+    each: Any
     for each in (plain, model):
         data = x().requires_grad_()
         with fxnvtx.record() as recording:
@@ -373,17 +375,19 @@ def test_eight_threads_at_once_with_switches_and_recorders(model):
             with fxnvtx.record() as recording:
                 model(x())
             if any(r.leaked for r in recording.ranges) or local.stack:
-                problems.append(recording.ranges)
+                problems.append(str(recording.ranges))
             if turn % 10 == 0:
                 fxnvtx.instrument(model, "m", path=("hooks", "auto")[turn // 10 % 2])
 
     threads = [threading.Thread(target=run) for _ in range(7)]
-    [t.start() for t in threads]
+    for thread in threads:
+        thread.start()
     try:
         switch()
     finally:
         stop.set()
-        [t.join() for t in threads]
+        for thread in threads:
+            thread.join()
     assert problems == []
     fxnvtx.set_enabled(model, True)
     whole(model)
@@ -399,8 +403,10 @@ def test_eight_threads_record_the_same_tree_each(model):
 
     with fxnvtx.record() as recording:
         threads = [threading.Thread(target=run) for _ in range(8)]
-        [t.start() for t in threads]
-        [t.join() for t in threads]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     assert recording.balanced
     roots = shape(recording.tree())
     assert len(roots) == 40

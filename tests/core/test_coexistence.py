@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ WHOLE = [
 
 
 def accelerate_hooks(model):
-    hooks = pytest.importorskip("accelerate.hooks")
+    hooks: Any = pytest.importorskip("accelerate.hooks")
 
     class Adds(hooks.ModelHook):
         def pre_forward(self, module, *args, **kwargs):
@@ -52,7 +53,7 @@ def accelerate_hooks(model):
 
 
 def diffusers_hooks(model):
-    hooks = pytest.importorskip("diffusers.hooks.hooks")
+    hooks: Any = pytest.importorskip("diffusers.hooks.hooks")
 
     class Adds(hooks.ModelHook):
         def new_forward(self, module, *args, **kwargs):
@@ -80,7 +81,12 @@ def replaced_forward(model):
             return _old(*args, **kwargs) + 1
 
         part.forward = new
-    return lambda: [delattr(part, "forward") for part in parts]
+
+    def remove():
+        for part in parts:
+            del part.forward
+
+    return remove
 
 
 def forward_hooks(model):
@@ -322,7 +328,7 @@ def test_a_recorder_that_comes_and_goes_recompiles_nothing(dynamo, listen_first)
 
 
 def test_instrument_returns_the_compiled_model_it_was_given(dynamo):
-    compiled = torch.compile(zoo.Straight(), backend="eager")
+    compiled: Any = torch.compile(zoo.Straight(), backend="eager")
     assert fxnvtx.instrument(compiled) is compiled
     compiled(x())
     assert labels(run_recorded(compiled, x())[1])[0] == "Straight"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -61,9 +63,9 @@ def test_skip_types():
         hooks.remove_hooks()
         assert seen(model) == []
     with pytest.raises(InstrumentError):
-        DiffusionNvtxHooks(skip_types=5)
+        DiffusionNvtxHooks(skip_types=5)  # type: ignore[arg-type]
     with pytest.raises(InstrumentError):
-        DiffusionNvtxHooks(skip_types=[5])
+        DiffusionNvtxHooks(skip_types=[5])  # type: ignore[list-item]
 
 
 def test_prefix():
@@ -119,7 +121,8 @@ def test_switching_and_removing_in_the_middle_of_a_forward():
 def test_a_compiled_wrapper_stands_for_its_model():
     model = zoo.Straight()
     hooks = DiffusionNvtxHooks()
-    assert hooks.register_hooks(torch.compile(model, backend="eager")) == 3
+    compiled: Any = torch.compile(model, backend="eager")
+    assert hooks.register_hooks(compiled) == 3
     hooks.set_enabled(True)
     assert seen(model) == ["Straight", "a", "b"]
     hooks.remove_hooks()

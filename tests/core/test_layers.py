@@ -70,7 +70,9 @@ def _imported(name: str, path: Path, files: dict[str, Path]) -> set[str]:
             found |= {text.replace(".", "/") for text in dotted}
         elif isinstance(node, ast.ImportFrom):
             home = _home(name, path, node)
-            for alias in node.names if home is not None else ():
+            if home is None:
+                continue
+            for alias in node.names:
                 whole = f"{home}/{alias.name}".lstrip("/")
                 found.add(whole if whole in files else home)
     return found & set(files) - {""}

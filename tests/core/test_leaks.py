@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -80,7 +81,7 @@ def test_generators_that_interleave():
         list(second)
     a, b = recording.ranges
     assert (a.label, b.label) == ("a", "b")
-    assert a.start_ns < b.start_ns < a.end_ns < b.end_ns
+    assert a.start_ns < b.start_ns < a.end_ns < b.end_ns  # type: ignore[operator]
     assert shape(recording.tree()) == (("a", ()), ("b", ()))
     assert recording.balanced
 
@@ -111,7 +112,7 @@ def test_a_generator_finalized_by_another_thread_pops_nothing_there():
     made = g()
     with fxnvtx.record() as recording:
         next(made)
-        seen = []
+        seen: list[Any] = []
 
         def finish():
             with fxnvtx.range("there"):
@@ -189,4 +190,4 @@ def test_any_order_of_pushes_and_pops(steps):
     (root,) = recording.tree()
     assert root.label == "outer"
     for node in root.walk():
-        assert all(node.start_ns <= c.start_ns and c.end_ns <= node.end_ns for c in node.children)
+        assert all(node.start_ns <= c.start_ns and c.end_ns <= node.end_ns for c in node.children)  # type: ignore[operator]

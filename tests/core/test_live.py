@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from torch import nn
 
@@ -23,7 +25,7 @@ class Told:
     def opened(self, entry):
         assert entry.level == len(self.stack)
         assert entry.end_ns is None
-        node = (entry.label.text, [])
+        node: tuple[str, list] = (entry.label.text, [])
         (self.stack[-1][1] if self.stack else self.roots).append(node)
         self.stack.append(node)
 
@@ -77,11 +79,12 @@ def test_leaks_and_strays(told):
 def test_one_that_comes_and_goes_in_mid_call():
     model = fxnvtx.instrument(Chain(4), "m")
 
+    counted: list[str] = []
+
     class Counting:
         opened = closed = lambda self, entry: counted.append(entry.label.text)
 
-    counted = []
-    listener = Counting()
+    listener: Any = Counting()
     model.items[1].register_forward_pre_hook(lambda *_: ranges.add_sink(listener))
     model.items[3].register_forward_pre_hook(lambda *_: ranges.remove_sink(listener))
     with fxnvtx.record() as recording:

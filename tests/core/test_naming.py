@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -56,7 +58,7 @@ def seen(model):
 
 @PATHS
 def test_default_labels(path):
-    model = fxnvtx.instrument(Model().eval(), path=path)
+    model: Any = fxnvtx.instrument(Model().eval(), path=path)
     assert seen(model) == FULL
     assert label_of(model) == "Model"
     assert label_of(model.blocks) is None

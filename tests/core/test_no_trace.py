@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from . import zoo
 from .test_soundness_forms import x
 from .tools import equal, run_recorded
 
-OPTIONS = [{"path": "hooks"}, {"path": "auto"}, {"shapes": True}, {"name": "n", "depth": 1}]
+OPTIONS: list[dict[str, Any]] = [{"path": "hooks"}, {"path": "auto"}, {"shapes": True}, {"name": "n", "depth": 1}]
 
 
 def picture(model):
@@ -153,7 +154,7 @@ def test_random_numbers_are_untouched():
     before = torch.get_rng_state()
     model = zoo.Dropouts.__new__(zoo.Dropouts)
     with torch.random.fork_rng():
-        model.__init__()
+        zoo.Dropouts.__init__(model)
     for options in OPTIONS:
         fxnvtx.instrument(model, **options)
     fxnvtx.uninstrument(model)

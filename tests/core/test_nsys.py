@@ -110,7 +110,7 @@ def nest(rows):
     for start, end, _, text in rows:
         while stack and stack[-1][0] <= start:
             stack.pop()
-        node = (text, [])
+        node: tuple[str, list] = (text, [])
         (stack[-1][1][1] if stack else roots).append(node)
         stack.append((end, node))
 

@@ -71,8 +71,10 @@ def test_many_threads_share_one_object():
 
     with fxnvtx.record() as recording:
         threads = [threading.Thread(target=work) for _ in range(8)]
-        [t.start() for t in threads]
-        [t.join() for t in threads]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     assert stacks == [[]] * 8
     assert recording.balanced
     assert len(recording.ranges) == 8 * 4000
@@ -90,7 +92,7 @@ def test_a_decorated_function_keeps_its_face():
     with fxnvtx.record() as recording:
         assert f(1, y=3) == 4
         with pytest.raises(TypeError):
-            f()
+            f()  # type: ignore[call-arg]
     assert labels(recording) == ["f", "f"]
     assert recording.balanced
 

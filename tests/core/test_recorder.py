@@ -168,6 +168,7 @@ def test_a_recorder_that_began_later_does_not_take_an_end_for_a_beginning():
 def test_an_interrupt_in_mid_push():
     """Ctrl-C between the two halves of a push: what is pushed and popped afterwards is paired as ever."""
     with fxnvtx.record() as recording, fxnvtx.range("outer"):
+        assert local.stack.log is not None
         local.stack.log.append((label("cut off"), None, None, perf_counter_ns()))
         with fxnvtx.range("inner"):
             pass

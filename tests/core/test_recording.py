@@ -89,13 +89,15 @@ def test_ranges_are_sorted_by_start_and_nested_in_time():
 
     with fxnvtx.record() as recording:
         threads = [threading.Thread(target=work) for _ in range(8)]
-        [t.start() for t in threads]
-        [t.join() for t in threads]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     starts = [r.start_ns for r in recording.ranges]
     assert starts == sorted(starts)
     for root in recording.tree():
         (child,) = root.children
-        assert root.start_ns <= child.start_ns <= child.end_ns <= root.end_ns
+        assert root.start_ns <= child.start_ns <= child.end_ns <= root.end_ns  # type: ignore[operator]
     assert len(recording.tree()) == 2400
 
 

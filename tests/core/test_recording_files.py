@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -64,7 +65,7 @@ def test_any_payload_can_be_saved(tmp_path, payload):
 
 
 def test_a_payload_that_contains_itself(tmp_path):
-    payload = []
+    payload: list[Any] = []
     payload.append(payload)
     with fxnvtx.record() as recording, fxnvtx.range("r", payload=payload):
         pass

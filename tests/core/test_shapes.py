@@ -83,7 +83,7 @@ def test_every_level_has_its_marker_inside_its_range(path):
     with fxnvtx.record() as recording:
         model(x(3, 4))
     for mark, item in zip(recording.marks, recording.ranges, strict=True):
-        assert item.start_ns <= mark.time_ns <= item.end_ns
+        assert item.start_ns <= mark.time_ns <= item.end_ns  # type: ignore[operator]
     fxnvtx.instrument(model, "m", path=path)
     assert marks(model, x(3, 4)) == []
 

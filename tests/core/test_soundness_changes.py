@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def test_a_number_on_self(value):
 def test_one_is_not_true():
     twins = Twins(zoo.Truthy, warm=(x(),))
     for value in (True, 1.0, 1):
-        assert twins.each(lambda m, value=value: setattr(m, "flag", value)).agree(x())[1]["flag"] is value
+        assert twins.each(lambda m, value=value: setattr(m, "flag", value)).agree(x())[1]["flag"] is value  # type: ignore[misc]
 
 
 def test_a_nan_on_self_stays_on_the_fx_path():
@@ -53,7 +54,7 @@ def test_a_nan_on_self_stays_on_the_fx_path():
 def test_train_and_eval():
     twins = Twins(zoo.Dropouts, warm=(x(),))
     for mode in (False, True, False):
-        twins.each(lambda m, mode=mode: m.train(mode)).agree(x())
+        twins.each(lambda m, mode=mode: m.train(mode)).agree(x())  # type: ignore[misc]
     twins.each(lambda m: m.drop.train()).agree(x())
 
 
@@ -85,7 +86,7 @@ def test_torch_functions_get_patched(monkeypatch):
     attention, straight = Twins(zoo.Attention, warm=(x(2, 3, 4),)), Twins(zoo.Straight, warm=(x(),))
     assert attention.traced() and straight.traced()
     seen = []
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: seen.append(1) or real(*a, **k) * 2)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: seen.append(1) or real(*a, **k) * 2)  # type: ignore[func-returns-value]
     monkeypatch.setattr(F, "gelu", lambda x: gelu(x) - 1)
     attention.agree(x(2, 3, 4))
     assert len(seen) == 6  # each of the three runs twice
@@ -100,7 +101,7 @@ def test_torch_functions_get_patched(monkeypatch):
 
 class Deep(zoo.Base):
     def forward(self, x):
-        return torch.nn.modules.activation.F.silu(self.a(x))
+        return torch.nn.modules.activation.F.silu(self.a(x))  # type: ignore[attr-defined]
 
 
 def test_a_five_part_name_is_compared_at_every_call(monkeypatch):
@@ -164,7 +165,8 @@ def test_a_child_replaced_by_one_that_adds_to_call():
 def test_a_child_replaced_by_an_instrumented_one_that_adds_to_call():
     twins = Twins(lambda: nn.Sequential(zoo.Straight(), zoo.OwnCall()), warm=(x(),))
     assert twins.traced("0")
-    for model in (twins.plain, twins.auto, twins.hooks):
+    models: list[Any] = [twins.plain, twins.auto, twins.hooks]
+    for model in models:
         model[0].a = model[1]
     twins.agree_in_value(x())
     twins.renew().agree(x())
@@ -271,8 +273,8 @@ def test_forward_hooks_added_later(where):
         lambda m: m.register_forward_hook(always, always_call=True),
     )
     for kind in kinds:
-        handles = []
-        twins.each(lambda m, kind=kind, handles=handles: handles.append(kind(m.get_submodule(where))))
+        handles: list[Any] = []
+        twins.each(lambda m, kind=kind, handles=handles: handles.append(kind(m.get_submodule(where))))  # type: ignore[misc]
         seen.clear()
         twins.agree(x())
         assert len(seen) == 6
@@ -301,7 +303,7 @@ def test_global_hooks():
 
 def test_backward_hooks_added_later():
     twins = Twins(zoo.Straight, warm=(x(),))
-    grads = {}
+    grads: dict[int, list[torch.Tensor]] = {}
 
     def add(m):
         m.register_full_backward_hook(lambda mod, gi, go: grads.setdefault(id(m), []).append(gi[0].clone()))
@@ -315,7 +317,8 @@ def test_backward_hooks_added_later():
     assert len(one) == 1
     assert all(torch.equal(o[0], one[0]) for o in others)
     assert all(
-        torch.equal(a.grad, b.grad) for a, b in zip(twins.plain.parameters(), twins.auto.parameters(), strict=True)
+        torch.equal(a.grad, b.grad)  # type: ignore[arg-type]
+        for a, b in zip(twins.plain.parameters(), twins.auto.parameters(), strict=True)  # type: ignore[arg-type]
     )
 
 

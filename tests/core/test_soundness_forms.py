@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -98,7 +100,7 @@ def test_unpacking_that_does_not_fit():
     twins = Twins(zoo.UnpackChild)
     assert twins.agree(x())[0] == "value"
     for parts in (1, 3, 0, 2):
-        twins.each(lambda m, parts=parts: setattr(m.pair, "parts", parts))
+        twins.each(lambda m, parts=parts: setattr(m.pair, "parts", parts))  # type: ignore[misc]
         assert twins.agree(x())[1] is ValueError if parts != 2 else twins.agree(x())[0] == "value"
     twins = Twins(zoo.Attention)
     assert twins.agree(x(2, 3, 4))[0] == "value"
@@ -173,12 +175,12 @@ def test_a_tied_module_of_a_class_does_not_decide_for_its_untied_sisters(tied_fi
         pass
 
     def tied():
-        model = Fresh()
+        model: Any = Fresh()
         model.b = model.a
         return model
 
     def untied():  # the same names get ranges as in the tied one: Identity gets none
-        model = Fresh()
+        model: Any = Fresh()
         model.b = nn.Identity()
         return model
 

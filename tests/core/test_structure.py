@@ -322,8 +322,8 @@ def test_a_structure_tells_every_change_and_no_other():
         same()
         assert not known.changed()
     for _ in range(20):  # an id() that is taken again is told from its predecessor
-        del model.first._modules["1"]
-        model.first._modules["1"] = nn.Dropout()
+        del model.first._modules["1"]  # type: ignore[union-attr]
+        model.first._modules["1"] = nn.Dropout()  # type: ignore[union-attr]
         assert known.changed()
         assert known.changed(id(model.first)) and known.changed(id(model))
         known = Structure(model)
@@ -347,12 +347,14 @@ def test_threads_that_call_while_the_model_changes():
                     errors.append(error)
 
         threads = [threading.Thread(target=work) for _ in range(3)]
-        [t.start() for t in threads]
+        for thread in threads:
+            thread.start()
         for _, block in itertools.product(range(10), watched.model.blocks):
             block.to_q = Lora(block.to_q)
             watched.model(sample())
             block.to_q = block.to_q.base_layer
         stop.set()
-        [t.join() for t in threads]
+        for thread in threads:
+            thread.join()
         assert not errors
         watched.check()

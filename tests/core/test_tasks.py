@@ -14,6 +14,7 @@ import threading
 import weakref
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ from .with_bodies import wrong
 APP = "tests.core.tasks_app"
 ROOT = Path(__file__).parents[2]
 
-nodes = st.recursive(
+nodes: st.SearchStrategy[Any] = st.recursive(
     st.tuples(st.sampled_from(KINDS), st.just([])),
     lambda below: st.tuples(st.sampled_from(KINDS), st.lists(below, max_size=3)),
     max_leaves=8,
@@ -107,6 +108,7 @@ def test_a_spool_has_the_same_tree(recorded, tmp_path):
     finally:
         fxnvtx.ranges.remove_sink(spool)
     spool.write()
+    assert spool.path is not None
     kept = read_spool(spool.path)
     assert kept.balanced
 
@@ -168,7 +170,7 @@ def test_tasks_one_after_the_other_are_a_tree_in_the_report(program):
 
 
 def calls_by_path(tree, above=()):
-    found = Counter()
+    found: Counter[tuple[str, ...]] = Counter()
     for node in tree:
         path = (*above, node.label)
         found[path] += 1
@@ -296,7 +298,7 @@ def test_a_function_that_is_called_a_coroutine_function():
         return future
 
     async def main():
-        return await fxnvtx.range("marked")(inspect.markcoroutinefunction(waits))()
+        return await fxnvtx.range("marked")(inspect.markcoroutinefunction(waits))()  # type: ignore[attr-defined]
 
     with fxnvtx.record() as recording:
         assert asyncio.run(main()) == 5
@@ -328,7 +330,7 @@ async def asyncgen(kept):
 @pytest.mark.parametrize("function", [coroutine, generator, asyncgen])
 def test_what_an_exception_is_thrown_into_is_freed_at_once(function):
     """A cancelled request's tensors do not wait for the garbage collector."""
-    kept = []
+    kept: list[Any] = []
 
     def throw():
         made = fxnvtx.range("thrown into")(function)(kept)

@@ -24,8 +24,10 @@ def test_eight_threads_nest_independently():
 
     with fxnvtx.record() as recording:
         threads = [threading.Thread(target=work, args=(f"t{i}",)) for i in range(8)]
-        [t.start() for t in threads]
-        [t.join() for t in threads]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     assert stacks == [[]] * 8
     assert recording.balanced
     by_thread: dict[int, list] = {}

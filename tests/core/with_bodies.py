@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import types
+from typing import Any
 
 from fxnvtx.ranges.crossing import ASYNC, is_left_inside
 
@@ -105,6 +106,7 @@ async def generator():
 def wrong():
     """The names of the bodies that are taken for something else than they are."""
     found.clear()
+    made: Any
     for made in (coroutine(), generator()):
         if hasattr(made, "send"):
             try:

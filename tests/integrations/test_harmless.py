@@ -283,7 +283,7 @@ def test_nobody_listening_costs_nothing_to_speak_of() -> None:
 
     bare = cost()
     fx.instrument(pipe)
-    assert type(scheduler).step.__wrapped__ is not None
+    assert type(scheduler).step.__wrapped__ is not None  # type: ignore[attr-defined]
     assert cost() - bare < 2e-6
 
 

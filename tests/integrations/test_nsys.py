@@ -48,7 +48,8 @@ def test_nsys_sees_what_the_recorder_saw(tmp_path: Path) -> None:
             "select coalesce(e.text, s.value), e.start, e.end from NVTX_EVENTS e "
             "left join StringIds s on s.id = e.textId where e.eventType = 59 order by e.start, e.end desc"
         ).fetchall()
-    seen, ends = [], []
+    seen = []
+    ends: list[int] = []
     for text, start, end in rows:
         while ends and ends[-1] <= start:
             ends.pop()

@@ -21,7 +21,7 @@ from fxnvtx.integrations.diffusers.thread_state import computed
 from .asking import labels, only, recorded
 
 
-def all_schedulers() -> list[type]:
+def all_schedulers() -> list[Any]:
     found = [getattr(schedulers, name, None) for name in dir(schedulers) if name.endswith("Scheduler")]
     return [f for f in found if isinstance(f, type) and not name_of_dummy(f)]
 
@@ -30,7 +30,7 @@ def name_of_dummy(kind: type) -> bool:
     return "dummy" in kind.__module__
 
 
-def made(kind: type) -> Any:
+def made(kind: Any) -> Any:
     """One with default settings, its timesteps set to four; None where it does not work that way."""
     try:
         scheduler = kind()

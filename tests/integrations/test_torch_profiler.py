@@ -44,7 +44,7 @@ class Net(nn.Module):
         return x
 
 
-def annotations(prof, folder):
+def user_annotations(prof, folder):
     """The user annotations of an exported trace as nested (label, children), and the threads they are on."""
     path = folder / "trace.json"
     prof.export_chrome_trace(str(path))
@@ -61,7 +61,7 @@ def annotations(prof, folder):
         while stack and stack[-1][0] <= start:
             stack.pop()
         assert not stack or end <= stack[-1][0]
-        node = (event["name"], [])
+        node: tuple[str, list] = (event["name"], [])
         (stack[-1][1] if stack else roots).append(node)
         stack.append((end, node[1]))
 
@@ -102,12 +102,12 @@ def test_the_trace_holds_the_recorders_ranges(tmp_path, how):
         assert not emit.active
         assert torch.equal(model(x), wanted)
     assert dict(torch._dynamo.utils.counters["frames"]) == frames
-    found, threads = annotations(prof, tmp_path)
+    found, threads = user_annotations(prof, tmp_path)
     assert found == shape(recording.tree())
     assert "profiled.blocks.2" in str(found)
     assert len(threads) == 1
     assert threads == {r.thread_id for r in recording.ranges}
-    assert annotations(again, tmp_path)[0] == found[0][1]
+    assert user_annotations(again, tmp_path)[0] == found[0][1]
 
 
 @pytest.mark.parametrize("how", ["hooks", "whole", "regional"])
@@ -161,7 +161,8 @@ def test_a_clock_that_jumps_changes_no_nesting(seed):
     jumped = [
         (s + (i > 0) * chance.choice([0, -700]), e + chance.choice([0, 900]), d) for i, (s, e, d) in enumerate(spans)
     ]
-    found, stack = [], []
+    found = []
+    stack: list[int] = []
     for start, end in settled([s[:2] for s in jumped]):
         while stack and stack[-1] <= start:
             stack.pop()
@@ -234,7 +235,7 @@ def test_a_range_that_a_session_cuts(tmp_path):
         across.__exit__(None, None, None)
     assert ranges.local.stack == []
     assert not emit.active
-    assert ("inside", ()) in annotations(prof, tmp_path)[0]
+    assert ("inside", ()) in user_annotations(prof, tmp_path)[0]
 
 
 def test_a_range_that_ends_while_the_session_does_is_left_once():
@@ -260,7 +261,7 @@ def test_leaks_and_exceptions_stay_nested(tmp_path):
         with fxnvtx.range("c"):
             pass
     ranges.local.unnamed = []
-    assert annotations(prof, tmp_path)[0] == (("a", (("b", (("leaked", ()),)), ("c", ()))),)
+    assert user_annotations(prof, tmp_path)[0] == (("a", (("b", (("leaked", ()),)), ("c", ()))),)
 
 
 def test_the_windows_of_a_schedule(tmp_path):
@@ -269,7 +270,7 @@ def test_the_windows_of_a_schedule(tmp_path):
     with profile(
         activities=[ProfilerActivity.CPU],
         schedule=schedule(wait=1, warmup=1, active=1, repeat=2),
-        on_trace_ready=lambda p: kept.append(annotations(p, tmp_path)[0]),
+        on_trace_ready=lambda p: kept.append(user_annotations(p, tmp_path)[0]),
     ) as prof:
         for step in range(6):
             active.append(emit.active)
@@ -315,12 +316,12 @@ def test_ranges_go_to_roctx_in_a_rocm_build_only():
 
 
 def test_what_roctx_would_hear_is_balanced():
-    heard = []
+    heard: list[str] = []
     listener = RoctxListener(
         heard.append,
         lambda: heard.append("pop"),
         lambda text: heard.append(f"mark {text}"),
-        lambda text: heard.append(f"start {text}") or text,
+        lambda text: heard.append(f"start {text}") or text,  # type: ignore[func-returns-value]
         lambda text: heard.append(f"end {text}"),
     )
     with fxnvtx.range("began before"):

@@ -200,7 +200,7 @@ def test_nothing_of_the_pipelines_frame_is_kept_alive() -> None:
     noise: list[Any] = []
 
     class Holding(Looping):
-        def __call__(self) -> None:
+        def __call__(self) -> None:  # type: ignore[override]
             self.scheduler.set_timesteps(2)
             timesteps = self.scheduler.timesteps
             sample = torch.ones(1, 3)

@@ -1,5 +1,7 @@
 """Small components and stages for the tests of the runtime."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -25,7 +27,7 @@ class Net(nn.Module):
     def __init__(self, width=8, depth=3, seed=0):
         super().__init__()
         self.embed = nn.Linear(width, width)
-        self.blocks = nn.ModuleList([Block(width) for _ in range(depth)])
+        self.blocks: Any = nn.ModuleList([Block(width) for _ in range(depth)])
         self.head = nn.Linear(width, width)
         self.register_buffer("shift", torch.ones(width), persistent=False)
         with torch.no_grad():

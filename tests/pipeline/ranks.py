@@ -46,7 +46,7 @@ class Work(PipelineStage):
     """Notes the rank that ran it; fails on one rank where told to."""
 
     def __init__(self, parallelism, fails_on=None, error=None):
-        self.parallelism = parallelism
+        self.parallelism = parallelism  # type: ignore[misc]
         self.fails_on = fails_on
         self.error = error
 
@@ -273,7 +273,7 @@ def _rank(rank, world, scenarios, cfg_size, folder):
 
 def spawn(world, scenarios, folder, cfg_size=None):
     """The findings of every rank, by rank."""
-    processes = mp.start_processes(
+    processes = mp.start_processes(  # type: ignore[attr-defined]
         _rank, (world, scenarios, cfg_size, str(folder)), nprocs=world, join=False, start_method="spawn"
     )
     deadline = time.monotonic() + CHILD_S

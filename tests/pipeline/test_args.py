@@ -104,14 +104,14 @@ def test_no_layerwise_components_can_be_asked_for():
         lambda: ServerArgs(nvtx_depth=-1),
         lambda: ServerArgs(performance_mode="fast"),
         lambda: ServerArgs(residency={"dit": "gone"}),
-        lambda: ServerArgs(residency=["dit"]),
-        lambda: ServerArgs(enable_layerwise_nvtx_marker="yes"),
-        lambda: ServerArgs(vae_cpu_offload=1),
-        lambda: ServerArgs(layerwise_offload_components="dit"),
+        lambda: ServerArgs(residency=["dit"]),  # type: ignore[arg-type]
+        lambda: ServerArgs(enable_layerwise_nvtx_marker="yes"),  # type: ignore[arg-type]
+        lambda: ServerArgs(vae_cpu_offload=1),  # type: ignore[arg-type]
+        lambda: ServerArgs(layerwise_offload_components="dit"),  # type: ignore[arg-type]
         lambda: ServerArgs(guidance_interval=(5, 2)),
         lambda: ServerArgs(two_stage_device_mode="h200"),
         lambda: ServerArgs.from_kwargs(enable_nvtx=True),
-        lambda: ServerArgs.from_dict([1]),
+        lambda: ServerArgs.from_dict([1]),  # type: ignore[arg-type]
         lambda: ServerArgs.from_file("/nowhere/run.json"),
         lambda: ServerArgs.from_cli(["--unknown"]),
         lambda: ServerArgs.from_cli(["--vae-cpu-offload", "maybe"]),

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from .nets import LAYERS, STAGES, Uses, labels, pipeline_of, shape
 
 pytestmark = pytest.mark.slow
 FUSED = re.compile(r"fused\((.*)\)")
-REQUEST = {"prompt": "a fox", "steps": 2}
+REQUEST: dict[str, Any] = {"prompt": "a fox", "steps": 2}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -175,8 +176,8 @@ def test_a_compiled_decode(when):
     coder = Coder()
     x = torch.ones(2, 8)
     wanted = coder.decode(x)
-    compile = {"backend": fxnvtx.backend("eager"), "fullgraph": True}
-    compiled = []
+    compile: dict[str, Any] = {"backend": fxnvtx.backend("eager"), "fullgraph": True}
+    compiled: list[Any] = []
 
     def work(stage, batch):
         with stage.use_component("vae") as vae:
@@ -188,7 +189,7 @@ def test_a_compiled_decode(when):
 
     pipeline = pipeline_of({"vae": coder}, {"decoding": Uses(work, "vae")})
     if when == "before its use":
-        coder.decode = torch.compile(coder.decode, **compile)
+        coder.decode = torch.compile(coder.decode, **compile)  # type: ignore[method-assign]
     elif when == "the whole component":
         coder.compile(**compile)
     graphs = _graphs()

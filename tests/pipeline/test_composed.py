@@ -78,7 +78,7 @@ def test_ranges_and_figures_join_one_to_one():
     assert [s["range"] for s in figures["stages"]] == labels(recording, "stage")
     assert [s["name"] for s in figures["stages"]] == ["first", "second", "Switch"]
     assert all(s["calls"] == 1 for s in figures["stages"])
-    spans = {r.label: (r.end_ns - r.start_ns) / 1e6 for r in recording.ranges}
+    spans = {r.label: (r.end_ns - r.start_ns) / 1e6 for r in recording.ranges}  # type: ignore[operator]
     for stage in figures["stages"]:
         assert 0 < stage["wall_ms"] <= spans[stage["range"]]
     assert spans["request#0"] <= figures["total_ms"]
@@ -153,7 +153,7 @@ def test_parallelism_may_follow_from_the_batch():
 
     batch, group = Batch(), [Batch(), Batch()]
     pipeline = pipeline_of({}, {"a": Chooses(lambda stage, batch: None)})
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     try:
         pipeline.executor = ParallelExecutor()
         pipeline(batch)

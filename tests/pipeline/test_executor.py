@@ -1,5 +1,8 @@
 """The executor: requests, warm-ups, groups, and the device profiler."""
 
+import itertools
+from typing import Any
+
 import pytest
 import torch
 
@@ -98,7 +101,7 @@ def test_a_request_that_fails_is_finished_and_the_next_one_works(error):
 
 
 def test_a_mixed_group_is_gated_the_same_everywhere():
-    seen = []
+    seen: list[Any] = []
     pipeline = pipeline_of({"net": Net(depth=1)}, {"a": Gates(seen), "b": calls(), "c": Gates(seen)})
     group = [Batch(seed=0, is_warmup=True), Batch(seed=1), Batch(seed=2)]
     with fxnvtx.record() as recording:
@@ -118,8 +121,8 @@ def test_a_mixed_group_is_gated_the_same_everywhere():
 def test_reading_a_model_is_not_part_of_the_request(monkeypatch):
     from fxnvtx import modules
 
-    seen = []
-    real = modules.instrument
+    seen: list[Any] = []
+    real: Any = modules.instrument
 
     def noted(*args, **kwargs):
         seen.append(len(fxnvtx.ranges.local.stack))
@@ -135,7 +138,7 @@ def test_reading_a_model_is_not_part_of_the_request(monkeypatch):
 
 
 def test_a_group_of_warmups_shows_nothing():
-    seen = []
+    seen: list[Any] = []
     pipeline = pipeline_of({"net": Net()}, {"a": Gates(seen), "b": calls()})
     with fxnvtx.record() as recording:
         pipeline.run_grouped([Batch(is_warmup=True), Batch(is_warmup=True)])
@@ -174,7 +177,7 @@ def test_the_label_of_a_request_is_not_a_new_string_for_ever():
     counting = SyncExecutor()
     pipeline = pipeline_of({}, {"a": Gates([])})
     pipeline.executor = counting
-    counting._numbers = iter([executor.DISTINCT_REQUEST_LABELS + 3])
+    counting._numbers = itertools.count(executor.DISTINCT_REQUEST_LABELS + 3)
     with fxnvtx.record() as recording:
         pipeline(Batch())
     assert labels(recording, "request") == ["request#3"]
@@ -194,7 +197,7 @@ class Runtime:
 
 
 def test_the_device_profiler_runs_around_requests_that_are_no_warmups(monkeypatch):
-    events = []
+    events: list[str] = []
     monkeypatch.setattr(torch.cuda, "cudart", lambda: Runtime(events))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("wait"))
 

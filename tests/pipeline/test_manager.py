@@ -5,6 +5,7 @@ import gc
 import pickle
 import threading
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ class Request:
     """A manager with components a and b, in a request of one stage `s` that uses both."""
 
     def __init__(self, args=OFFLOAD, uses=("a", "b"), **request):
-        self.components = {"a": Net(seed=1), "b": Net(seed=2)}
+        self.components: dict[str, Any] = {"a": Net(seed=1), "b": Net(seed=2)}
         self.manager = ComponentResidencyManager(self.components, args=args)
         self.stage = stage_of("s", *uses)
         self.args = args
@@ -196,13 +197,14 @@ def test_uses_of_one_key_are_taken_in_their_order():
 
 def test_a_stage_that_runs_twice_finds_its_uses_again():
     timeline = Timeline([ComponentUse(c, stage=s) for s, c in (("s", "a"), ("t", "b"), ("s", "a"), ("u", "c"))])
-    nexts = []
+    nexts: list[tuple[str, str | None]] = []
     for stage in ("s", "t", "s", "u", "t"):
         timeline.stage_begins(stage)
         use = timeline.next_heavy()
+        assert use is not None
         timeline.begins(use)
         coming = timeline.next_heavy()
-        nexts.append((use.component, coming and coming.component))
+        nexts.append((use.component, coming.component if coming is not None else None))
     assert nexts == [("a", "b"), ("b", "a"), ("a", "c"), ("c", None), ("b", "a")]
 
 
@@ -273,7 +275,7 @@ def test_a_replaced_component_is_picked_up_and_the_old_one_is_freed():
         with r.manager.use_component("a"):
             pass
         old = weakref.ref(r.components["a"])
-        weight = weakref.ref(old().head.weight)
+        weight = weakref.ref(r.components["a"].head.weight)
         r.components["a"] = Net(seed=5)
         gc.collect()
         assert old() is None
@@ -512,7 +514,7 @@ def test_updates_are_kept_in_every_mode_in_use_and_out_of_it():
 
 def test_a_use_that_begins_at_the_stages_entry():
     """Its weights come in before the stage does anything, stay between its blocks, and go with the stage."""
-    seen = []
+    seen: list[Any] = []
 
     def work(stage, batch):
         manager = pipeline.residency

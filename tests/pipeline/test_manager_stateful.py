@@ -174,7 +174,7 @@ class ManagerMachine(RuleBasedStateMachine):
             raise Interrupted
 
         with self.manager.use_component(name) as net:
-            handle = net.blocks[1].register_forward_pre_hook(stop)
+            handle = net.blocks[1].register_forward_pre_hook(stop)  # type: ignore[index,union-attr]
             try:
                 net(X)
                 raise AssertionError("not reached")

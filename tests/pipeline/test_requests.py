@@ -5,6 +5,7 @@ import contextvars
 import copy
 import pickle
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def stage(name, *uses):
 
 def on_a_thread(work):
     """What `work` returned on a thread of its own; raises what it raised."""
-    found = []
+    found: list[tuple[Any, BaseException | None]] = []
 
     def run():
         try:

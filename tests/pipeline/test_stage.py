@@ -1,6 +1,7 @@
 """A stage: its order of events, its names, its gate."""
 
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ class Bare(PipelineStage):
 
 
 def test_the_order_of_events():
-    events = []
+    events: list[tuple[Any, ...]] = []
 
     class Stage(PipelineStage):
         def verify_input(self, batch, args):
@@ -76,7 +77,7 @@ def test_the_gate_is_flag_and_not_warmup(args, warmup, wanted):
 
 def test_the_gate_cannot_be_written():
     with pytest.raises(AttributeError):
-        Bare().current_use_nvtx = True
+        Bare().current_use_nvtx = True  # type: ignore[misc]
 
 
 def test_what_the_request_decided_holds_for_every_stage():

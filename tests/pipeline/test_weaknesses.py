@@ -7,6 +7,7 @@ test_executor.py.
 import copy
 import sys
 from time import perf_counter
+from typing import Any
 
 import pytest
 import torch
@@ -114,7 +115,7 @@ def test_a_base_exception_leaks_nothing(error, mode):
 
 def test_removal_in_the_middle_of_a_forward_leaks_nothing():
     net = Net()
-    pipeline = None
+    pipeline: Any = None
 
     def work(stage, batch):
         with stage.use_component("net"):

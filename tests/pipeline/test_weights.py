@@ -7,6 +7,7 @@ import textwrap
 import threading
 from concurrent.futures import wait
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ EVERY = [Resident, *OFFLOADING]
 class FailingPlace(MemoryPlace):
     """Memory that runs out: the n-th allocation from now fails."""
 
-    left = None
+    left: int | None = None
 
     def allocate(self, nbytes):
         if self.left is not None:
@@ -240,7 +241,7 @@ def test_another_dtype_for_a_use_costs_no_bits(kind):
 
 @pytest.mark.parametrize("kind", OFFLOADING)
 def test_tied_and_overlapping_weights_stay_tied(kind):
-    net = Net()
+    net: Any = Net()
     net.head.weight = net.embed.weight
     net.blocks[1].fc.weight = net.blocks[0].fc.weight
     flat = torch.randn(16)
@@ -262,7 +263,7 @@ def test_tied_and_overlapping_weights_stay_tied(kind):
 
 @pytest.mark.parametrize("kind", OFFLOADING)
 def test_a_view_put_in_later_is_tied_to_what_it_looks_into(kind):
-    net = Net()
+    net: Any = Net()
     strategy, account = hold(kind, net)
     strategy.bring_back(net)
     total = weight_bytes(net)

@@ -2,6 +2,7 @@
 
 import hashlib
 import sys
+from typing import Any
 
 import numpy
 from sglang.multimodal_gen import DiffGenerator
@@ -9,7 +10,7 @@ from sglang.multimodal_gen import DiffGenerator
 
 def main():
     model, requests, *words = sys.argv[1:]
-    given = dict(word.split("=", 1) for word in words)
+    given: dict[str, Any] = dict(word.split("=", 1) for word in words)
     known = {"true": True, "false": False}
     given = {name: int(value) if value.isdigit() else known.get(value, value) for name, value in given.items()}
     generator = DiffGenerator.from_pretrained(model_path=model, **{"num_gpus": 1, **given})

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,7 +40,8 @@ def recordings(run):
 
 def paths(ranges):
     """(labels from the outermost range to this one) of every range."""
-    found, above = [], []
+    found = []
+    above: list[str] = []
     for r in ranges:
         del above[r.depth :]
         above.append(r.label)
@@ -49,7 +51,7 @@ def paths(ranges):
 
 def last_names(texts):
     """How often each name without the modules above it."""
-    found = Counter()
+    found: Counter[tuple[str, str]] = Counter()
     for text, count in texts.items():
         name, _, shapes = text.partition(" in=")
         found[name.rpartition(".")[2], shapes] += count
@@ -99,8 +101,8 @@ def test_every_label_of_sglangs_own_is_there(run_sglang, eager):
     texts = [line for file in own.folder.glob("*.txt") for line in file.read_text().splitlines()]
     wanted = Counter(texts)
     assert sum(wanted.values()) > 1000
-    ours = Counter()
-    names = Counter()
+    ours: Counter[Any] = Counter()
+    names: Counter[Any] = Counter()
     for recording in recordings(eager):
         assert recording.balanced
         names.update(r.label for r in recording.ranges)
@@ -158,7 +160,8 @@ def test_a_capture_has_the_same_ranges(name, many, request):
                 "where eventType = 59 and domainId = ? and globalTid >> 24 = ? order by globalTid, start, -end",
                 (number, process),
             ).fetchall()
-    captured, stack = Counter(), []
+    captured: Counter[tuple[str, ...]] = Counter()
+    stack: list[tuple[int, int, str]] = []
     for thread, start, end, text in rows:
         while stack and (stack[-1][0] != thread or stack[-1][1] <= start):
             stack.pop()

@@ -8,6 +8,7 @@ import dataclasses
 import sys
 from contextlib import ExitStack
 from types import ModuleType, SimpleNamespace
+from typing import Any, cast
 
 import torch.cuda.nvtx
 
@@ -181,9 +182,10 @@ class Manager:
         self.pipeline = pipeline
         pipeline.modules = Components(pipeline.modules)
         self.state = SimpleNamespace(batch_is_warmup=False, stages=[])
-        self._manager = m = fx.ComponentResidencyManager(pipeline.modules, args=self.args)
+        m: Any = fx.ComponentResidencyManager(pipeline.modules, args=self.args)
+        self._manager = m
         m.holdings = Books(self, m.kinds, m._args_here, None, m._in_use, m._shows_moves)
-        self._request = None
+        self._request: Any = None
         self._hooks = {}
         self._stages = {}
         self.uses = {}
@@ -243,10 +245,6 @@ class Manager:
         if self._request.active:
             self._manager.end_use(self._request.active[-1].use)
 
-    @property
-    def _prefetched_use_keys(self):
-        return {self._manager.holdings.last[s._name].key for _, s in self._manager.holdings.known() if s.ahead}
-
     def _use_key(self, use):
         return use.key
 
@@ -291,6 +289,8 @@ def arguments(server_args):
 
 
 class Stage(fx.PipelineStage):
+    server_args: Any
+
     def __call__(self, batch, server_args):
         wanted = getattr(self.server_args, "enable_layerwise_nvtx_marker", False)
         return super().__call__(batch, fx.ServerArgs(enable_layerwise_nvtx_marker=wanted))
@@ -311,7 +311,7 @@ class Req:
 
 
 def collect_input_shapes(args, kwargs=None):
-    return [list(shape) for shape in input_shapes(args, kwargs or {})]
+    return [list(shape) for shape in cast("tuple[tuple[int, ...], ...]", input_shapes(args, kwargs or {}))]
 
 
 def offer(name, below=RUNTIME, /, **names):

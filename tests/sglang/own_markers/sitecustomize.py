@@ -7,6 +7,7 @@ import importlib.abc
 import importlib.machinery
 import os
 import sys
+from typing import Any
 
 NAME = "torch.cuda.nvtx"
 
@@ -16,7 +17,8 @@ class Finder(importlib.abc.MetaPathFinder):
         if fullname != NAME:
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path)
-        run = spec.loader.exec_module
+        loader: Any = spec.loader if spec is not None else None
+        run = loader.exec_module
 
         def exec_module(module):
             run(module)
@@ -24,7 +26,7 @@ class Finder(importlib.abc.MetaPathFinder):
             module.range_push = lambda text: file.write(f"{text}\n")
             module.range_pop = lambda: None
 
-        spec.loader.exec_module = exec_module
+        loader.exec_module = exec_module
         return spec
 
 

@@ -24,7 +24,7 @@ class ResidentStrategy(ComponentResidencyStrategy):
 
 class VanillaD2HStrategy(ComponentResidencyStrategy):
     def prepare_for_use(self, module, use, state):
-        ResidentStrategy.prepare_for_use(self, module, use, state)
+        ResidentStrategy.prepare_for_use(self, module, use, state)  # type: ignore[arg-type]
 
     def wait_for_use(self, module, use, state):
         pass

@@ -3,12 +3,13 @@
 import enum
 import functools
 import pkgutil
+from typing import Any
 
 HookType = enum.Enum("HookType", ["BEFORE", "AFTER", "AROUND", "REPLACE"])
 
 
 class HookRegistry:
-    hooks = []
+    hooks: list[Any] = []
 
     @classmethod
     def register(cls, target, hook, hook_type=HookType.AFTER):

@@ -3,9 +3,9 @@
 
 class LayerwiseOffloadManager:
     layers_attr_str = "layers"
-    _retained_set = frozenset()
-    _permanent_set = frozenset()
-    _courier_inflight = frozenset()
+    _retained_set: frozenset[int] = frozenset()
+    _permanent_set: frozenset[int] = frozenset()
+    _courier_inflight: frozenset[int] = frozenset()
 
     def __init__(self, model):
         self.model = model

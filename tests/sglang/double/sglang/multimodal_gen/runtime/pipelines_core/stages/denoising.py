@@ -9,6 +9,7 @@ from ...utils import nvtx_pytorch_hooks, torch_compile
 
 class Stage:
     name = "stage"
+    use: ComponentUse
     current_use_nvtx = False
     silent = staticmethod(contextlib.nullcontext)
 
