@@ -23,7 +23,7 @@ VERSIONED = ["tests/gpuless", "tests/core", "tests/compile", "tests/pipeline", "
 @nox.session
 def lint(session: nox.Session) -> None:
     """Style and types."""
-    session.install("-c", "constraints.txt", "-e", ".[dev]")
+    session.install("-c", "constraints.txt", "-e", ".[test,dev]")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy")
