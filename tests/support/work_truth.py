@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils import flop_counter
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxnvtx.recording import Recording
@@ -39,6 +40,39 @@ def true_flops(model: nn.Module, run: Callable[[], Any], name: str) -> dict[str,
         if module == kind or module.startswith(f"{kind}."):
             counts[name + module[len(kind) :]] = sum(flops.values())
     return counts
+
+
+def trained_flops(model: nn.Module, run: Callable[[], Any], name: str) -> dict[str, int]:
+    """The same with backward passes: every module's calls run once more, alone.
+
+    torch's counter tells a backward operation's module by hooks on tensors, and gives many to a neighbour (a SiLU with
+    millions of FLOPs). A module run by itself, on inputs that need a gradient where they did, has only its own.
+    """
+    calls: list[tuple[str, nn.Module, Any, Any]] = []
+    own = {module: f"{name}.{path}".rstrip(".") for path, module in model.named_modules()}
+
+    def called(module: nn.Module, args: Any, kwargs: Any, _output: Any) -> None:
+        calls.append((own[module], module, *tree_map(_apart, (args, kwargs))))
+
+    hooks = [module.register_forward_hook(called, with_kwargs=True) for module in own]
+    run()
+    for hook in hooks:
+        hook.remove()
+    counts: dict[str, int] = {}
+    for label, module, args, kwargs in calls:
+        with FlopCounterMode(display=False, custom_mapping=_CPU) as counter:
+            outputs = [t for t in tree_leaves(module(*args, **kwargs)) if isinstance(t, torch.Tensor) and t.requires_grad]
+            if outputs:
+                torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
+        counts[label] = counts.get(label, 0) + counter.get_total_flops()
+    return counts
+
+
+def _apart(value: Any) -> Any:
+    """The same numbers in a tensor that no graph leads to."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.detach().clone().requires_grad_(value.requires_grad)
 
 
 def report_of(recording: Recording) -> Report:
