@@ -25,6 +25,7 @@ _HEAVY = re.compile(
     r"attention|fft|linalg|lstm|gru|rnn_|cdist|conv(?!ert)|matmul|(?:^|_)(?:(?:add)?(?:b?mm|mv|bmm)|v?dot|addr|ger|einsum)(?:_|$)"
     r"|pack_mm|grouped_mm|cholesky|_svd|_solve|grid_sampler"
 )
+_PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot"})
 _UNREAD = frozenset({"copy_", "fill_", "zero_", "normal_", "uniform_", "bernoulli_", "random_"})  # the first argument
 _GATHERING = frozenset({"embedding", "index", "index_select", "gather", "take"})
 _ALLOCATING = re.compile(r"(?:new_)?empty(?:_|$)|_unsafe_view|resize_|_reshape_alias|lift_fresh|set_$|detach|sym_")
@@ -177,7 +178,23 @@ def node_work(node: Node) -> Work:
     if node.op != "call_function" or getattr(node.target, "__module__", "") == "_operator":
         return NOTHING
     values = tree_map(lambda a: a.meta.get("val") if isinstance(a, Node) else a, (node.args, dict(node.kwargs)))
-    return operator_work(node.target, values[0], values[1], node.meta.get("val"))
+    result = node.meta.get("val")
+    work = operator_work(node.target, values[0], values[1], result)
+    if not _products(node) or not isinstance(result, Tensor):
+        return work
+    try:
+        return work._replace(flops=((_kind("mm", values[0], {}), 2 * _whole(result.numel())),))
+    except _UnknownError:
+        return Work(unknown=DYNAMIC)
+
+
+def _products(node: Node) -> bool:
+    """Whether these are the products, yet to be summed, of a matrix product: Inductor multiplies single rows and
+    columns by elements. Whose decomposition a node is from is its `original_aten`, torch 2.11 to 2.15."""
+    if node.target is not torch.ops.aten.mul.Tensor or not all(isinstance(a, Node) for a in node.args):
+        return False
+    origin = getattr(node.meta.get("original_aten"), "_overloadpacket", None)
+    return getattr(origin, "__name__", "") in _PRODUCTS
 
 
 class Lowered(Protocol):

@@ -67,14 +67,25 @@ def main(group: str) -> None:
         say("graphs", graphs)
     if group == "work":
         from .models import Dit, Vae
-        from .work import Elementwise, work
+        from .work import Elementwise, OneRow, work
 
         torch.manual_seed(1)
         say("dit", lambda: work(Dit, (torch.rand(2, 5, 6),)))
         say("dit trained", lambda: work(Dit, (torch.rand(2, 5, 6),), grad=True))
         say("vae", lambda: work(Vae, (torch.rand(2, 6, 16),)))
         say("elementwise", lambda: work(Elementwise, (torch.rand(8, 128, 64), torch.rand(64))))
+        say("one row", lambda: work(OneRow, (torch.rand(1, 64),)))
         say("broadcast", lambda: work(Elementwise, (torch.rand(8, 128, 64), torch.rand(8, 1, 64))))
+    if group == "zoo":
+        from ..support.work_truth import WAYS, compared
+
+        for name, way in [*(("vae_kl", way) for way in WAYS[1:]), ("pixart", "whole")]:
+
+            def same(name: str = name, way: str = way) -> Found:
+                exact, shared, wrong = compared(name, way)
+                return wrong if exact > shared else ["nothing compared"], [f"{exact} and {shared}"]
+
+            say(f"{name} {way}", same)
 
 
 if __name__ == "__main__":

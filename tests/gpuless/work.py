@@ -52,6 +52,17 @@ class Elementwise(nn.Module):
         return self.last(x + z) * scale.exp()
 
 
+class OneRow(nn.Module):
+    """A batch of one: Inductor makes sums of products of these matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 4096), nn.Linear(4096, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(nn.functional.silu(self.up(x)))
+
+
 def work(make: Callable[[], nn.Module], inputs: tuple[torch.Tensor, ...], grad: bool = False) -> Found:
     """What is wrong with one model's work."""
     torch._dynamo.reset()

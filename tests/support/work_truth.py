@@ -11,6 +11,7 @@ from torch.utils import flop_counter
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
+import fxnvtx
 from fxnvtx.recording import Recording
 from fxnvtx.report import Report
 from fxnvtx.report.report import from_recording
@@ -61,7 +62,9 @@ def trained_flops(model: nn.Module, run: Callable[[], Any], name: str) -> dict[s
     counts: dict[str, int] = {}
     for label, module, args, kwargs in calls:
         with FlopCounterMode(display=False, custom_mapping=_CPU) as counter:
-            outputs = [t for t in tree_leaves(module(*args, **kwargs)) if isinstance(t, torch.Tensor) and t.requires_grad]
+            outputs = [
+                t for t in tree_leaves(module(*args, **kwargs)) if isinstance(t, torch.Tensor) and t.requires_grad
+            ]
             if outputs:
                 torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
         counts[label] = counts.get(label, 0) + counter.get_total_flops()
@@ -79,6 +82,19 @@ def report_of(recording: Recording) -> Report:
     return from_recording(recording, peak=PEAKS)
 
 
+def fusing_modules(recording: Recording) -> set[str]:
+    """Modules right inside which a kernel has operations of several of the modules below: these read less by that."""
+    found = set()
+    todo = [(child, "") for child in report_of(recording).root.children.values()]
+    while todo:
+        node, module = todo.pop()
+        if node.name.category == "op" and node.below[_FLOPS]:
+            found.add(module)
+        module = node.name.text if node.name.category == "module" else module
+        todo.extend((child, module) for child in node.children.values())
+    return found
+
+
 def shown_flops(recording: Recording, backward: bool = False) -> dict[str, int]:
     """FLOPs of every module that has any, by label, with all inside it; in backward passes or out of them."""
     found: dict[str, int] = {}
@@ -92,3 +108,50 @@ def shown_flops(recording: Recording, backward: bool = False) -> dict[str, int]:
             found[text] = found.get(text, 0) + flops
         todo.extend((child, inside, around | {text}) for child in node.children.values())
     return found
+
+
+WAYS = ("eager", "whole", "by block", "trained")
+
+
+def compared(name: str, way: str) -> tuple[int, int, list[str]]:
+    """How many layers of a model of the zoo read what torch counts, how many share a fused kernel, what is wrong."""
+    from . import diffusers_zoo as zoo
+
+    torch._dynamo.reset()
+    trained = way == "trained"
+    root = way.replace(" ", "_")  # a name of its own: of two living models with one name nobody could say whose it is
+    model, arguments = zoo.build(name)
+    model.requires_grad_(trained)
+
+    def run(call: Callable[..., Any]) -> None:
+        torch.manual_seed(2)
+        outputs = zoo.tensors_of(call(**arguments))
+        if trained:
+            torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
+
+    with torch.set_grad_enabled(trained):
+        counts = (trained_flops if trained else true_flops)(model, lambda: run(model), root)
+        truth = {label: flops for label, flops in counts.items() if flops}
+        call: Any = fxnvtx.instrument(model, root, path="hooks")
+        if way in ("whole", "trained"):
+            call = torch.compile(model, backend="fxnvtx")
+        elif way == "by block":
+            for block in (b for child in model.children() if isinstance(child, nn.ModuleList) for b in child):
+                block.compile(backend="fxnvtx")
+        run(call)
+        with fxnvtx.record(work=way in ("eager", "by block")):
+            run(call)
+        with fxnvtx.record(work=way == "eager") as recording:
+            run(call)
+    shown = shown_flops(recording)
+    for label, flops in shown_flops(recording, backward=True).items() if trained else ():
+        shown[label] = shown.get(label, 0) + flops
+    labels = sorted(shown.keys() | truth.keys())
+    wrong = {x: (shown.get(x, 0), truth.get(x, 0)) for x in labels if shown.get(x) != truth.get(x)}
+    around = tuple(f"{module}." for module in fusing_modules(recording))
+    shared = {x for x, (ours, theirs) in wrong.items() if ours < theirs and x.startswith(around)}
+    return (
+        len(truth) - len(shared),
+        len(shared),
+        [f"{x}: {a}, not {b}" for x, (a, b) in wrong.items() if x not in shared],
+    )
