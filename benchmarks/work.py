@@ -3,9 +3,10 @@
     python benchmarks/work.py [--cpu] [NAME ...]
 
 The models are those of tests/support/diffusers_zoo.py. One process and one line of JSON per model: for each way, how
-many layers read what torch.utils.flop_counter counts over the plain model, how many read less because some of their
-work lies in a kernel fused over several modules (it counts to their common ancestor, so that sums stay), and what is
-wrong. The code is Inductor's for a GPU that is not there (kernels as stand-ins); --cpu: its code for this machine.
+many layers read what torch.utils.flop_counter counts over the plain model; how many read less, because some of their
+work lies in a kernel fused over several modules (it counts to their common ancestor, so that sums stay) or because the
+row says that not all is known; and what is wrong. The code is Inductor's for a GPU that is not there (kernels as
+stand-ins); --cpu: its code for this machine.
 """
 
 from __future__ import annotations
