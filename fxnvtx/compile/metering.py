@@ -31,7 +31,7 @@ from ..modules.call_slot import Slot, slot_of
 from ..ranges import Mark, Open, local
 from ..ranges.labels import Label, input_shapes
 from ..ranges.stack import Live
-from ..recording.work import Entry, register
+from ..recording import Entry, carry_work
 from .region import Call
 from .torch_private import dynamo_active, hide_module, jit_traces
 from .work import Work, formulas, operator_work, summed
@@ -134,7 +134,7 @@ class _Meter(threading.local, Live):
                 count.calls[own] = 1
             with count.mode:
                 result = slot.body(module, *args, **kwargs)
-            register(count.entries(), module)  # not where it raised: half of a call is nobody's work
+            carry_work(count.entries(), module)  # not where it raised: half of a call is nobody's work
             return result
         finally:
             self.count = None
@@ -270,7 +270,7 @@ def register_work(table: _Table, resolved: _Resolved, call: Call) -> None:
     if not table.work:
         return
     try:
-        register(_entries(table, resolved, call), None if call.control is None else call.control.model())
+        carry_work(_entries(table, resolved, call), None if call.control is None else call.control.model())
     except Exception as error:  # a model runs, whatever its work may be
         warn_once("carried work", f"the work of a compiled region is not carried: {error!r}")
 

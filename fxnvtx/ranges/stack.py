@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from time import perf_counter_ns
 from typing import Any, Protocol, TypeAlias
 
@@ -31,12 +31,14 @@ __all__ = [
     "Live",
     "Log",
     "Mark",
+    "Node",
     "Open",
     "Range",
     "RangeMark",
     "RangeStack",
     "Sink",
     "Stacks",
+    "build_tree",
     "in_order",
     "read_events",
 ]
@@ -301,3 +303,43 @@ def _range(thread_id: int, opened: _Opened) -> Range:
         (text, _, payload, start), end, number = entry[:4], opened.end_ns, 0
     place, leaked, inside = opened.place, opened.leaked, opened.inside
     return Range(text.text, text.category, payload, thread_id, place, start, end, leaked, number, inside)
+
+
+@dataclass
+class Node:
+    """One range with the ranges inside it."""
+
+    label: str
+    category: str
+    payload: Any
+    start_ns: int
+    end_ns: int | None
+    children: list[Node] = field(default_factory=list)
+
+    def walk(self) -> Iterator[Node]:
+        """This node and all below it, in order of their starts."""
+        todo = [self]
+        while todo:
+            node = todo.pop()
+            yield node
+            todo.extend(reversed(node.children))
+
+
+def build_tree(ranges: list[Range]) -> list[Node]:
+    """Nest ranges (given by start): push/pop ranges by thread and depth, within the start/end range around them."""
+    roots: list[Node] = []
+    enclosing: dict[tuple[int, int], list[Node]] = {}  # by thread and start/end range: the open push/pop ranges
+    crossing: dict[int, tuple[Node, int]] = {}  # by number: a start/end range, and the depth of what is inside
+    for item in ranges:
+        node = Node(item.label, item.category, item.payload, item.start_ns, item.end_ns)
+        around, depth = crossing.get(item.inside, (None, 0))
+        chain = enclosing.setdefault((item.thread_id, item.inside if around is not None else 0), [])
+        place = max(0, item.depth - depth)
+        above = chain[min(place, len(chain)) - 1] if place and chain else around
+        (roots if above is None else above.children).append(node)
+        if item.crossing:
+            crossing[item.crossing] = node, item.depth + 1
+        else:
+            del chain[place:]
+            chain.append(node)
+    return roots

@@ -1,50 +1,54 @@
-"""The in-process listener: collect ranges, give them back as a list and as a tree, save and load them."""
+"""The in-process listener: collect ranges, give them back as a list and a tree, save and load them; and how much work
+each range stands for, as recordings and captures carry it.
+
+An `Entry` says of one label and shape the operations and bytes. It is registered once, when it becomes known: compiled
+code when it first runs for somebody who listens, eager code where somebody asked for it (`record(work=True)`). It goes
+into the recordings that are stopped after that, and to NVTX as one registered string, which a tool keeps also where its
+capture begins later.
+"""
 
 from __future__ import annotations
 
 import copy
 import json
 import os
-from collections.abc import Callable, Iterator
+import threading
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter_ns
-from typing import Any
+from typing import Any, NamedTuple
+
+from nvtx._lib.lib import mark
 
 from .. import ranges as _ranges
 from ..errors import CaptureError, ToolError
 from ..output import writing
 from ..ranges import emit
 from ..ranges.crossing import Crossing
-from ..ranges.labels import Label
-from ..ranges.stack import Event, Log, Range, RangeMark, in_order, read_events
-from .work import carried
+from ..ranges.labels import HANDLE, Label, domain
+from ..ranges.stack import Event, Log, Node, Range, RangeMark, build_tree, in_order, read_events
 
-__all__ = ["Node", "Range", "RangeMark", "Recording", "build_tree", "record"]
+__all__ = [
+    "PREFIX",
+    "Entry",
+    "News",
+    "Node",
+    "Range",
+    "RangeMark",
+    "Recording",
+    "build_tree",
+    "carried",
+    "carry_work",
+    "decoded",
+    "encoded",
+    "read_entry",
+    "record",
+]
 
 FORMAT = "fxnvtx-recording"
 VERSION = 1
-
-
-@dataclass
-class Node:
-    """One range with the ranges inside it."""
-
-    label: str
-    category: str
-    payload: Any
-    start_ns: int
-    end_ns: int | None
-    children: list[Node] = field(default_factory=list)
-
-    def walk(self) -> Iterator[Node]:
-        """This node and all below it, in order of their starts."""
-        todo = [self]
-        while todo:
-            node = todo.pop()
-            yield node
-            todo.extend(reversed(node.children))
 
 
 class Recording:
@@ -271,26 +275,6 @@ def _read_mark(label: str, category: str, payload: Any, thread_id: int, time: in
     )
 
 
-def build_tree(ranges: list[Range]) -> list[Node]:
-    """Nest ranges (given by start): push/pop ranges by thread and depth, within the start/end range around them."""
-    roots: list[Node] = []
-    enclosing: dict[tuple[int, int], list[Node]] = {}  # by thread and start/end range: the open push/pop ranges
-    crossing: dict[int, tuple[Node, int]] = {}  # by number: a start/end range, and the depth of what is inside
-    for item in ranges:
-        node = Node(item.label, item.category, item.payload, item.start_ns, item.end_ns)
-        around, depth = crossing.get(item.inside, (None, 0))
-        chain = enclosing.setdefault((item.thread_id, item.inside if around is not None else 0), [])
-        place = max(0, item.depth - depth)
-        above = chain[min(place, len(chain)) - 1] if place and chain else around
-        (roots if above is None else above.children).append(node)
-        if item.crossing:
-            crossing[item.crossing] = node, item.depth + 1
-        else:
-            del chain[place:]
-            chain.append(node)
-    return roots
-
-
 def _as_it_is(event: Event) -> Event:
     """The event, if need be a copy that does not change any more."""
     return copy.copy(event) if type(event) is Crossing else event
@@ -336,3 +320,115 @@ def record(*, work: bool = False) -> Iterator[Recording]:
             if reason:
                 emit.silence_told = True
                 emit.log.warning("this recording is empty: %s", reason)
+
+
+# -------------------------------------------------------------------------------------------------------- how much work
+
+PREFIX = "fxnvtx.work "
+MOST = 100_000  # entries of one process
+_COLOR = 0xFF888888
+
+
+class Entry(NamedTuple):
+    """What the ranges of one label do themselves, without the ranges inside them, in one run of the code around.
+
+    under: label of the nearest module around, where the range is no module's (`fused(...)` says who by it). backward:
+    it is inside a backward pass. part: which piece of the module's code this is; pieces add up, all others of a label
+    are alternatives (other shapes). calls: how many calls of the label the numbers are for. flops: operations by type
+    of number, torch.utils.flop_counter's. moved: bytes read and written. unknown: why the numbers are not known.
+    """
+
+    label: str
+    under: str
+    backward: bool
+    part: str
+    calls: int
+    flops: tuple[tuple[str, int], ...]
+    moved: int
+    unknown: str
+    device: str
+
+
+# with the model that an entry is about: what is known of one goes with it, another may have the same labels
+_entries: dict[Entry, weakref.ref[Any] | None] = {}
+_registered = 0  # how many there have ever been
+_lock = threading.Lock()
+
+
+def carry_work(entries: Iterable[Entry], model: object = None) -> None:
+    """Let every recording and capture of this process carry these, while `model` lives; those known already are not
+    carried twice."""
+    global _registered
+    owner = None if model is None else weakref.ref(model)
+    with _lock:
+        for gone in [e for e, held in _entries.items() if held is not None and held() is None]:
+            del _entries[gone]
+        found = dict.fromkeys(entries)
+        new = [e for e in found if e not in _entries][: max(0, MOST - len(_entries))]
+        _entries.update(dict.fromkeys((e for e in found if e in _entries), owner))
+        _entries.update(dict.fromkeys(new, owner))
+        _registered += len(new)
+    if emit.nvtx_on:
+        for entry in new:
+            mark(domain.get_event_attributes(encoded(entry), _COLOR, "work"), HANDLE)
+
+
+def carried(labels: Collection[str]) -> list[list[Any]]:
+    """What is known of these labels, as JSON has it."""
+    with _lock:
+        return [_row(e) for e, held in _entries.items() if e.label in labels and (held is None or held() is not None)]
+
+
+class News:
+    """What became known since one last asked: for a recording that is written while the process runs. Asking costs one
+    comparison where there is nothing new."""
+
+    def __init__(self) -> None:
+        self._asked = 0
+        self._given: set[Entry] = set()
+
+    def rows(self) -> list[list[Any]]:
+        """As JSON has them, each once."""
+        if self._asked == _registered:
+            return []
+        with _lock:
+            self._asked = _registered
+            new = [e for e in _entries if e not in self._given]
+        self._given.update(new)
+        return [_row(e) for e in new]
+
+
+def encoded(entry: Entry) -> str:
+    """One line of text that `decoded` reads."""
+    return PREFIX + json.dumps(_row(entry), separators=(",", ":"))
+
+
+def decoded(text: str) -> Entry | None:
+    """The entry that a text of a capture carries; None where it carries none that this version understands."""
+    if not text.startswith(PREFIX):
+        return None
+    try:
+        return read_entry(json.loads(text[len(PREFIX) :]))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _row(entry: Entry) -> list[Any]:
+    return [dict(value) if isinstance(value, tuple) else value for value in entry]
+
+
+_KINDS = (str, str, bool, str, int, dict, int, str, str)
+
+
+def read_entry(row: Any) -> Entry | None:
+    """An entry as JSON has it; None for anything else. Later versions may add to its end."""
+    if not isinstance(row, list) or len(row) < len(_KINDS):
+        return None
+    values = row[: len(_KINDS)]
+    if any(type(value) is not kind for value, kind in zip(values, _KINDS, strict=True)):
+        return None
+    flops = values[5]
+    if any(type(n) is not int or n < 0 for n in (*flops.values(), values[4], values[6])) or values[4] < 1:
+        return None
+    values[5] = tuple(sorted((str(kind), n) for kind, n in flops.items()))
+    return Entry(*values)

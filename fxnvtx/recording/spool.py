@@ -7,7 +7,7 @@ range ends. A process that dies in the middle of one leaves it open, and its rea
 
 One JSON object a line: {"meta": {...}}, then {"ranges": [[number, label, category, payload, thread, level, start, end,
 leaked], ...], "ended": [[number, end, leaked], ...], "marks": [...], "classes": {label: class}, "strays": n}. Where
-there is something to say, also "work": [the rows of work.py that became known since]; with `--infer-steps` "sites":
+there is something to say, also "work": [the rows of work that became known since]; with `--infer-steps` "sites":
 {number: [shapes, [[call of a function, place, loops, function], ...]]}. Rows of start/end ranges and of
 what is inside one go on with their `crossing` and `inside`.
 """
@@ -29,9 +29,8 @@ from ..categories import Numbers
 from ..errors import CaptureError
 from ..ranges import emit
 from ..ranges.stack import in_order
-from . import Range, RangeMark, Recording
+from . import News, Range, RangeMark, Recording
 from .loops import Call, Frame, Site, Sites, inferred
-from .work import News
 
 __all__ = ["SUFFIX", "Spool", "Window", "read_spool"]
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from ..categories import COMPILE, LOOP, REQUEST, STAGE, STEP, Numbers
 from ..errors import ConfigError
-from ..recording.work import Entry
+from ..recording import Entry
 from .format import readable_ns
 from .labels import Name, Point, Span, category_of, fold
 from .tree import Node, Tree

@@ -1,6 +1,6 @@
 """Work joined with time: how long each range would take on a device that did its work at its peak (pure).
 
-A range's own work is what its entry says (../work.py), as often as it was called. Its roof is the longer of two times:
+A range's own work is what its entry says (recording), as often as it was called. Its roof is the longer of two times:
 all its operations at the device's peak, or all its bytes at the memory's. A range's total is the sum of what is inside:
 so operations, bytes, times and roofs add up from layers to the model. Peaks are data sheets' dense figures, and what a
 user says.
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from ..categories import MODULE, OP
 from ..errors import ConfigError
-from ..recording.work import Entry
+from ..recording import Entry
 from .labels import Name, clean
 from .part import Gpu
 from .tree import Node

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 import fxnvtx
+from fxnvtx import recording as work
 from fxnvtx.modules import call_slot as slot
-from fxnvtx.recording import Recording, work
+from fxnvtx.recording import Recording
 
 from ..models import samples
 from ..support import diffusers_zoo as zoo
@@ -244,10 +245,10 @@ def test_what_became_known_is_given_once() -> None:
         return [row[0] for row in news.rows() if row[0].startswith("news.")]
 
     early = work.News()
-    work.register([entry("news.a")])
+    work.carry_work([entry("news.a")])
     late = work.News()
     assert given(early) == given(late) == ["news.a"]
-    work.register([entry("news.a"), entry("news.b")])
+    work.carry_work([entry("news.a"), entry("news.b")])
     assert given(early) == ["news.b"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(work, "_entries", None)

@@ -10,8 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from fxnvtx.cli import cli
-from fxnvtx.recording import Range
-from fxnvtx.recording.work import Entry, encoded
+from fxnvtx.recording import Entry, Range, encoded
 from fxnvtx.report import Report, from_recording, load
 from fxnvtx.report.findings import RULES, Finding, Silence, findings, findings_text
 from fxnvtx.report.work import parse_peaks

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fxnvtx.recording.work import Entry, encoded
+from fxnvtx.recording import Entry, encoded
 from fxnvtx.report import Report, load
 from fxnvtx.report.work import parse_peaks
 

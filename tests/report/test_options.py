@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from fxnvtx.cli import cli
 from fxnvtx.cli.profile import kind_of, profile_command
-from fxnvtx.recording.work import Entry, encoded
+from fxnvtx.recording import Entry, encoded
 from fxnvtx.report.commands import DIFF_FORMATS, FORMATS, diff_command, report_command
 from fxnvtx.report.rows import ORDERS
 from fxnvtx.report.selection import VIEWS

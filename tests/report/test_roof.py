@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from fxnvtx import FxnvtxError
 from fxnvtx.cli import cli
-from fxnvtx.recording.work import Entry, decoded, encoded, read_entry
+from fxnvtx.recording import Entry, decoded, encoded, read_entry
 from fxnvtx.report import load
 from fxnvtx.report.findings import above_the_roof, far_below_the_roof
 from fxnvtx.report.part import Gpu

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...categories import COMPILE, MODULE
 from ...categories import PIECE as PIECE_CATEGORY
-from ...recording.work import PREFIX, Entry, decoded
+from ...recording import PREFIX, Entry, decoded
 from ..labels import PIECE, Name, Span, clean, infer_category, numbered
 from ..part import WHOLE, Gpu, Omitted, Part, Timeline, Window, omitted, timeline_of
 from .schema import COPY, GRAPH, KERNEL, PROCESS, PUSH_POP, START_END, Schema

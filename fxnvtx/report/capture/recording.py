@@ -9,8 +9,7 @@ from pathlib import Path
 from ...categories import MODULE
 from ...categories import PIECE as PIECE_CATEGORY
 from ...errors import CaptureError, FxnvtxError
-from ...recording import Range, Recording
-from ...recording.work import read_entry
+from ...recording import Range, Recording, read_entry
 from ..labels import PIECE, Name, Span, clean, infer_category, numbered
 from ..part import WHOLE, Part, Window, omitted, timeline_of
 from .schema import one_line
