@@ -12,6 +12,7 @@ import pytest
 
 import fxnvtx
 from fxnvtx.report.format import readable_bytes, readable_ns, readable_share
+from fxnvtx.report.render.html import _SCRIPTS as SCRIPTS
 
 PAGE = Path(fxnvtx.__file__).parent / "report" / "page"
 needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="no node on the PATH")
@@ -78,8 +79,23 @@ def test_fused_ranges_are_explained() -> None:
     assert told("explained('blocks.0.fused')") == []
 
 
+# what a page's scripts say of each other is checked together; pure.js alone says all its types
 @pytest.mark.skipif(shutil.which("tsc") is None, reason="no TypeScript on the PATH")
-def test_types_of_the_script() -> None:
-    command = ["tsc", "--noEmit", "--allowJs", "--checkJs", "--strict", "--target", "es2022", str(PAGE / "pure.js")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+@pytest.mark.parametrize(
+    ("files", "strictly"),
+    [(("pure.js",), True), (SCRIPTS, False), (("diff.js",), False)],
+    ids=["pure", "report", "diff"],
+)
+def test_types_of_the_scripts(files: tuple[str, ...], strictly: bool) -> None:
+    command = ["tsc", "--noEmit", "--allowJs", "--checkJs", "--strict", "--target", "es2022"]
+    command += [] if strictly else ["--noImplicitAny", "false"]
+    done = subprocess.run(
+        [*command, *(str(PAGE / file) for file in files)], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stdout
+
+
+def test_every_script_asks_editors_to_check_it() -> None:
+    scripts = sorted(PAGE.glob("*.js"))
+    assert {path.name for path in scripts} == {*SCRIPTS, "diff.js"}
+    assert [path.name for path in scripts if not path.read_text(encoding="utf-8").startswith("// @ts-check\n")] == []

@@ -1,6 +1,7 @@
+// @ts-check
 "use strict";
 // Wiring: measure, theme, search, views, totals.
-const by = (id) => document.getElementById(id);
+const searchBox = /** @type {HTMLInputElement} */ (by("search"));
 const made = (tag, properties) => Object.assign(document.createElement(tag), properties);
 
 function choice(holder, options, pressed, choose) {
@@ -70,20 +71,21 @@ function totals() {
 }
 
 function find() {
-  const result = search(by("search").value);
+  const result = search(searchBox.value);
   by("found").textContent = result ? `${whole(result.found)} found, ${percent(result.share)}` : "";
   icicle.refresh(); table.rebuild();
 }
 
+/** @type {string | null} */
 let stored = null;
 try { stored = localStorage.getItem("fxnvtx-theme"); } catch { /* no storage */ }
 setTheme(stored || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light"), false);
 by("theme").addEventListener("click", () => { setTheme(document.documentElement.dataset.theme === "dark" ? "light" : "dark", true); redraw(); });
 let waiting = 0;
-by("search").addEventListener("input", () => { clearTimeout(waiting); waiting = setTimeout(find, 120); });
+searchBox.addEventListener("input", () => { clearTimeout(waiting); waiting = setTimeout(find, 120); });
 document.addEventListener("keydown", (event) => {
-  if (event.key === "/" && event.target.tagName !== "INPUT") { event.preventDefault(); by("search").focus(); }
-  if (event.key === "Escape" && event.target === by("search")) { by("search").value = ""; find(); by("icicle").focus(); }
+  if (event.key === "/" && targetOf(event).tagName !== "INPUT") { event.preventDefault(); searchBox.focus(); }
+  if (event.key === "Escape" && event.target === searchBox) { searchBox.value = ""; find(); by("icicle").focus(); }
 });
 choice("measures", data.gpu ? [["gpu", "GPU"], ["cpu", "CPU"]] : [["cpu", "CPU"]], model.measure, (measure) => {
   model.measure = measure;
@@ -97,4 +99,4 @@ choice("views", [["tree", "Tree"], ...Object.keys(data.views).map((name) => [nam
 model.listeners.push(() => { table.rebuild(); steps.draw(); });
 totals(); advice(); legend(); icicle.crumbs(); table.heading(); icicle.refresh(); table.rebuild(); steps.draw(); timeline.draw();
 // for whoever wants to drive the page, such as a test
-window.fxnvtx = { model, icicle, table, steps, timeline, tree, data, nameOf };
+Object.assign(window, { fxnvtx: { model, icicle, table, steps, timeline, tree, data, nameOf } });

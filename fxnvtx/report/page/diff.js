@@ -1,7 +1,9 @@
+// @ts-check
 "use strict";
 // Two captures beside each other: both icicles on one scale, coloured by how a call of the same range changed.
-const data = JSON.parse(document.getElementById("data").textContent);
-const by = (id) => document.getElementById(id);
+/** An element that the page has. @param {string} id */
+const by = (id) => /** @type {HTMLElement} */ (document.getElementById(id));
+const data = JSON.parse(by("data").textContent);
 const made = (tag, text) => Object.assign(document.createElement(tag), { textContent: text ?? "" });
 const percent = (x) => `${x > 0 ? "+" : ""}${(x * 100).toFixed(1)}%`;
 function time(ns) {
@@ -22,7 +24,9 @@ const paletteNow = () => colours[document.documentElement.dataset.theme === "dar
 const ROW = 23;
 const sides = data.sides.map((tree, index) => {
   const count = tree.parent.length;
-  const children = Array.from({ length: count }, () => []), depths = new Uint16Array(count), keys = new Map(), key = [""];
+  /** @type {number[][]} */
+  const children = Array.from({ length: count }, () => []);
+  const depths = new Uint16Array(count), keys = new Map(), key = [""];
   for (let i = 1; i < count; i++) {
     children[tree.parent[i]].push(i);
     depths[i] = depths[tree.parent[i]] + 1;
@@ -37,8 +41,9 @@ const sides = data.sides.map((tree, index) => {
     let x = left[i];
     for (const child of children[i]) { left[child] = x; x += whole > 0 ? (tree.value[child] * (right[i] - left[i])) / whole : 0; right[child] = x; }
   }
-  const canvas = by(index ? "b" : "a");
-  return { tree, children, depths, keys, key, left, right, canvas, paint: canvas.getContext("2d"), drawn: [], count };
+  const canvas = /** @type {HTMLCanvasElement} */ (by(index ? "b" : "a"));
+  const paint = /** @type {CanvasRenderingContext2D} */ (canvas.getContext("2d"));
+  return { tree, children, depths, keys, key, left, right, canvas, paint, drawn: [], count };
 });
 let root = "", at = null;
 
@@ -165,8 +170,8 @@ document.querySelectorAll("figcaption").forEach((caption, index) => {
 by("table-said").textContent = `medians per step (per request or capture outside of steps)${data.left ? `; ${data.left.toLocaleString("en-US")} smaller ones are left out` : ""}`;
 const heads = made("tr");
 heads.append(...["range", `A ${data.measure}`, `B ${data.measure}`, "change", "relative", "verdict"].map((text) => made("th", text)));
-document.querySelector("#changes thead").append(heads);
-document.querySelector("#changes tbody").append(...data.rows.map(([name, a, b, relative, verdict]) => {
+by("changes-head").append(heads);
+by("changes-body").append(...data.rows.map(([name, a, b, relative, verdict]) => {
   const row = made("tr");
   const delta = (b ?? 0) - (a ?? 0);
   row.className = verdict.startsWith("change") ? (delta > 0 ? "slower" : "faster") : "";
@@ -178,4 +183,4 @@ document.querySelector("#changes tbody").append(...data.rows.map(([name, a, b, r
 zoom("");
 setTheme(matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
 // for whoever wants to drive the page, such as a test
-window.fxnvtx = { sides, zoom, kindOf, change, data, get root() { return root; }, get at() { return at; } };
+Object.assign(window, { fxnvtx: { sides, zoom, kindOf, change, data, get root() { return root; }, get at() { return at; } } });

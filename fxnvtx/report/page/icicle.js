@@ -1,10 +1,11 @@
+// @ts-check
 "use strict";
 // The icicle: every range as wide as its time. What no pixel is left for is not visited, so the cost of a picture
 // depends on the window and not on the capture.
 const icicle = (() => {
-  const canvas = document.getElementById("icicle");
-  const box = document.getElementById("icicle-box");
-  const paint = canvas.getContext("2d");
+  const canvas = canvasOf("icicle");
+  const box = by("icicle-box");
+  const paint = brushOf(canvas);
   const ROW = 23;
   let width = 0, height = 0;
   let view = [0, 1], from = [0, 1], since = 0;   // the shown part of [0, 1], and where a zoom comes from
@@ -13,7 +14,7 @@ const icicle = (() => {
   function levels() {
     let deepest = 0;
     const todo = [model.root];
-    while (todo.length) { const i = todo.pop(); deepest = Math.max(deepest, depths[i]); todo.push(...children[i]); }
+    while (todo.length) { const i = /** @type {number} */ (todo.pop()); deepest = Math.max(deepest, depths[i]); todo.push(...children[i]); }
     return deepest - depths[model.root] + 1;
   }
 
@@ -46,7 +47,7 @@ const icicle = (() => {
     const scale = width / (view[1] - view[0]);
     const todo = [model.root], reached = [];   // reached: per level, up to where boxes are drawn
     while (todo.length) {
-      const i = todo.pop();
+      const i = /** @type {number} */ (todo.pop());
       const level = depths[i] - depths[model.root];
       let x0 = Math.max(0, (left[i] - view[0]) * scale), x1 = Math.min(width, (right[i] - view[0]) * scale);
       if (x1 <= x0) continue;
@@ -125,7 +126,7 @@ const icicle = (() => {
 
   function crumbs() {
     const line = [0, ...pathTo(model.root)];
-    document.getElementById("crumbs").replaceChildren(...line.flatMap((node, index) => {
+    by("crumbs").replaceChildren(...line.flatMap((node, index) => {
       const button = document.createElement("button");
       button.type = "button"; button.textContent = node ? nameOf(node) : "everything"; button.title = button.textContent;
       button.addEventListener("click", () => zoom(node));
@@ -157,11 +158,11 @@ const icicle = (() => {
 
   function point(node) {
     model.at = node;
-    document.getElementById("pointed").textContent = node > 0 ? `${nameOf(node)}: ${facts(node).join(", ")}` : "";
+    by("pointed").textContent = node > 0 ? `${nameOf(node)}: ${facts(node).join(", ")}` : "";
     table.follow(node);
   }
 
-  const tip = document.getElementById("tip");
+  const tip = by("tip");
   canvas.addEventListener("mousemove", (event) => {
     const node = nodeAt(event.offsetX, event.offsetY);
     showTip(event, node > 0 && nameOf(node), node > 0 && [categoryOf(node), ...facts(node)]);

@@ -1,6 +1,16 @@
+// @ts-check
 "use strict";
-// The data of the page, what is selected, and how numbers read. Nothing here touches the document.
-const data = JSON.parse(document.getElementById("data").textContent);
+// The data of the page, what is selected, how its elements are found, and how numbers read.
+/** An element that the page has. @param {string} id */
+const by = (id) => /** @type {HTMLElement} */ (document.getElementById(id));
+/** @param {string} id */
+const canvasOf = (id) => /** @type {HTMLCanvasElement} */ (by(id));
+/** @param {HTMLCanvasElement} canvas */
+const brushOf = (canvas) => /** @type {CanvasRenderingContext2D} */ (canvas.getContext("2d"));
+/** What an event is about. @param {Event} event */
+const targetOf = (event) => /** @type {HTMLElement} */ (event.target);
+
+const data = JSON.parse(by("data").textContent);
 const tree = data.tree;
 const count = tree.parent.length;
 
@@ -10,11 +20,14 @@ const model = {
   root: 0,          // the node the icicle is zoomed to; 0 is the whole capture
   at: 0,            // the node under the keyboard or the mouse
   query: "",
-  hits: null,       // Uint8Array: 1 = the name matches, 2 = something below does
+  /** @type {Uint8Array | null} */
+  hits: null,       // 1 = the name matches, 2 = something below does
+  /** @type {(() => void)[]} */
   listeners: [],
   change() { for (const listener of this.listeners) listener(); },
 };
 
+/** @type {number[][]} */
 const children = Array.from({ length: count }, () => []);
 for (let i = 1; i < count; i++) children[tree.parent[i]].push(i);
 const depths = new Uint16Array(count);
@@ -90,7 +103,7 @@ const roleOf = (i) => data.roles[tree.role[i]];
 const colorOf = (i) => fillOf(model.colors === "headroom" ? bandOf(tree.roof?.[i]) : roleOf(i));
 
 function showTip(event, title, parts) {
-  const tip = document.getElementById("tip");
+  const tip = by("tip");
   tip.hidden = !title;
   if (!title) return;
   tip.replaceChildren(Object.assign(document.createElement("b"), { textContent: title }),

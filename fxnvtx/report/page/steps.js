@@ -1,18 +1,19 @@
+// @ts-check
 "use strict";
 // One bar per step, in the order they ran.
 const steps = (() => {
-  const canvas = document.getElementById("steps"), section = document.getElementById("steps-section");
-  const said = document.getElementById("steps-said");
+  const canvas = canvasOf("steps"), section = by("steps-section");
+  const said = by("steps-said");
   const category = data.categories.indexOf("step");
   const found = [];
   const inStep = new Uint8Array(count); // a parent stands before its children
   for (let i = 1; i < count; i++) {
     const own = tree.category[i] === category;
-    inStep[i] = own || inStep[tree.parent[i]];
+    inStep[i] = own ? 1 : inStep[tree.parent[i]];
     if (own && !inStep[tree.parent[i]]) found.push(i);
   }
   section.hidden = found.length < 2;
-  const paint = canvas.getContext("2d");
+  const paint = brushOf(canvas);
   let at = -1;
 
   function draw() {

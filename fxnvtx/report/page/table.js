@@ -1,10 +1,13 @@
+// @ts-check
 "use strict";
 // The table: only the rows in sight exist in the document.
 const table = (() => {
-  const box = document.getElementById("table"), head = document.getElementById("head"), rows = document.getElementById("rows");
+  const box = by("table"), head = by("head"), rows = by("rows");
   const HEIGHT = 26;
   const RARE = ["resident", "overlap", "payload", "communication", "communication_hidden", "waited", "queued", "launches", "peak"];
-  let view = "tree", sort = null, down = true;
+  /** @type {string | null} */
+  let sort = null;
+  let view = "tree", down = true;
   let shown = [];                        // rows of the current view, in order: tree nodes, or rows of data.views
   let cursor = -1;
   const open = new Uint8Array(count);    // tree nodes whose children are listed
@@ -99,7 +102,7 @@ const table = (() => {
       button.addEventListener("click", () => {
         if (sort !== name) { sort = name; down = name !== "name"; } else if (down === (name !== "name")) down = !down; else sort = null;
         heading(); rebuild();
-        head.querySelector(`[data-sort="${name}"]`).focus();
+        /** @type {HTMLElement} */ (head.querySelector(`[data-sort="${name}"]`)).focus();
       });
       holder.append(button);
       return holder;
@@ -146,15 +149,15 @@ const table = (() => {
 
   function toggle(item) { if (children[item].length) { open[item] ^= 1; rebuild(); } }
   rows.addEventListener("click", (event) => {
-    const row = event.target.closest(".row");
+    const row = /** @type {HTMLElement | null} */ (targetOf(event).closest(".row"));
     if (!row) return;
     cursor = Number(row.dataset.index);
     const item = shown[cursor];
-    if (view === "tree" && event.target.classList.contains("fold")) toggle(item); else draw();
+    if (view === "tree" && targetOf(event).classList.contains("fold")) toggle(item); else draw();
     if (view === "tree") { model.at = item; icicle.refresh(); }
   });
   rows.addEventListener("dblclick", (event) => {
-    const row = event.target.closest(".row");
+    const row = /** @type {HTMLElement | null} */ (targetOf(event).closest(".row"));
     if (row && view === "tree") icicle.zoom(shown[Number(row.dataset.index)]);
   });
   box.addEventListener("keydown", (event) => {

@@ -1,8 +1,9 @@
+// @ts-check
 "use strict";
 // One step as it ran: a lane per thread and per stream, on one clock. Wheel or + and - zoom, dragging or arrows move.
 const timeline = (() => {
-  const canvas = document.getElementById("timeline"), section = document.getElementById("timeline-section");
-  const said = document.getElementById("timeline-said"), tip = document.getElementById("tip");
+  const canvas = canvasOf("timeline"), section = by("timeline-section");
+  const said = by("timeline-said"), tip = by("tip");
   const found = data.timeline;
   section.hidden = !found;
   if (!found) return { draw() {}, boxAt: () => null, get drawn() { return 0; } };
@@ -13,8 +14,10 @@ const timeline = (() => {
   rows.forEach((count) => { tops.push(height + TITLE); height += TITLE + count * ROW + GAP; });
   // device work may go on after the step's calls ended
   const end = found.boxes.reduce((most, box) => Math.max(most, box[3]), found.length);
-  const paint = canvas.getContext("2d");
-  let view = [0, end], width = 0, drawn = [], held = null;
+  const paint = brushOf(canvas);
+  let view = [0, end], width = 0, drawn = [];
+  /** @type {number | null} */
+  let held = null;   // where the pointer was while it drags
 
   function draw() {
     const ratio = window.devicePixelRatio || 1, colors = themeNow();
@@ -43,14 +46,14 @@ const timeline = (() => {
       drawn.push([x0, x1, y, box]);
       paint.fillStyle = fillOf(box[5]); paint.fillRect(x0, y, x1 - x0, ROW - 1);
       if (x1 - x0 > 3) { paint.fillStyle = colors.line; paint.fillRect(x1 - 1, y, 1, ROW - 1); }
-      if (x1 - x0 > 26) { paint.fillStyle = colors.ink; paint.fillText(icicle.fit(found.names[box[4]], x1 - x0 - 10, paint), x0 + 5, y + ROW / 2); }
+      if (x1 - x0 > 26) { paint.fillStyle = colors.ink; paint.fillText(icicle.fit(found.names[box[4]], x1 - x0 - 10), x0 + 5, y + ROW / 2); }
     }
     said.textContent = `${found.title}: ${time(found.length)} on the CPU${found.cut ? ", cut: it has more ranges than are kept" : ""}`;
   }
 
   function axis(scale, colors) {
     const rough = ((view[1] - view[0]) / width) * 110, power = 10 ** Math.floor(Math.log10(rough));
-    const unit = [1, 2, 5, 10].find((n) => n * power >= rough) * power;
+    const unit = ([1, 2, 5].find((n) => n * power >= rough) ?? 10) * power;
     paint.font = "12px system-ui, sans-serif";
     for (let at = Math.ceil(view[0] / unit) * unit; at <= view[1]; at += unit) {
       const x = (at - view[0]) * scale;
