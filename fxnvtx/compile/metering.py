@@ -31,14 +31,15 @@ from ..modules.call_slot import Slot, slot_of
 from ..ranges import Mark, Open, local
 from ..ranges.labels import Label, input_shapes
 from ..ranges.stack import Live
-from ..recording import Entry, carry_work
+from ..recording import ONE_KIND, Entry, carry_work, number_of
 from .region import Call
 from .torch_private import dynamo_active, hide_module, jit_traces
 from .work import Work, formulas, operator_work, summed
 
 __all__ = ["metering", "register_work"]
 
-Key = tuple[str, str]  # label, and the module around where the range is no module's
+# label, the module around where the range is no module's, and which kind of the module's calls it is
+Key = tuple[str, str, int | None]
 
 
 class _Mode(TorchDispatchMode):
@@ -87,10 +88,22 @@ class _Count:
             self.works.setdefault(key, []).append(operator_work(operator, args, kwargs, result))
 
     def entries(self) -> Iterator[Entry]:
-        for key, calls in self.calls.items():
+        """What a call of each label does on average, for calls that do not tell their number; and what each number's
+        does, where in this call there were several."""
+        kinds: dict[tuple[str, str], list[Key]] = {}
+        for key in self.calls:
             if key not in self.left_out:
-                work = summed(self.works.get(key, ()))
-                yield Entry(*key, False, "eager", calls, work.flops, work.moved, work.unknown, self.device)
+                kinds.setdefault(key[:2], []).append(key)
+        for keys in kinds.values():
+            alone = len(keys) == 1
+            yield self._entry(keys, "eager", keys[0][2] if alone else None)
+            if not alone:
+                yield from (self._entry([key], ONE_KIND, key[2]) for key in keys)
+
+    def _entry(self, keys: list[Key], part: str, number: int | None) -> Entry:
+        work = summed([work for key in keys for work in self.works.get(key, ())])
+        calls = sum(self.calls[key] for key in keys)
+        return Entry(*keys[0][:2], False, part, calls, work.flops, work.moved, work.unknown, self.device, number)
 
 
 def innermost() -> Key | None:
@@ -99,10 +112,12 @@ def innermost() -> Key | None:
     if not stack:
         return None
     text = stack[-1][0]
-    if text.category == MODULE:
-        return text.text, ""
-    around = (entry[0] for entry in reversed(stack[:-1]))
-    return text.text, next((label.text for label in around if label.category == MODULE), "")
+    module = next((entry for entry in reversed(stack) if entry[0].category == MODULE), None)
+    if module is None:
+        return text.text, "", None
+    payload = module[2] if len(module) > 2 else None
+    number = payload if type(payload) is int else None
+    return text.text, "" if module is stack[-1] else module[0].text, number
 
 
 class _Meter(threading.local, Live):
@@ -112,6 +127,9 @@ class _Meter(threading.local, Live):
 
     def __init__(self) -> None:
         self.seen: set[Any] = set()
+
+    def number(self, slot: Slot, label: Label, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+        return number_of(label.text, (id(slot), *input_shapes(args, kwargs)))
 
     def call(self, slot: Slot, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Calls the body of the slot, whose range is open."""
@@ -229,7 +247,7 @@ def metering() -> Iterator[None]:
         yield
         return
     meter = _Meter()
-    _slot.metered = meter.call
+    _slot.metered = meter
     _ranges.add_sink(meter)
     try:
         yield

@@ -99,8 +99,19 @@ class Gate:
 
 
 SLOT = "_compiled_call_impl"
-# Set by compile/metering.py while a recorder wants to know the work of what it records: calls a slot's body.
-metered: Callable[[Slot, nn.Module, tuple[Any, ...], dict[str, Any]], Any] | None = None
+
+
+class Metered(Protocol):
+    """Who wants to know the work of calls."""
+
+    def number(self, slot: Slot, label: Label, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+        """The payload of the call's range: which kind of call it is."""
+
+    def call(self, slot: Slot, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the body of the slot, whose range is open."""
+
+
+metered: Metered | None = None  # set by compile/metering.py while a recorder wants to know the work of what it records
 Around = Callable[[tuple[Any, ...], dict[str, Any]], "tuple[Label, object] | None"]
 Body = Callable[..., Any]  # (module, *its arguments)
 
@@ -367,10 +378,11 @@ class Slot:
             name = self.naming.now(stack)
             return held_open(self.plain(module, *args, **kwargs), lambda: begin(name, None, gate), end)
         outermost = None if outer is None else push(*outer)
-        entry = push(self.naming.now(stack), None, gate)
+        name, meter = self.naming.now(stack), metered
+        entry = push(name, None if meter is None else meter.number(self, name, args, kwargs), gate)
         try:
-            if metered is not None:
-                return metered(self, module, args, kwargs)
+            if meter is not None:
+                return meter.call(self, module, args, kwargs)
             return self.body(module, *args, **kwargs)
         finally:
             pop(entry)
@@ -448,10 +460,11 @@ def in_range(module: Any, label: Label, /, *args: Any, **kwargs: Any) -> Any:
     found = getattr(module, SLOT, None)
     slot = found.__self__ if type(found) is MethodType else None
     if type(slot) is Slot:
-        entry = push(label)
+        meter = metered
+        entry = push(label, None if meter is None else meter.number(slot, label, args, kwargs))
         try:
-            if metered is not None:
-                return metered(slot, module, args, kwargs)
+            if meter is not None:
+                return meter.call(slot, module, args, kwargs)
             return slot.body(module, *args, **kwargs) if kwargs else slot.body(module, *args)
         finally:
             pop(entry)

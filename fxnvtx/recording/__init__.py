@@ -14,7 +14,7 @@ import json
 import os
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from time import perf_counter_ns
@@ -31,6 +31,7 @@ from ..ranges.labels import HANDLE, Label, domain
 from ..ranges.stack import Event, Log, Node, Range, RangeMark, build_tree, in_order, read_events
 
 __all__ = [
+    "ONE_KIND",
     "PREFIX",
     "Entry",
     "News",
@@ -43,6 +44,7 @@ __all__ = [
     "carry_work",
     "decoded",
     "encoded",
+    "number_of",
     "read_entry",
     "record",
 ]
@@ -326,6 +328,8 @@ def record(*, work: bool = False) -> Iterator[Recording]:
 
 PREFIX = "fxnvtx.work "
 MOST = 100_000  # entries of one process
+MOST_KINDS = 1_000  # kinds of call of one label
+ONE_KIND = "one kind"  # the part of an entry that is about calls with its number and about no others
 _COLOR = 0xFF888888
 
 
@@ -334,7 +338,8 @@ class Entry(NamedTuple):
 
     under: label of the nearest module around, where the range is no module's (`fused(...)` says who by it). backward:
     it is inside a backward pass. part: which piece of the module's code this is; pieces add up, all others of a label
-    are alternatives (other shapes). calls: how many calls of the label the numbers are for. flops: operations by type
+    are alternatives (other shapes). number: which of the label's kinds of call it is, where calls carry that as their
+    payload (see `number_of`). calls: how many calls of the label the numbers are for. flops: operations by type
     of number, torch.utils.flop_counter's. moved: bytes read and written. unknown: why the numbers are not known.
     """
 
@@ -347,6 +352,7 @@ class Entry(NamedTuple):
     moved: int
     unknown: str
     device: str
+    number: int | None = None
 
 
 # with the model that an entry is about: what is known of one goes with it, another may have the same labels
@@ -371,6 +377,20 @@ def carry_work(entries: Iterable[Entry], model: object = None) -> None:
     if emit.nvtx_on:
         for entry in new:
             mark(domain.get_event_attributes(encoded(entry), _COLOR, "work"), HANDLE)
+
+
+_numbers: dict[str, dict[Hashable, int]] = {}
+
+
+def number_of(label: str, call: Hashable) -> int | None:
+    """The number of a kind of call (a module with some input shapes) among those with this label, from 0; None where
+    there are too many. It is the payload of such a call's range: so everybody can tell which entry is about it."""
+    with _lock:
+        known = _numbers.get(label, {})
+        found = known.get(call)
+        if found is None and len(known) < MOST_KINDS and len(_numbers) < MOST:
+            found = _numbers.setdefault(label, known)[call] = len(known)
+        return found
 
 
 def carried(labels: Collection[str]) -> list[list[Any]]:
@@ -431,4 +451,5 @@ def read_entry(row: Any) -> Entry | None:
     if any(type(n) is not int or n < 0 for n in (*flops.values(), values[4], values[6])) or values[4] < 1:
         return None
     values[5] = tuple(sorted((str(kind), n) for kind, n in flops.items()))
-    return Entry(*values)
+    number = row[len(_KINDS)] if len(row) > len(_KINDS) else None
+    return Entry(*values)._replace(number=number if type(number) is int else None)

@@ -55,11 +55,13 @@ _NUMBER = re.compile(r"\d+(?:\.\d+)?")  # timesteps may have a fraction
 
 
 class Name(NamedTuple):
-    """What tells sibling ranges apart. `domain` is empty for fxnvtx's own domain and for NVTX's default one."""
+    """What tells sibling ranges apart. `domain` is empty for fxnvtx's own domain and for NVTX's default one. number:
+    which kind of the label's calls, where their work differs; in a report's trees they are one."""
 
     text: str
     category: str
     domain: str = ""
+    number: int | None = None
 
 
 def clean(text: str) -> str:

@@ -27,7 +27,7 @@ from .rows import ordered
 from .selection import Selection
 from .tree import Node, merge_into, total
 from .views import Row, rows_of, tree_of
-from .work import Peaks, Table, peaks_of, rate
+from .work import Peaks, Table, peaks_of, rate, united
 
 __all__ = ["Report", "from_recording", "gather", "load", "load_on", "read_one"]
 
@@ -126,6 +126,7 @@ def _rated(parts: list[Part], given: Peaks | None) -> tuple[Peaks, list[str]]:
         for reason, time in rate(root, Table(part.work), peaks, part.has_gpu).items():
             why[reason] = why.get(reason, 0) + time
         total(root)
+        part.tree.root = united(root)
         whole += root.gpu if part.has_gpu else root.cpu
     notes = [said] if said else []
     for reason, time in sorted(why.items(), key=lambda item: -item[1])[:3]:

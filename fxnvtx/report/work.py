@@ -16,12 +16,12 @@ from typing import NamedTuple
 
 from ..categories import MODULE, OP
 from ..errors import ConfigError
-from ..recording import Entry
+from ..recording import ONE_KIND, Entry
 from .labels import Name, clean
 from .part import Gpu
-from .tree import Node
+from .tree import Node, merge_into, total
 
-__all__ = ["KINDS", "KNOWN", "Peaks", "Table", "parse_peaks", "peaks_of", "rate"]
+__all__ = ["KINDS", "KNOWN", "Peaks", "Table", "different", "parse_peaks", "peaks_of", "rate", "united"]
 
 
 # ----------------------------------------------------------------------------------------- what devices can do at best
@@ -133,26 +133,58 @@ class Known(NamedTuple):
 
 
 class Table:
-    """Entries by range. Parts of a module's code add up; different numbers of one part are of different shapes."""
+    """Entries by range, and by range and kind of call where the calls say which they are. Parts of a module's code add
+    up; different numbers of one part are of different shapes."""
 
     def __init__(self, entries: Iterable[Entry]) -> None:
-        by_key: dict[_Key, dict[str, set[Known | str]]] = {}
+        by_key: dict[_Key | tuple[_Key, int], dict[str, set[Known | str]]] = {}
         self.devices: set[str] = set()
         for entry in entries:
             flops = tuple((kind, Fraction(n, entry.calls)) for kind, n in entry.flops)
             known: Known | str = entry.unknown or Known(flops, Fraction(entry.moved, entry.calls))
             key = (clean(entry.label), clean(entry.under), entry.backward)
-            by_key.setdefault(key, {}).setdefault(entry.part, set()).add(known)
+            if entry.part != ONE_KIND:
+                by_key.setdefault(key, {}).setdefault(entry.part, set()).add(known)
+            if entry.number is not None:
+                by_key.setdefault((key, entry.number), {}).setdefault("eager", set()).add(known)
             self.devices.add(entry.device)
         self._found = {key: _settled(parts) for key, parts in by_key.items()}
 
     def __bool__(self) -> bool:
         return bool(self._found)
 
-    def of(self, name: Name, under: str, backward: bool) -> Known | str | None:
-        """The work of one call; a text that says why it is not known; None where nothing was said of this range."""
-        text = name.text.partition(" in=")[0]
-        return self._found.get((text, "" if name.category == MODULE else under, backward))
+    def of(self, name: Name, under: Name | None, backward: bool) -> Known | str | None:
+        """The work of one call; a text that says why it is not known; None where nothing was said of this range.
+        under: the nearest module around."""
+        module = name if name.category == MODULE else under
+        around = "" if module is name or module is None else _bare(module)
+        key = (_bare(name), around, backward)
+        if module is not None and module.number is not None and (key, module.number) in self._found:
+            return self._found[key, module.number]
+        return self._found.get(key)
+
+
+def _bare(name: Name) -> str:
+    return name.text.partition(" in=")[0]
+
+
+def different(entries: Iterable[Entry]) -> frozenset[str]:
+    """Labels of modules whose calls are of several kinds, so that one must tell them apart."""
+    numbers: dict[str, set[int]] = {}
+    for entry in entries:
+        if entry.number is not None:
+            numbers.setdefault(entry.under or entry.label, set()).add(entry.number)
+    return frozenset(clean(label) for label, known in numbers.items() if len(known) > 1)
+
+
+def united(root: Node) -> Node:
+    """The tree with all kinds of a label's calls in one node."""
+    if all(node.name.number is None for node in root.every()):
+        return root
+    whole = Node(root.name, None)
+    merge_into(whole, root, lambda node: node.name._replace(number=None))
+    total(whole)
+    return whole
 
 
 def _settled(parts: dict[str, set[Known | str]]) -> Known | str:
@@ -192,14 +224,14 @@ def rate(root: Node, table: Table, peaks: Peaks, gpu: bool) -> dict[str, int]:
     why: dict[str, int] = {}
     timed = gpu or table.devices <= {"cpu", ""}  # the host's time says nothing about a device's
     # node, in a backward pass, the nearest module around, calls of the nearest range that has some
-    todo: list[tuple[Node, bool, str, int]] = [(child, False, "", 0) for child in root.children.values()]
+    todo: list[tuple[Node, bool, Name | None, int]] = [(child, False, None, 0) for child in root.children.values()]
     while todo:
         node, backward, under, calls = todo.pop()
         backward = backward or node.name.text == "backward"
         # a replay of a CUDA graph runs no Python: the layers ran as often as it did
         calls = node.calls + node.replays or calls
         _rate(node, table.of(node.name, under, backward), calls, peaks, gpu, timed, why)
-        below = node.name.text.partition(" in=")[0] if node.name.category == MODULE else under
+        below = node.name if node.name.category == MODULE else under
         todo.extend((child, backward, below, calls) for child in node.children.values())
     return why
 

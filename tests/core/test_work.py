@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,12 +12,16 @@ from torch import nn
 
 import fxnvtx
 from fxnvtx import recording as work
+from fxnvtx.categories import Numbers
 from fxnvtx.modules import call_slot as slot
 from fxnvtx.recording import Recording
+from fxnvtx.report import Report
+from fxnvtx.report.capture.recording import read_recording
+from fxnvtx.report.part import Window
 
 from ..models import samples
 from ..support import diffusers_zoo as zoo
-from ..support.work_truth import report_of, shown_flops, true_flops
+from ..support.work_truth import PEAKS, report_of, shown_flops, true_flops
 
 ZOO = ("dit", "sd3", "flux", "ltx_video", "pixart", "sana", "vae_kl", "unet")
 
@@ -140,10 +145,42 @@ def test_recording_costs_no_call_more_for_the_work_it_carries() -> None:
     assert recording.meta["work"]
 
 
-def test_other_shapes_make_the_work_unknown_and_not_wrong() -> None:
+def test_every_call_has_the_work_of_its_own_shapes(tmp_path: Path) -> None:
+    """In each request what was called there; also in a file."""
     model = fxnvtx.instrument(Net(), "net")
+    batches: list[tuple[int, ...]] = [(2, 3, 3), (7,), (2,)]
     with fxnvtx.record(work=True) as recording:
+        for sizes in batches:
+            with fxnvtx.range("request", category="request"):
+                for size in sizes:
+                    with fxnvtx.range("around"):
+                        model(torch.rand(size, 4))
+    alone = {}
+    for size in (2, 3, 7):
+        with fxnvtx.record(work=True) as single:
+            model(torch.rand(size, 4))
+        alone[size] = {row.name: row for row in report_of(single).rows()}
+    for tree in (recording, Recording.load(recording.save(tmp_path / "recording.json"))):
+        roots = [r for r in tree.ranges if r.label == "request"]
+        for number, sizes in enumerate(batches):
+            window = Window(Numbers.read(str(number)))
+            report = Report([read_recording(tree, window=window)], PEAKS)
+            rows = {row.name: row for row in report.rows()}
+            assert len(roots) == 3 and not any(rows[name].unrated for name in ("net", "net.a", "net.b"))
+            for name in ("net", "net.a", "net.b"):
+                assert rows[name].calls == len(sizes)
+                assert rows[name].flops == sum(alone[size][name].flops for size in sizes) > 0
+                assert rows[name].moved == sum(alone[size][name].moved for size in sizes) > 0
+        whole = {row.name: row for row in report_of(tree).rows("module")}
+        assert whole["net"].flops == sum(alone[size]["net"].flops for sizes in batches for size in sizes)
+
+
+def test_where_no_call_says_its_shapes_the_work_is_unknown_and_not_wrong() -> None:
+    model = fxnvtx.instrument(Net(), "net")
+    with fxnvtx.record(work=True):
         model(torch.rand(2, 4))
+        model(torch.rand(3, 4))
+    with fxnvtx.record() as recording:
         model(torch.rand(3, 4))
     rows = {row.name: row for row in report_of(recording).rows()}
     assert all(row.flops == 0 and row.unrated and row.headroom is None for row in rows.values())

@@ -120,6 +120,30 @@ def test_what_is_not_known_is_said(tmp_path: Path) -> None:
     assert "+?" in next(line for line in shown.splitlines() if line.startswith("net "))
 
 
+def test_calls_of_several_shapes_say_which_they_are(tmp_path: Path) -> None:
+    """By the payload of their range."""
+    entries = [
+        entry("net.a", bf16=10**9, part="eager", number=0), entry("net.a", bf16=3 * 10**9, part="eager", number=1),
+        entry("net"), entry("op", under="net.a", part="eager", number=0, moved=5),
+        entry("op", under="net.a", part="eager", number=1, moved=8),
+    ]  # fmt: skip
+    assert [decoded(encoded(item)) for item in entries] == entries
+    capture = Capture(tmp_path / "a.sqlite")
+    for item in entries:
+        capture.text(encoded(item))
+    for number, payload in enumerate((0, 1, 1, 0)):
+        at = 1_000_000 * (number + 1)
+        capture.range(at, at + 10_000, "net.a", "module", payload=payload)
+        capture.range(at + 10, at + 900, "op", "op")
+        capture.kernel(at + 2_000, at + 2_000 + 500_000, capture.call(at + 1_000, at + 1_100), "of a")
+        capture.kernel(at + 502_000, at + 502_001, capture.call(at + 20, at + 30), "of op")
+    rows = rows_of(capture.close(), "bf16=1T,mem=1T")
+    assert [(row.name, row.calls) for row in rows.values()] == [("net.a", 4), ("op", 4)], "one row, whatever the shapes"
+    assert (rows["net.a"].flops, rows["op"].moved) == (2 * 10**9 + 6 * 10**9, 2 * 5 + 2 * 8)
+    assert (rows["net.a"].roof, rows["net.a"].unrated) == (8_000_000, 0)
+    assert rows["net.a"].each is not None and rows["net.a"].each.count == 4
+
+
 def test_parts_add_up_and_alternatives_do_not(tmp_path: Path) -> None:
     entries = [
         entry("net.a", bf16=1_000_000, part="forward"), entry("net.a", bf16=500_000, part="resumed"),

@@ -15,6 +15,7 @@ from ..capture.schema import COPY, GRAPH, SET
 from ..labels import UNKNOWN, Name, Span, category_of
 from ..part import Omitted, Part
 from ..tree import Node, Tree
+from ..work import different
 from .batches import Ints, Limits, Source, Spool, windows
 from .device import NODE, OVERLAPS, PROCESS, Device, GraphNodes, Origins, distinct, kind_of
 from .forest import BEFORE, EARLIEST, LEVEL, NO_TABLE, ROOT, Forest, place
@@ -41,7 +42,7 @@ class Capture:
     def __init__(self, reader: Reader, source: Source, limits: Limits) -> None:
         self._reader = reader
         self._limits = limits
-        self.names = Names(reader.text, reader.name, reader.exact)
+        self.names = Names(reader.text, reader.name, reader.exact, different(reader.entries))
         self.device = Device(limits)
         tick = reader.tick or (lambda rows: None)
         ranges = Ranges(reader, self.names, source, limits, tick)

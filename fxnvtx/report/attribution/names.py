@@ -152,7 +152,8 @@ class Names(Numbered):
     """`raw` numbers what rows say; `final` gives each distinct Name one number.
 
     text_of: the text of a string's id. name_of: (process, text, domain, category) -> Name; it may be asked only after
-    all rows were read, because a domain may be named after its first range. exact: see `read_sqlite`.
+    all rows were read, because a domain may be named after its first range. exact: see `read_sqlite`. different:
+    modules whose payload says which kind of call it is.
     """
 
     def __init__(
@@ -160,8 +161,10 @@ class Names(Numbered):
         text_of: Callable[[int], str],
         name_of: Callable[[int, str, int, int | None], Name],
         exact: bool,
+        different: frozenset[str] = frozenset(),
     ) -> None:
         super().__init__()
+        self._different = different
         self._text_of = text_of
         self._name_of = name_of
         self._exact = exact
@@ -255,13 +258,18 @@ class Names(Numbered):
 
     def _counts(self, name: Name) -> bool:
         """Whether a payload becomes part of the name."""
+        if name.category == "module":
+            return name.text.partition(" in=")[0] in self._different
         return not self._exact and numbered(name.text, name.category, 0) != name.text
 
     def _with_payload(self, number: int, value: int) -> int:
         found = self._counted.get((number, value))
         if found is None:
             name = self.names[number]
-            counted = name._replace(text=numbered(name.text, name.category, value))
+            if name.category == "module":
+                counted = name._replace(number=value)
+            else:
+                counted = name._replace(text=numbered(name.text, name.category, value))
             found = self._counted[number, value] = self.number(counted)
         return found
 

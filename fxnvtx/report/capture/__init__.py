@@ -181,7 +181,7 @@ def read_sqlite(
             schema = detect(connection, shown or path)
             reader = Reader(connection, schema, shown or path, exact, tick, window)
             parts = _parts(reader, path, limits, adbc)
-            work, gpus = reader.work(), reader.gpus()
+            work, gpus = reader.entries, reader.gpus()
     finally:
         connection.close()
     for index, part in enumerate(parts):

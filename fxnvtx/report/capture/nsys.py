@@ -48,6 +48,7 @@ class Reader:
         self.has_strings = schema.strings is not None
         self.copy_names = self._enum("ENUM_CUDA_MEMCPY_OPER")
         self.domains, self.categories = self._registered()
+        self.entries = self._work()
         self.last = 0  # the last moment of any range
         self._nesting: list[int] | None = None
 
@@ -60,7 +61,7 @@ class Reader:
 
     # ------------------------------------------------------------------------------------------ small tables
 
-    def work(self) -> list[Entry]:
+    def _work(self) -> list[Entry]:
         """What fxnvtx has registered about its ranges. Strings are kept from before a capture range began, too."""
         if not self.has_strings:
             return []

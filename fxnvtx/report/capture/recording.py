@@ -12,6 +12,7 @@ from ...errors import CaptureError, FxnvtxError
 from ...recording import Range, Recording, read_entry
 from ..labels import PIECE, Name, Span, clean, infer_category, numbered
 from ..part import WHOLE, Part, Window, omitted, timeline_of
+from ..work import different
 from .schema import one_line
 
 __all__ = ["damaged_recording", "load_recording", "read_recording", "shown_apart", "spans_of"]
@@ -29,6 +30,7 @@ def read_recording(
     work = meta.get("work")
     if isinstance(work, list):
         part.work = [entry for row in work if (entry := read_entry(row)) is not None]
+    kinds = different(part.work)
     ranges = recording.ranges
     with damaged_recording(source):
         # not at the top: numpy is imported only when a capture is read
@@ -39,7 +41,7 @@ def read_recording(
         if window.between is not None and ranges:
             left_out.cut_to(window.between, min(item.start_ns for item in ranges))
         part.notes.extend(left_out.notes)
-        fill(part.tree, left_out.clipped(left_out.without(spans_of(nesting, exact))))
+        fill(part.tree, left_out.clipped(left_out.without(spans_of(nesting, exact, kinds))))
         if crossing:  # start/end ranges, as in a capture: beside the tree, and in no total
             fill(part.side, spans_of(crossing, exact))
             part.side.total()
@@ -78,8 +80,9 @@ def shown_apart(ranges: list[Range]) -> tuple[list[Range], list[Range]]:
     return [r for r in ranges if r.crossing not in aside], [r for r in ranges if r.crossing in aside]
 
 
-def spans_of(ranges: list[Range], exact: bool = False) -> Iterator[Span]:
-    """The ranges in the order a sweep wants, by thread and then start; open ones end where the recording does."""
+def spans_of(ranges: list[Range], exact: bool = False, kinds: frozenset[str] = frozenset()) -> Iterator[Span]:
+    """The ranges in the order a sweep wants, by thread and then start; open ones end where the recording does. kinds:
+    the modules whose payload says which kind of call it is."""
     last = max((item.end_ns or item.start_ns for item in ranges), default=0)
     names: dict[tuple[str, str], Name] = {}
     # stable: of two ranges that start together the outer one was recorded first
@@ -94,6 +97,8 @@ def spans_of(ranges: list[Range], exact: bool = False) -> Iterator[Span]:
             name, payload = name._replace(category=MODULE), PIECE
         elif payload is not None and not exact and name.category in ("step", "request"):
             name = name._replace(text=numbered(name.text, name.category, payload))
+        elif type(payload) is int and name.category == MODULE and name.text.partition(" in=")[0] in kinds:
+            name = name._replace(number=payload)
         end = last if item.end_ns is None else item.end_ns
         yield item.thread_id, item.start_ns, end, name, payload, item.end_ns is None
 
