@@ -116,7 +116,8 @@ def compiled(name: str) -> tuple[dict[str, Any], list[str]]:
     with counted() as counters, torch.no_grad():
         call = torch.compile(model, backend="inductor" if MODE == "plain" else "fxnvtx")
         call(**arguments)
-        if recording is not None:
+        if MODE == "recorder":
+            assert recording is not None
             labels = [made.label for made in recording.ranges if made.category == "module"]
             with fxnvtx.record() as second:
                 call(**arguments)
