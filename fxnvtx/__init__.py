@@ -9,9 +9,11 @@ from __future__ import annotations
 import sys
 import warnings
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from .compile import register as _register_backend
+from .compile import when_imported as _when_imported
 
 if TYPE_CHECKING:
     from . import integrations, models, pipeline, report
@@ -75,6 +77,19 @@ def import_quietly(name: str) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
         return import_module(name)
+
+
+def _shown_by_the_report(recording: ModuleType) -> None:
+    def as_html(recorded: Recording) -> str:
+        from .report import from_recording
+
+        return from_recording(recorded)._repr_html_()
+
+    recording.as_html = as_html  # type: ignore[attr-defined]
+
+
+# The report reads recordings, and knows of them; what a notebook shows of one it says here.
+_when_imported(f"{__name__}.recording", _shown_by_the_report)
 
 
 def __getattr__(name: str) -> Any:

@@ -186,7 +186,7 @@ def _silence() -> str | None:
 
 def _at_exit() -> None:
     modules = sum(len(c.entries) for c in controls()) + _registry.lost
-    if modules and not emit.emitted and not emit.silence_told:
+    if modules and not emit.emitted and not emit.silence_logged:
         emit.log.warning("%d modules were instrumented but no range was emitted: %s", modules, why_silent())
 
 

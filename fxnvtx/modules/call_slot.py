@@ -23,9 +23,8 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from .. import ranges as _ranges
 from ..compile.torch_private import dynamo_active, jit_traces
-from ..ranges import HANDLE, Entry, Label, begin, emit, end, local, mark_now, nvtx_pop, nvtx_push, pop, push
+from ..ranges import HANDLE, Entry, Label, begin, emit, end, label, local, mark_now, nvtx_pop, nvtx_push, pop, push
 from ..ranges.crossing import held_open, surrounding
 from ..ranges.emit import attend, close_deep
 from ..ranges.labels import input_shapes
@@ -81,7 +80,7 @@ class Gate:
     @contextmanager
     def silence(self) -> Iterator[None]:
         """Around an outermost call that began switched off."""
-        silent = _ranges.local.silent
+        silent = local.silent
         silent.add(self)
         with lock:
             self._silent_calls += 1
@@ -200,7 +199,7 @@ class Inside:
         shown = self.shown.get(key)
         if shown is None:
             listed = ", ".join(f"[{', '.join(map(str, s))}]" for s in shapes)  # type: ignore[call-overload]
-            shown = self.shown[key] = _ranges.label(f"{text} in=[{listed}]")
+            shown = self.shown[key] = label(f"{text} in=[{listed}]")
         mark_now(shown)
 
 
@@ -430,7 +429,7 @@ def _calling_module() -> nn.Module:
 
 
 def _silent_slot(module: Any) -> Slot:
-    return Slot(module, Gate.off(), Naming(_ranges.label(type(module).__name__), None))
+    return Slot(module, Gate.off(), Naming(label(type(module).__name__), None))
 
 
 _module_call = nn.Module.__call__

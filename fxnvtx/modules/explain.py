@@ -10,9 +10,8 @@ from io import StringIO
 
 from torch import fx, nn
 
-from .. import ranges as _ranges
 from ..errors import InstrumentError
-from ..ranges import emit
+from ..ranges import emit, why_silent
 from . import fx_graph as _graph
 from . import unwrapped
 from .registry import Control, Entry, controls_of, entry_of
@@ -136,7 +135,7 @@ def _state(control: Control, model: nn.Module) -> list[str]:
     if not control.enabled:
         notes.append("switched off: fxnvtx.set_enabled(model, True) brings the ranges back")
     if not emit.active:
-        notes.append(f"nobody listens, so nothing is emitted: {_ranges.why_silent()}")
+        notes.append(f"nobody listens, so nothing is emitted: {why_silent()}")
     found = entry_of(model)
     if found is not None and found[0] is not control:
         notes.append(f"a later instrument() call names these modules: {found[0].text('')}")

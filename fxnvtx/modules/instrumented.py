@@ -146,21 +146,21 @@ class Control(Gate):
         self.structure = Structure(None)
         self._by_fqn: dict[str, Entry] = {}
         # Of the registry, while registered: bring this control up to date with its model; bring slots up to date
-        self._mend: Callable[[Control], None] | None = None
+        self._reread: Callable[[Control], None] | None = None
         self._sync: Callable[[list[nn.Module]], None] | None = None
 
     @property
     def registered(self) -> bool:
         """Whether this is what the model is instrumented as now."""
-        return self._mend is not None
+        return self._reread is not None
 
-    def registers(self, mend: Callable[[Control], None], sync: Callable[[list[nn.Module]], None]) -> None:
+    def registers(self, reread: Callable[[Control], None], sync: Callable[[list[nn.Module]], None]) -> None:
         self.age = next(_ages)
-        self._mend, self._sync = mend, sync
+        self._reread, self._sync = reread, sync
         self.refresh()
 
     def unregisters(self) -> None:
-        self._mend = self._sync = None
+        self._reread = self._sync = None
         self.enabled = False  # a shallow copy may still have a slot of ours
         self.refresh()
         for entry in self.entries:
@@ -210,13 +210,13 @@ class Control(Gate):
         return [m for e in above if e is not None and (m := e.module()) is not None]
 
     def look(self, key: int) -> None:
-        if self.enabled and self._mend is not None and self.structure.changed(key):
-            self._mend(self)
+        if self.enabled and self._reread is not None and self.structure.changed(key):
+            self._reread(self)
 
     def look_everywhere(self) -> None:
         """See that the whole model is as it was, where no call of the root does so."""
-        if self._mend is not None and self.structure.changed():
-            self._mend(self)
+        if self._reread is not None and self.structure.changed():
+            self._reread(self)
 
     def text(self, fqn: str) -> str:
         return label_text(self.name, self.kind, fqn)

@@ -17,9 +17,8 @@ from typing import cast
 
 from torch import nn
 
-from .. import ranges as _ranges
 from ..compile.torch_private import hide_from_torchscript, hide_module, undisturbed
-from ..ranges import emit
+from ..ranges import emit, on_listeners_changed
 from .call_slot import SLOT, lock, slot_of, tracing
 from .instrumented import Control, Entry
 
@@ -165,7 +164,7 @@ def register(model: nn.Module, control: Control) -> None:
     with _changing:
         previous = _registered.pop(id(model), None)
         leaving = _release(previous) if previous is not None else []
-        control.registers(_mend, sync)
+        control.registers(_reread, sync)
         control.model = weakref.ref(model, _forgetting((id(model), control.age)))
         _registered[id(model)] = control
         _claim(control)
@@ -198,7 +197,7 @@ def unregister(model: nn.Module) -> Control | None:
         return control
 
 
-def _mend(control: Control) -> None:
+def _reread(control: Control) -> None:
     """The model is not what it was: read it again, and bring names, slots and generated forwards in line."""
     if tracing():
         return  # the next ordinary call will do
@@ -285,7 +284,7 @@ def sync(modules: Iterable[nn.Module] | None = None) -> None:
             for control in controls():
                 control.refresh()
                 if emit.active and control.structure.changed():
-                    _mend(control)
+                    _reread(control)
             modules = [m for control in controls() for m in control.modules()]
         for module in _with_callers(modules):
             found = entry_of(module)
@@ -372,4 +371,4 @@ class _Placed(weakref.ref[MethodType]):
         self.key = key
 
 
-_ranges.on_listeners_changed(sync)
+on_listeners_changed(sync)

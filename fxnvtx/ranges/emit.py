@@ -77,7 +77,7 @@ live: tuple[Live, ...] = ()  # those of them that are told of every range at onc
 active = nvtx_on
 emitted = False
 crossings: set[int] = set()  # numbers of the open ranges that may cross others: while there are any, all stacks attend
-silence_told = False  # whether the log has said why nothing is emitted; once is enough
+silence_logged = False  # whether the log has said why nothing is emitted; once is enough
 listener_lock = threading.RLock()
 _on_change: list[Callable[[], None]] = []
 stacks = Stacks()
@@ -95,10 +95,10 @@ def on_listeners_changed(callback: Callable[[], None]) -> None:
 
 
 def add_sink(sink: Sink | Live) -> None:
-    global sinks, silence_told
+    global sinks, silence_logged
     if mode == "off":
-        if not silence_told:
-            silence_told = True
+        if not silence_logged:
+            silence_logged = True
             log.warning("FXNVTX=off: this recording stays empty; unset FXNVTX to record")
         return
     with listener_lock:

@@ -123,16 +123,16 @@ def classes_of(labels: Iterable[Label]) -> dict[str, str]:
     A label that does not tell its class (compiled code has such) is given that of instrumented modules of its name.
     """
     found: dict[str, set[str]] = {}
-    untold: set[str] = set()
+    unknown: set[str] = set()
     for known in labels:
         if known.kind:
             found.setdefault(known.text, set()).add(known.kind)
         elif known.category == "module":
-            untold.add(known.text)
-    untold -= found.keys()
-    if untold:
+            unknown.add(known.text)
+    unknown -= found.keys()
+    if unknown:
         for known in list(_living.values()):
-            if known.kind and known.text in untold:
+            if known.kind and known.text in unknown:
                 found.setdefault(known.text, set()).add(known.kind)
     return {text: " | ".join(sorted(found[text])) for text in sorted(found)}
 

@@ -25,7 +25,7 @@ from .crossing import Crossing
 from .labels import Label
 
 __all__ = [
-    "UNTOLD",
+    "NOT_YET",
     "Entry",
     "Event",
     "Live",
@@ -48,7 +48,7 @@ Entry: TypeAlias = "tuple[Any, ...]"
 # Crossing: opened, and it knows itself when it ends; (Crossing or None,): what follows lies in this one
 Event: TypeAlias = "tuple[Any, ...] | int | Crossing"
 Log: TypeAlias = "list[Event]"
-UNTOLD = object()  # in place of a Crossing: a new log has not been told yet
+NOT_YET = object()  # in place of a Crossing: a new log has not been told yet
 
 
 class Open:
@@ -183,7 +183,7 @@ class Stacks:
                 log = []
             sink.listen(stack.number, stack.thread_id, log)
         stack.log = log
-        stack.inside = UNTOLD
+        stack.inside = NOT_YET
 
 
 # ---------------------------------------------------------------------------------------------------------- read back

@@ -22,10 +22,9 @@ from typing import Any, NamedTuple
 
 from nvtx._lib.lib import mark
 
-from .. import ranges as _ranges
 from ..errors import CaptureError, ToolError
 from ..output import writing
-from ..ranges import emit
+from ..ranges import add_sink, classes_of, emit, remove_sink
 from ..ranges.crossing import Crossing
 from ..ranges.labels import HANDLE, Label, domain
 from ..ranges.stack import Event, Log, Node, Range, RangeMark, build_tree, in_order, read_events
@@ -80,7 +79,7 @@ class Recording:
                 n: (thread, [[_as_it_is(e) for log in logs for e in log]]) for n, (thread, logs) in self._logs.items()
             }
             labels = self._labels()
-            self.meta["classes"] = _ranges.classes_of(labels)  # now: a model may be gone when somebody reads
+            self.meta["classes"] = classes_of(labels)  # now: a model may be gone when somebody reads
             self.meta["work"] = carried({known.text for known in labels})
 
     def fill(self, ranges: list[Range], marks: list[RangeMark], meta: dict[str, Any]) -> None:
@@ -148,9 +147,7 @@ class Recording:
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the folded tree with its times."""
-        from ..report import from_recording
-
-        return from_recording(self)._repr_html_()
+        return as_html(self)
 
     def to_pandas(self) -> Any:
         """A `pandas.DataFrame` with a row per range, in the order of `ranges`: label, category, payload, thread_id,
@@ -282,6 +279,8 @@ def _as_it_is(event: Event) -> Event:
     return copy.copy(event) if type(event) is Crossing else event
 
 
+# set by fxnvtx itself: a recording as its report shows it
+as_html: Callable[[Recording], str] = lambda _: ""  # noqa: E731
 # set by fxnvtx.modules: why instrumented models may have stayed silent, or None where there is nothing to say
 explain_silence: Callable[[], str | None] = lambda: None  # noqa: E731
 
@@ -310,17 +309,17 @@ def record(*, work: bool = False) -> Iterator[Recording]:
     recording.meta = {"pid": os.getpid(), "clock": "perf_counter_ns"}
     if os.environ.get("RANK", "").isdigit():
         recording.meta["rank"] = int(os.environ["RANK"])
-    _ranges.add_sink(recording)
+    add_sink(recording)
     try:
         with metering() if work else nullcontext():
             yield recording
     finally:
-        _ranges.remove_sink(recording)
+        remove_sink(recording)
         recording.stop()
-        if recording.empty and not emit.silence_told:
+        if recording.empty and not emit.silence_logged:
             reason = explain_silence()
             if reason:
-                emit.silence_told = True
+                emit.silence_logged = True
                 emit.log.warning("this recording is empty: %s", reason)
 
 

@@ -24,10 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import ranges as _ranges
 from ..categories import Numbers
 from ..errors import CaptureError
-from ..ranges import emit
+from ..ranges import Mark, Open, classes_of, emit, label
 from ..ranges.stack import in_order
 from . import News, Range, RangeMark, Recording
 from .loops import Call, Frame, Site, Sites, inferred
@@ -53,7 +52,7 @@ class Window:
         self._nvtx = emit.nvtx_on  # what there is to hear it
         self._show(False)
 
-    def opened(self, entry: _ranges.Open) -> bool:
+    def opened(self, entry: Open) -> bool:
         """Called before NVTX hears of the range; returns whether it is shown."""
         category = entry.label.category
         if entry.level == 0:
@@ -70,7 +69,7 @@ class Window:
             self._show(self._steps - 1 in self.steps)
         return self.is_open
 
-    def closed(self, entry: _ranges.Open) -> None:
+    def closed(self, entry: Open) -> None:
         if self.steps is None or not self.is_open:
             return
         if entry.level == 0 or (entry.label.category == "step" and self._steps not in self.steps):
@@ -101,9 +100,9 @@ class Spool:
     def _begin(self) -> None:
         self.path: Path | None = None
         self.broken = False
-        self._new: deque[_ranges.Open] = deque()
-        self._marks: deque[_ranges.Mark] = deque()
-        self._unfinished: list[tuple[int, _ranges.Open]] = []
+        self._new: deque[Open] = deque()
+        self._marks: deque[Mark] = deque()
+        self._unfinished: list[tuple[int, Open]] = []
         self._count = 0
         self._outer: set[int] = set()  # shown and still open: what is known is written when they end
         self._came_from: dict[int, Site] = {}
@@ -120,7 +119,7 @@ class Spool:
 
     # the side that ranges calls
 
-    def opened(self, entry: _ranges.Open) -> None:
+    def opened(self, entry: Open) -> None:
         if self.window is not None and not self.window.opened(entry):
             return
         if entry.level == 0 or entry.label.category in _OUTER:
@@ -133,7 +132,7 @@ class Spool:
         if entry.level == 0 or len(self._new) >= _MANY:
             self.write()
 
-    def closed(self, entry: _ranges.Open) -> None:
+    def closed(self, entry: Open) -> None:
         if id(entry) not in self._outer:
             return
         self._outer.discard(id(entry))
@@ -141,7 +140,7 @@ class Spool:
         if self.window is not None:
             self.window.closed(entry)
 
-    def marked(self, mark: _ranges.Mark) -> None:
+    def marked(self, mark: Mark) -> None:
         if self.window is None or self.window.is_open:
             self._marks.append(mark)
 
@@ -205,7 +204,7 @@ class Spool:
             marks.append([m.label.text, m.label.category, m.payload, m.thread_id, m.time_ns])
         work = self._news.rows()
         if rows or ended or marks or work:
-            classes = _ranges.classes_of(named)
+            classes = classes_of(named)
             line = {"ranges": rows, "ended": ended, "marks": marks, "classes": classes, "strays": self._strays}
             if work:
                 line["work"] = work
@@ -245,9 +244,9 @@ def _free_path(folder: Path) -> Path:
 
 def _rank() -> int | None:
     """This process's place among its like: what torchrun says, else torch.distributed once that is set up."""
-    told = os.environ.get("RANK", "")
-    if told.isdigit():
-        return int(told)
+    rank = os.environ.get("RANK", "")
+    if rank.isdigit():
+        return int(rank)
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         return int(distributed.get_rank())
@@ -260,7 +259,7 @@ def read_spool(path: str | os.PathLike[str]) -> Recording:
     Raises CaptureError where the file is no spool or its lines say nothing.
     """
     recording = Recording()
-    entries: dict[int, _ranges.Open] = {}
+    entries: dict[int, Open] = {}
     marks: list[RangeMark] = []
     classes: dict[str, str] = {}
     meta: dict[str, Any] = {}
@@ -297,7 +296,7 @@ def read_spool(path: str | os.PathLike[str]) -> Recording:
     return recording
 
 
-def _steps(entries: dict[int, _ranges.Open], sites: dict[int, Site]) -> Iterator[_ranges.Open]:
+def _steps(entries: dict[int, Open], sites: dict[int, Site]) -> Iterator[Open]:
     """Ranges for the loops that the outermost calls came from, around them, and so before them."""
     if not sites:
         return
@@ -320,15 +319,15 @@ def _frame(number: int, place: int, loops: list[list[int]], function: str) -> Fr
     return Frame(number, place, tuple((first, last) for first, last in loops), function)
 
 
-def _span(text: str, category: str, payload: int, level: int, first: Call, last: Call) -> _ranges.Open:
-    entry = _ranges.Open(_ranges.label(text, category), payload, level, first.thread_id)
+def _span(text: str, category: str, payload: int, level: int, first: Call, last: Call) -> Open:
+    entry = Open(label(text, category), payload, level, first.thread_id)
     entry.start_ns, entry.end_ns = first.start_ns, last.end_ns
     return entry
 
 
-def nested(entries: Iterable[_ranges.Open]) -> list[Range]:
+def nested(entries: Iterable[Open]) -> list[Range]:
     """Ranges by start. What lies between two of them may not have been shown: so depth counts those that were."""
-    enclosing: dict[tuple[int, int], list[_ranges.Open]] = {}
+    enclosing: dict[tuple[int, int], list[Open]] = {}
     found = []
     ordered = sorted(entries, key=lambda e: e.start_ns)  # stable: a thread's own order survives ties
     known = {entry.crossing for entry in ordered}
@@ -357,12 +356,12 @@ def nested(entries: Iterable[_ranges.Open]) -> list[Range]:
     return in_order(found)
 
 
-def _over(entry: _ranges.Open, now: int) -> bool:
+def _over(entry: Open, now: int) -> bool:
     return entry.end_ns is not None and entry.end_ns < now
 
 
 def _entry(
-    label: str,
+    text: str,
     category: str,
     payload: Any,
     thread: int,
@@ -372,8 +371,8 @@ def _entry(
     leaked: bool,
     crossing: int = 0,
     inside: int = 0,
-) -> _ranges.Open:
-    entry = _ranges.Open(_ranges.label(label, category), payload, level, thread)
+) -> Open:
+    entry = Open(label(text, category), payload, level, thread)
     entry.start_ns, entry.end_ns, entry.leaked = start, end, leaked
     entry.crossing, entry.inside = crossing, inside
     return entry
