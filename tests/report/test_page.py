@@ -59,8 +59,8 @@ def browser(running: Browser, page: Path) -> Iterator[Browser]:
 
 
 def settled(browser: Browser) -> None:
-    """A zoom takes 170 ms."""
-    time.sleep(0.25)
+    """Until a zoom has come to its end."""
+    browser.wait("!fxnvtx.icicle.moving")
 
 
 def node(browser: Browser, name: str) -> int:

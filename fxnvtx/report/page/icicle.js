@@ -8,7 +8,7 @@ const icicle = (() => {
   const paint = brushOf(canvas);
   const ROW = 23;
   let width = 0, height = 0;
-  let view = [0, 1], from = [0, 1], since = 0;   // the shown part of [0, 1], and where a zoom comes from
+  let view = [0, 1], from = [0, 1], since = 0, moving = false;   // the shown part of [0, 1], and where a zoom comes from
   let drawn = [];                                // boxes of the last picture: [x0, x1, level, node]
 
   function levels() {
@@ -35,7 +35,8 @@ const icicle = (() => {
     const goal = right[model.root] > left[model.root] ? [left[model.root], right[model.root]] : [0, 1];
     view = [from[0] + (goal[0] - from[0]) * eased, from[1] + (goal[1] - from[1]) * eased];
     draw(left, right);
-    if (moved < 1) requestAnimationFrame(frame);
+    moving = moved < 1;
+    if (moving) requestAnimationFrame(frame);
   }
 
   function draw(left, right) {
@@ -118,7 +119,7 @@ const icicle = (() => {
   }
 
   function zoom(node) {
-    from = view; since = performance.now();
+    from = view; since = performance.now(); moving = true;
     model.root = node; model.at = node;
     resize(); crumbs(); point(node); requestAnimationFrame(frame);
     model.change();
@@ -188,7 +189,7 @@ const icicle = (() => {
   });
   const biggest = (nodes) => nodes.reduce((best, i) => (best === undefined || valueOf(i) > valueOf(best) ? i : best), undefined);
 
-  function refresh() { from = view; since = performance.now() - 1000; resize(); requestAnimationFrame(frame); }
+  function refresh() { from = view; since = performance.now() - 1000; moving = true; resize(); requestAnimationFrame(frame); }
   window.addEventListener("resize", refresh);
-  return { zoom, refresh, fit, relative, nodeAt, rectOf, point, crumbs, get drawn() { return drawn.length; } };
+  return { zoom, refresh, fit, relative, nodeAt, rectOf, point, crumbs, get drawn() { return drawn.length; }, get moving() { return moving; } };
 })();
