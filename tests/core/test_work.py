@@ -28,8 +28,10 @@ ZOO = ("dit", "sd3", "flux", "ltx_video", "pixart", "sana", "vae_kl", "unet")
 
 @pytest.fixture(autouse=True)
 def nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two living models with one name nobody could say whose work it is; other tests' models may still be there."""
+    """Of two living models with one name nobody could say whose work it is; other tests' models may still be there, and
+    what they compiled: after that not every eager call is counted."""
     monkeypatch.setattr(work, "_entries", {})
+    torch.compiler.reset()
 
 
 @pytest.fixture(autouse=True)
