@@ -15,8 +15,7 @@ import click
 from click.core import ParameterSource
 
 from ..categories import EXAMPLES
-from ..output import STDOUT, check_target, complain, is_stdout, write_text, wrote
-from ..printable import printable_lines
+from ..output import STDOUT, check_target, complain, is_stdout, printable_lines, write_text, wrote
 from .capture import expanded, uncollected
 from .capture.recording import load_recording
 from .capture.scrub import scrub

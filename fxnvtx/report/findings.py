@@ -12,7 +12,7 @@ from functools import wraps
 from statistics import median
 
 from ..categories import COMPILE, RESIDENCY, STEP
-from ..printable import cut, width_of
+from ..output import cut, width_of
 from .format import middle, painted, readable_bytes, readable_ns, readable_share
 from .labels import category_of
 from .render.text import render_text, width_of_terminal, wrapped

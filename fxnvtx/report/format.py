@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..printable import cut, pad, printable, width_of
+from ..output import cut, pad, printable, width_of
 
 __all__ = [
     "Column",

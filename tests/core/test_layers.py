@@ -34,7 +34,7 @@ DIRECTION = {
 PROGRAMS = "programs"  # the command line and what it runs: may import everything, and nothing below imports it
 
 # files at the top of the package, and files that lie in another folder than the part they are of
-PARTS = {"ground": ["categories", "errors", "output", "printable"], "torch": ["compile/torch_private"]}
+PARTS = {"ground": ["categories", "errors", "output"], "torch": ["compile/torch_private"]}
 
 
 def part_of(name: str) -> str:

@@ -24,7 +24,7 @@ import csv
 import io
 from typing import TYPE_CHECKING
 
-from ...printable import csv_cell
+from ...output import csv_cell
 from ..report import Report
 from ..rows import Row, check_paths
 from ..selection import Options, Selection, selected
@@ -35,7 +35,7 @@ from dataclasses import asdict, fields
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
-from ...printable import json_text
+from ...output import json_text
 from ..findings import findings as all_findings
 
 __all__ = ["COLUMNS", "FORMAT", "VERSION", "document", "render_csv", "render_json", "row_fields"]

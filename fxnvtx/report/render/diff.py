@@ -8,7 +8,7 @@ import re
 import shutil
 from dataclasses import asdict
 
-from ...printable import csv_cell, json_text, printable
+from ...output import csv_cell, json_text, printable
 from ..diff import CHANGE, NOISE, Change, Comparison
 from ..format import GAP, Column, Line, middle, painted, readable_ns, table
 from ..report import Report

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ...printable import printable, width_of
+from ...output import printable, width_of
 from ..format import (
     GAP,
     Column,
