@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from statistics import median
 
 from ..categories import REQUEST, RESIDENCY, STAGE, STEP
-from .format import readable_ns
 from .labels import category_of, fold, fused_owners, is_module
+from .render import readable_ns
 from .report import Report
 from .selection import split_fused
 from .tree import Calls, Node, merged, spread_of, total

@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 from ..categories import COMPILE, LOOP, REQUEST, STAGE, STEP, Numbers
 from ..errors import ConfigError
 from ..recording import Entry
-from .format import readable_ns
 from .labels import Name, Point, Span, category_of, fold
+from .render import readable_ns
 from .tree import Node, Tree
 
 __all__ = ["WHOLE", "Gpu", "Numbers", "Omitted", "Part", "Timeline", "Window", "omitted", "timeline_of"]

@@ -24,8 +24,7 @@ from fxnvtx.report import (
     write_chrome,
     write_speedscope,
 )
-from fxnvtx.report.format import middle, readable_bytes, readable_ns
-from fxnvtx.report.render import data
+from fxnvtx.report.render import data, middle, readable_bytes, readable_ns
 
 from .captures import DATA, Capture
 from .samples import pipeline

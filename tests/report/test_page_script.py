@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import fxnvtx
-from fxnvtx.report.format import readable_bytes, readable_ns, readable_share
+from fxnvtx.report.render import readable_bytes, readable_ns, readable_share
 from fxnvtx.report.render.html import _SCRIPTS as SCRIPTS
 
 PAGE = Path(fxnvtx.__file__).parent / "report" / "page"

@@ -10,9 +10,9 @@ from dataclasses import asdict
 
 from ...output import csv_cell, json_text, printable
 from ..diff import CHANGE, NOISE, Change, Comparison
-from ..format import GAP, Column, Line, middle, painted, readable_ns, table
 from ..report import Report
 from ..tree import Node
+from . import GAP, Column, Line, middle, painted, readable_ns, table
 from .html import filled
 from .text import wrapped
 

@@ -7,20 +7,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ...output import printable, width_of
-from ..format import (
-    GAP,
-    Column,
-    Line,
-    painted,
-    readable_bytes,
-    readable_count,
-    readable_ns,
-    readable_share,
-    shortened,
-    table,
-)
 from ..rows import Row, significant
 from ..selection import Options, Selection, Shown, selected
+from . import GAP, Column, Line, painted, readable_bytes, readable_count, readable_ns, readable_share, shortened, table
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
