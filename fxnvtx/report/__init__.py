@@ -1,6 +1,6 @@
 """From a capture to an answer: read captures, attribute time to modules, show and compare."""
 
-from .capture.scrub import scrub
+from .capture import scrub
 from .diff import Change, Comparison, diff
 from .findings import first_screen
 from .render.data import render_csv, render_json

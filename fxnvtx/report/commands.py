@@ -16,9 +16,8 @@ from click.core import ParameterSource
 
 from ..categories import EXAMPLES
 from ..output import STDOUT, check_target, complain, is_stdout, printable_lines, write_text, wrote
-from .capture import expanded, uncollected
+from .capture import expanded, scrub, uncollected
 from .capture.recording import load_recording
-from .capture.scrub import scrub
 from .diff import Comparison, diff
 from .findings import findings_text, headlines
 from .part import Numbers, Window, read_times
