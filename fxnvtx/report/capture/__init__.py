@@ -21,8 +21,7 @@ from ...recording import Recording
 from ...recording.spool import SUFFIX, read_spool
 from ..part import WHOLE, Part, Window
 from .kineto import converted, is_gzip
-from .nsys import Reader
-from .nsys_cli import exported, is_arrow, is_tables, tabled
+from .nsys import Reader, exported, is_arrow, is_tables, tabled
 from .recording import load_recording, read_recording
 from .schema import HOW_TO_RECORD, damaged, detect, one_line, open_capture
 
