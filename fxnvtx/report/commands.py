@@ -18,11 +18,10 @@ from ..categories import EXAMPLES
 from ..output import STDOUT, check_target, complain, is_stdout, printable_lines, write_text, wrote
 from .capture import expanded, scrub, uncollected
 from .capture.recording import load_recording
-from .diff import Comparison, diff
+from .diff import Comparison, diff, diff_csv, diff_html, diff_json, diff_markdown, diff_text
 from .findings import findings_text, headlines
 from .part import Numbers, Window, read_times
 from .render.data import render_csv, render_json
-from .render.diff import diff_csv, diff_html, diff_json, diff_markdown, diff_text
 from .render.html import render_html
 from .render.text import render_text
 from .render.traces import write_chrome, write_speedscope

@@ -12,8 +12,7 @@ import pytest
 
 from fxnvtx.recording import Range, Recording
 from fxnvtx.report import Report, diff, from_recording, load
-from fxnvtx.report.diff import CHANGE, NOISE, ONLY_A, ONLY_B, UNSURE, verdict
-from fxnvtx.report.render.diff import diff_csv, diff_json, diff_text
+from fxnvtx.report.diff import CHANGE, NOISE, ONLY_A, ONLY_B, UNSURE, diff_csv, diff_json, diff_text, verdict
 
 from .captures import Capture
 from .samples import pipeline, recorded

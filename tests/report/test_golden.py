@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from fxnvtx.report import Report, diff, load, render_csv, render_json, render_text
+from fxnvtx.report.diff import diff_csv, diff_json, diff_markdown, diff_text
 from fxnvtx.report.findings import findings_text, first_screen
-from fxnvtx.report.render.diff import diff_csv, diff_json, diff_markdown, diff_text
 
 from .samples import pipeline
 

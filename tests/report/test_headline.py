@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from fxnvtx.cli import cli
 from fxnvtx.recording import Range
 from fxnvtx.report import diff, from_recording, load
-from fxnvtx.report.render.diff import diff_markdown
+from fxnvtx.report.diff import diff_markdown
 
 from .samples import pipeline, recorded
 

@@ -18,7 +18,7 @@ from fxnvtx.cli import cli
 from fxnvtx.output import csv_cell, cut, json_text, pad, printable, printable_lines, width_of
 from fxnvtx.recording import Range, Recording
 from fxnvtx.report import diff, from_recording, render_csv, render_json, render_text
-from fxnvtx.report.render.diff import diff_csv, diff_json, diff_text
+from fxnvtx.report.diff import diff_csv, diff_json, diff_text
 
 from .samples import recorded
 
