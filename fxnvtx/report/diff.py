@@ -1,4 +1,6 @@
-"""What changed from one report to another, module by module, and that as text, markdown, CSV, JSON and a page."""
+"""Two captures compared module by module, with noise told apart from change where there are repetitions; and
+that as a table, Markdown, JSON, CSV, or a page.
+"""
 
 from __future__ import annotations
 

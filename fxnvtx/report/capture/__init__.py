@@ -1,5 +1,5 @@
-"""Captures as they lie on disk: which reader reads what, what a folder stands for, and a copy without what tells who made
-it, where, and with which environment.
+"""Captures as they lie on disk: which reader reads what, what a folder stands for, and a copy without what tells who
+made it, where, and with which environment.
 """
 
 from __future__ import annotations

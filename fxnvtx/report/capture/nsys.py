@@ -1,5 +1,9 @@
-"""Captures of Nsight Systems: what their tables say, and how the other forms of a capture become tables (.nsys-rep by the
-installed nsys, Arrow and Parquet).
+"""Captures of Nsight Systems: what their tables say, and how their other forms become tables.
+
+A .nsys-rep becomes SQLite by running nsys. A folder of tables (`nsys export --type=arrowdir`, `parquetdir`), or all of
+them in one file (`--type=arrow`), becomes a temporary SQLite file with the same tables, as other programs' traces do:
+everything after it is the one reader's. Arrow is read with nanoarrow, which the report needs anyway; Parquet needs
+pyarrow.
 """
 
 from __future__ import annotations
@@ -338,7 +342,7 @@ class Reader:
         if self._nesting is None:
             # not at the top: numpy is imported only when a capture is read
             from ..attribution.batches import Source
-            from ..attribution.tasks import rows_that_nest
+            from ..attribution.ranges import rows_that_nest
 
             source = source or Source(self.connection, self.path, adbc=False)
             self._nesting = rows_that_nest(self.connection, source, self.nvtx, self.domains, self.text)
