@@ -342,7 +342,7 @@ class Reader:
         if self._nesting is None:
             # not at the top: numpy is imported only when a capture is read
             from ..attribution.batches import Source
-            from ..attribution.ranges import rows_that_nest
+            from ..attribution.tasks import rows_that_nest
 
             source = source or Source(self.connection, self.path, adbc=False)
             self._nesting = rows_that_nest(self.connection, source, self.nvtx, self.domains, self.text)
