@@ -245,6 +245,10 @@ class Manager:
         if self._request.active:
             self._manager.end_use(self._request.active[-1].use)
 
+    @property
+    def _prefetched_use_keys(self):  # asked for by SGLang's tests alone
+        return {self._manager.holdings.last[s._name].key for _, s in self._manager.holdings.known() if s.ahead}
+
     def _use_key(self, use):
         return use.key
 
