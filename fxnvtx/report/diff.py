@@ -16,7 +16,7 @@ from ..categories import REQUEST, RESIDENCY, STAGE, STEP
 from ..output import csv_cell, json_text, printable
 from .labels import category_of, fold, fused_owners, is_module
 from .render import GAP, Column, Line, middle, painted, readable_ns, table
-from .render.html import filled
+from .render.data import filled
 from .render.text import wrapped
 from .report import Report
 from .selection import split_fused

@@ -12,7 +12,7 @@ import pytest
 
 import fxnvtx
 from fxnvtx.report.render import readable_bytes, readable_ns, readable_share
-from fxnvtx.report.render.html import _SCRIPTS as SCRIPTS
+from fxnvtx.report.render.data import _SCRIPTS as SCRIPTS
 
 PAGE = Path(fxnvtx.__file__).parent / "report" / "page"
 needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="no node on the PATH")
