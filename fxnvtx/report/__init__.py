@@ -3,8 +3,8 @@
 from .capture import scrub
 from .diff import Change, Comparison, diff
 from .findings import first_screen
+from .render import render_text
 from .render.data import render_csv, render_html, render_json
-from .render.text import render_text
 from .render.traces import write_chrome, write_speedscope
 from .report import Report, from_recording, load
 from .rows import Row

@@ -21,8 +21,8 @@ from .capture.recording import load_recording
 from .diff import Comparison, diff, diff_csv, diff_html, diff_json, diff_markdown, diff_text
 from .findings import findings_text, headlines
 from .part import Numbers, Window, read_times
+from .render import render_text
 from .render.data import render_csv, render_html, render_json
-from .render.text import render_text
 from .render.traces import write_chrome, write_speedscope
 from .report import load
 from .rows import ORDERS

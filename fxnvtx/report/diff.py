@@ -15,9 +15,8 @@ from statistics import median
 from ..categories import REQUEST, RESIDENCY, STAGE, STEP
 from ..output import csv_cell, json_text, printable
 from .labels import category_of, fold, fused_owners, is_module
-from .render import GAP, Column, Line, middle, painted, readable_ns, table
+from .render import GAP, Column, Line, middle, painted, readable_ns, table, wrapped
 from .render.data import filled
-from .render.text import wrapped
 from .report import Report
 from .selection import split_fused
 from .tree import Calls, Node, merged, spread_of, total

@@ -14,8 +14,16 @@ from statistics import median
 from ..categories import COMPILE, RESIDENCY, STEP
 from ..output import cut, width_of
 from .labels import category_of
-from .render import middle, painted, readable_bytes, readable_ns, readable_share
-from .render.text import render_text, width_of_terminal, wrapped
+from .render import (
+    middle,
+    painted,
+    readable_bytes,
+    readable_ns,
+    readable_share,
+    render_text,
+    width_of_terminal,
+    wrapped,
+)
 from .report import Report
 from .rows import Row
 from .selection import with_modules

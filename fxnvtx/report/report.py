@@ -22,7 +22,7 @@ from .capture import expanded, lacking, read_file
 from .capture.recording import read_recording
 from .labels import Name
 from .part import WHOLE, Part, Window
-from .render.text import render_text
+from .render import render_text
 from .rows import ordered
 from .selection import Selection
 from .tree import Node, merge_into, total
