@@ -18,9 +18,9 @@ from fxnvtx.categories import Numbers
 from fxnvtx.errors import CaptureError, FxnvtxError
 from fxnvtx.recording import Range
 from fxnvtx.report.attribution import batches as spools
-from fxnvtx.report.attribution import fill
 from fxnvtx.report.attribution.batches import Limits, Spool
 from fxnvtx.report.attribution.names import Interner, Sums
+from fxnvtx.report.attribution.threads import fill
 from fxnvtx.report.capture import read_sqlite
 from fxnvtx.report.capture.recording import spans_of
 from fxnvtx.report.part import WHOLE, Part, Window

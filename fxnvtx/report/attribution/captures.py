@@ -16,11 +16,11 @@ from ..labels import UNKNOWN, Name, Span, category_of
 from ..part import Omitted, Part
 from ..tree import Node, Tree
 from ..work import different
+from . import NONE
 from .batches import Ints, Limits, Source, Spool, windows
 from .device import NODE, OVERLAPS, PROCESS, Device, GraphNodes, Origins, distinct, kind_of
 from .forest import BEFORE, EARLIEST, LEVEL, NO_TABLE, ROOT, Forest, place
 from .names import Names
-from .nesting import NONE
 from .overlaps import COMMUNICATION, COMPUTE, COPYING, SETTING, Gaps, Moves, Shared, Waits, count_waits
 from .ranges import Ranges
 from .threads import HAS_PAYLOAD, OPEN, Calls, Spans, Threads, calls_of, cut, without

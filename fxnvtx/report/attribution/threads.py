@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..labels import PIECE, Span
 from ..part import inside
-from .batches import Ints, Spool, windows
+from ..tree import Tree
+from . import NONE, TOP, Nest, Placed, Walk, nested, placed, within
+from .batches import Ints, Limits, Spool, windows
+from .device import check_times
 from .forest import EARLIEST, LATEST, ROOT, Forest
-from .nesting import NONE, TOP, Nest, Placed, Walk, nested, placed, within
+from .names import Numbered
+from .overlaps import Moves
 
-__all__ = ["HAS_PAYLOAD", "OPEN", "SPAN", "Calls", "Spans", "Threads"]
+__all__ = ["HAS_PAYLOAD", "OPEN", "SPAN", "Calls", "Spans", "Threads", "fill"]
 
 
 # what is kept of a range, and its flags
@@ -364,3 +371,65 @@ def without(
     place = np.searchsorted(bounds[:, 0], rows[start], "right") - 1
     kept = (place < 0) | (rows[start] >= bounds[place, 1])
     return {name: column[kept] for name, column in rows.items()}
+
+
+# -------------------------------------------------------------------------------------------- ranges in memory
+
+
+_NONE = np.empty(0, np.int64)
+_NO_CALLS = Calls(_NONE, _NONE, _NONE, _NONE, _NONE)
+_COLUMNS = {
+    "start": np.int64,
+    "order": np.int64,
+    "end": np.int64,
+    "name": np.int64,
+    "payload": np.int64,
+    "open": np.bool_,
+    "piece": np.bool_,
+}
+
+
+def fill(tree: Tree, spans: Iterable[Span], limits: Limits | None = None) -> None:
+    """Put ranges (thread, start, end, name, payload, is still open) into a tree.
+
+    They come by thread, then by start, and of those that start together the outer one first. Raises TypeError,
+    ValueError or OverflowError for what is no time.
+    """
+    limits = limits or Limits()
+    names = Numbered()
+    names.has_pieces = True  # as far as is known yet
+    forest = Forest(tree, names)
+    moves = Moves(forest, limits)
+    threads = Threads(forest, lambda: 0, lambda calls, around, both: None, moves.residency, moves.modules)
+    for thread, rows in groupby(spans, key=lambda span: span[0]):
+        starts, ends, numbers, payloads = array("q"), array("q"), array("q"), array("q")
+        opens, pieces = array("b"), array("b")
+        for _thread, start, end, name, payload, is_open in rows:
+            starts.append(start)
+            ends.append(end)
+            numbers.append(names.number(name))
+            # what is no 64-bit integer is no payload of NVTX either
+            payloads.append(payload if type(payload) is int and -(1 << 63) <= payload < 1 << 63 else 0)
+            opens.append(is_open)
+            pieces.append(payload is PIECE)
+        columns = [_array(column) for column in (starts, ends, numbers, payloads)]
+        check_times(columns[0], columns[1])
+        spool = Spool(_COLUMNS, ("order",), limits)
+        spool.append(thread, (columns[0], np.arange(len(starts)), *columns[1:], _mask(opens), _mask(pieces)))
+        spool.seal()
+
+        def read(low: int | None, high: int | None, spool: Spool = spool, thread: int = thread) -> Spans:
+            got = spool.read(thread, low, high)
+            return Spans(got["start"], got["end"], got["name"], got["payload"], got["open"], got["piece"])
+
+        threads.run(thread, [spool], limits.window, read, lambda low, high: _NO_CALLS)
+    moves.settle(None)
+    forest.fill(str)
+
+
+def _mask(column: array[int]) -> NDArray[np.bool_]:
+    return np.frombuffer(column, np.bool_)
+
+
+def _array(column: array[int]) -> Ints:
+    return np.frombuffer(column, np.int64)

@@ -34,7 +34,7 @@ def read_recording(
     ranges = recording.ranges
     with damaged_recording(source):
         # not at the top: numpy is imported only when a capture is read
-        from ..attribution import fill
+        from ..attribution.threads import fill
 
         nesting, crossing = shown_apart(ranges)
         left_out = omitted(lambda: spans_of(nesting, exact), window)
