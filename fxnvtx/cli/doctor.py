@@ -13,6 +13,8 @@ import click
 
 __all__ = ["Finding", "doctor_command", "findings"]
 
+TORCH_2 = (11, 15)  # the releases of torch 2 that were run: docs/versions.md
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -45,11 +47,13 @@ def _version(package: str) -> str:
 def _torch() -> Iterator[Finding]:
     import torch
 
-    parts = tuple(int(p) for p in torch.__version__.split("+")[0].split(".")[:2])
-    if (2, 11) <= parts < (2, 16):
+    release = int(torch.__version__.split(".")[1]) if torch.__version__.startswith("2.") else -1
+    first, last = TORCH_2
+    if first <= release <= last:
         yield Finding("torch", "ok", torch.__version__)
     else:
-        yield Finding("torch", "note", torch.__version__, "tested with 2.11 to 2.15; compiled layers may not show")
+        said = f"tested with 2.{first} to 2.{last}; compiled layers may not show"
+        yield Finding("torch", "note", torch.__version__, said)
     from ..compile.inductor import missing
 
     lacking = missing()

@@ -21,6 +21,7 @@ from .component_use import ComponentUse
 from .manager import ComponentResidencyManager
 from .memory import Place
 from .request import RequestMetrics, StageProfiler, device_memory, running, running_with
+from .strategies import strategy_class
 
 __all__ = [
     "KINDS",
@@ -420,7 +421,7 @@ class ComposedPipeline:
                     raise ConfigError(f"{where} names {component!r}, which is none of the components: {known}")
         declared = {use.component for name, s in self.stages.items() for use in s.component_uses(args, name)}
         for component, mode in args.residency.items():
-            if mode != "resident" and component not in declared:
+            if strategy_class(mode).offloads and component not in declared:
                 raise ConfigError(
                     f"residency asks for {component!r} to be {mode}, but no stage has a ComponentUse declaration: "
                     "let component_uses() of the stage that needs it return one, or keep it resident"

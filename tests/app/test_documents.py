@@ -17,7 +17,7 @@ from torch import nn
 
 import fxnvtx
 from fxnvtx.cli import cli
-from fxnvtx.cli.doctor import findings
+from fxnvtx.cli.doctor import TORCH_2, findings
 from fxnvtx.report.render.data import COLUMNS, row_fields
 from fxnvtx.report.rows import Row
 from fxnvtx.report.selection import VIEWS
@@ -121,5 +121,8 @@ def test_the_badges_say_what_is_declared_and_what_was_run() -> None:
     pythons = sorted(map(int, re.findall(r"Python :: 3\.(\d+)", project)))
     assert said["python"] == f"3.{pythons[0]} to 3.{pythons[-1]}"
     assert said["torch"] == f"2.{min(run)} to 2.{max(run)}"
+    assert (int(min(run)), int(max(run))) == TORCH_2
+    declared = (ROOT / "setup.cfg").read_text(encoding="utf-8")
+    assert f"torch>=2.{min(run)},<2.{int(max(run)) + 1}" in declared
     assert said["licence"] in project
     assert "strict = true" in project

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 import fxnvtx
+from fxnvtx.categories import CATEGORIES, PIECE
 from fxnvtx.report.render import readable_bytes, readable_ns, readable_share
 from fxnvtx.report.render.data import _SCRIPTS as SCRIPTS
 
@@ -99,3 +101,11 @@ def test_every_script_asks_editors_to_check_it() -> None:
     scripts = sorted(PAGE.glob("*.js"))
     assert {path.name for path in scripts} == {*SCRIPTS, "diff.js"}
     assert [path.name for path in scripts if not path.read_text(encoding="utf-8").startswith("// @ts-check\n")] == []
+
+
+def test_every_category_has_a_colour_of_its_own_in_the_page() -> None:
+    """What the page does not know would look like a module."""
+    script = (PAGE / "model.js").read_text(encoding="utf-8")
+    _, light, dark, texts = re.split(r"  light: \{|  dark: \{|const roleText = \{", script)
+    for known in (light, dark, texts):
+        assert CATEGORIES.keys() - {PIECE} <= set(re.findall(r'(\w+): "', known))

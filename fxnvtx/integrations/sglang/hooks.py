@@ -17,7 +17,7 @@ from typing import Any
 from ... import ranges
 from ...ranges.labels import Label, label
 from .layers import Layers, bytes_of, layer_bytes
-from .targets import Options, guarded, log
+from .targets import OLDER_TARGETS, TARGETS, Options, guarded, log
 
 __all__ = ["Plugin", "handlers"]
 
@@ -28,32 +28,15 @@ DISTINCT_REQUEST_LABELS = 1 << 16
 
 
 def handlers(options: Options) -> dict[str, Any]:
-    """The function or class for every handler name in targets.py."""
+    """The function or class for every handler name in targets.py: what Plugin has of that name."""
     plugin = Plugin(options)
-    found: dict[str, Any] = {
-        name: getattr(plugin, name)
-        for name in (
-            "maybe_range",
-            "hooks_register",
-            "hooks_enable",
-            "hooks_remove",
-            "request",
-            "requests_in_turn",
-            "guidance",
-            "branch",
-            "guidance_pass",
-            "layer_comes",
-            "layer_goes",
-            "use_begins",
-            "compile_arguments",
-            "module_compiles",
-            "stage_compiles",
-            "compiles_directly",
-            "compiled_method",
-        )
-    }
-    for what in ("load", "wait", "prefetch", "offload"):
-        found[f"residency_{what}"] = plugin.residency(what)
+    found = {f"residency_{what}": plugin.residency(what) for what in ("load", "wait", "prefetch", "offload")}
+    todo = [*TARGETS, *OLDER_TARGETS]
+    for target in todo:
+        if target.handler not in found:
+            found[target.handler] = getattr(plugin, target.handler)
+        if target.older is not None:
+            todo.append(target.older)
     return found
 
 

@@ -21,6 +21,7 @@ from ...categories import Numbers
 from ...errors import ConfigError
 
 __all__ = [
+    "OLDER_TARGETS",
     "ROOT",
     "TARGETS",
     "Options",
