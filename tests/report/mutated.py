@@ -29,6 +29,7 @@ from click.testing import CliRunner
 
 from fxnvtx.cli import cli
 from fxnvtx.recording import Range
+from fxnvtx.recording.spool import SUFFIX
 from fxnvtx.report import write_chrome, write_speedscope
 
 from .captures import Capture
@@ -98,6 +99,17 @@ def sources(folder: Path) -> list[Path]:
     ]
     recording = recorded(ranges, pid=5, classes={"blocks.0.attn": "Attention"}).save(folder / "recording.json")
     found.append(recording)
+    rows = [
+        [number, r.label, r.category, r.payload, 1, r.depth, r.start_ns, r.end_ns, False]
+        for number, r in enumerate(ranges)
+    ]
+    lines = (
+        {"format": "fxnvtx-recording", "version": 1, "meta": {"pid": 5, "first": True}},
+        {"ranges": rows, "ended": [], "marks": [["mark", "op", None, 1, 7]], "classes": {}, "strays": 0},
+    )
+    spool = folder / f"5{SUFFIX}"
+    spool.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found.append(spool)
     trace: dict[str, Any] = {"schemaVersion": 1, "traceEvents": []}
     for number in range(8):
         ids = {"correlation": number + 1}

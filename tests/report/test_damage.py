@@ -11,13 +11,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fxnvtx.cli import cli
 from fxnvtx.errors import CaptureError, FxnvtxError, ToolError
 from fxnvtx.recording import Range
 from fxnvtx.report import commands, load, render_text, write_chrome, write_speedscope
-from fxnvtx.report.capture import schema
+from fxnvtx.report.capture import kind_of, schema
 
 from . import mutated
 from .captures import DATA, Capture, process
@@ -503,3 +505,17 @@ def test_damaged_files_of_every_kind_through_every_command(tmp_path: Path, monke
     monkeypatch.setattr(commands, "load", broken)
     assert mutated.run(cases=4, seed=1, folder=tmp_path / "again", say=said.append) > 0, "it would have been seen"
     assert "something of ours" in said[0]
+
+
+def test_every_kind_of_file_goes_through_every_command(tmp_path: Path) -> None:
+    """Nothing is read by one command and refused by the next; only a copy without names knows no traces."""
+    good, *others = files = mutated.sources(tmp_path)
+    assert {kind_of(path) for path in files} == {"sqlite", "recording", "spool", "trace"}
+    for path in [*others, good]:
+        for command in mutated.COMMANDS:
+            words = [word.replace("FILE", str(path)).replace("GOOD", str(good)) for word in command]
+            words = [str(tmp_path / word) if word.startswith("OUT.") else word for word in words]
+            done = CliRunner().invoke(cli, words)
+            refused = kind_of(path) == "trace" and "--scrub" in words
+            nothing = "no " in done.output and "--steps" in words  # a file without requests or steps
+            assert done.exit_code == int(refused) or nothing, (words, done.output)

@@ -11,7 +11,7 @@ import re
 import sqlite3
 import stat
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +28,18 @@ from .schema import HOW_TO_RECORD, damaged, detect, one_line, open_capture
 if TYPE_CHECKING:
     from ..attribution.batches import Limits
 
-__all__ = ["as_sqlite", "expanded", "kind_of", "lacking", "rank_of", "read_file", "read_sqlite", "scrub", "uncollected"]
+__all__ = [
+    "as_sqlite",
+    "expanded",
+    "kind_of",
+    "lacking",
+    "rank_of",
+    "read_file",
+    "read_sqlite",
+    "recording_of",
+    "scrub",
+    "uncollected",
+]
 
 
 _RANK = re.compile(r"(?<![a-z])rank[-_.]?(\d+)", re.IGNORECASE)
@@ -48,15 +59,21 @@ def read_file(
         return [part]
     if kind == "spool":
         return [read_recording(read_spool(path), str(path), exact, window)]
-    if kind == "sqlite":
-        return read_sqlite(path, exact, tick, rank, window=window)
     with as_sqlite(path, kind, tick) as sqlite:
         return read_sqlite(sqlite, exact, tick, rank, path, window)
 
 
 def as_sqlite(path: Path, kind: str, tick: Callable[[int], None] | None = None) -> AbstractContextManager[Path]:
-    """What is no SQLite file yet (kind: nsys-rep, tables or trace) as one, for the duration of the block."""
+    """A capture of any kind but recording and spool as an SQLite file, for the duration of the block. A new kind of
+    capture is recognised in kind_of() and converted here, and every command reads it."""
+    if kind == "sqlite":
+        return nullcontext(path)
     return exported(path, tick) if kind == "nsys-rep" else tabled(path) if kind == "tables" else converted(path)
+
+
+def recording_of(path: Path, kind: str) -> Recording | None:
+    """The recording that a file of this kind is, None where it is a capture."""
+    return Recording.load(path) if kind == "recording" else read_spool(path) if kind == "spool" else None
 
 
 def kind_of(path: Path) -> str:
@@ -275,17 +292,14 @@ def scrub(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> Pat
     origin, goal = Path(source), Path(target)
     check_target(goal, [origin])
     kind = kind_of(origin)
-    if kind == "recording":
-        recording = Recording.load(origin)
+    recording = recording_of(origin, kind)
+    if recording is not None:
         recording.meta = {key: value for key, value in recording.meta.items() if key in _KEPT_RECORDING}
         return recording.save(goal)
     if kind == "trace":
         raise CaptureError(f"{origin} is a trace, which --scrub does not know: scrub the capture that it was made from")
-    if kind in ("nsys-rep", "tables"):
-        with as_sqlite(origin, kind) as sqlite:
-            _scrub_sqlite(sqlite, goal)
-    else:
-        _scrub_sqlite(origin, goal)
+    with as_sqlite(origin, kind) as sqlite:
+        _scrub_sqlite(sqlite, goal)
     return goal
 
 

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 from ...output import writing
 from ...recording import Recording
-from ..capture import as_sqlite, kind_of, rank_of
+from ..capture import as_sqlite, kind_of, rank_of, recording_of
 from ..capture.nsys import PUSH_POP, START_END, Reader
 from ..capture.recording import damaged_recording, shown_apart, spans_of
 from ..capture.schema import damaged, detect, open_capture
@@ -47,12 +47,12 @@ def processes(source: Recording | Path, files: ExitStack, exact: bool = True) ->
     if isinstance(source, Recording):
         return [_recorded(source, "recording")]
     kind = kind_of(source)
-    if kind == "recording":
+    if kind in ("recording", "spool"):
         files.enter_context(damaged_recording(str(source)))
-        return [_recorded(Recording.load(source), str(source))]
-    path = source
-    if kind in ("nsys-rep", "trace", "tables"):
-        path = files.enter_context(as_sqlite(source, kind))
+    recording = recording_of(source, kind)
+    if recording is not None:
+        return [_recorded(recording, str(source))]
+    path = files.enter_context(as_sqlite(source, kind))
     connection = open_capture(path)
     files.callback(connection.close)
     files.enter_context(damaged(source))
