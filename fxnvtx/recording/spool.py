@@ -286,7 +286,7 @@ def read_spool(path: str | os.PathLike[str]) -> Recording:
                 sites[int(number)] = Site(shapes, tuple(_frame(*frame) for frame in frames))
             work += [row for row in item.get("work", ()) if isinstance(row[0], str)]
             recording.strays = item["strays"]
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise CaptureError(f"{path} is a damaged fxnvtx recording: {error!r}; record it again") from error
     if not meta and lines[:-1]:
         raise CaptureError(f"{path} is not an fxnvtx recording: run the program with `fxnvtx run` again")

@@ -90,6 +90,11 @@ def test_not_sqlite(tmp_path: Path, content: bytes) -> None:
     assert "neither an SQLite export" in refused(tmp_path / "other.sqlite") or content.startswith(b"SQLite")
 
 
+def test_a_spool_of_brackets(tmp_path: Path) -> None:
+    (tmp_path / "1.spool").write_text("[" * 100_000 + "\n")
+    assert "damaged" in refused(tmp_path / "1.spool")
+
+
 def test_another_programs_sqlite(tmp_path: Path) -> None:
     database = sqlite3.connect(tmp_path / "mail.sqlite")
     database.execute("CREATE TABLE mails (subject TEXT)")
