@@ -11,7 +11,7 @@ pytest.importorskip("accelerate", reason="needs accelerate: pip install fxnvtx[d
 pytest.importorskip("diffusers", reason="needs diffusers: pip install fxnvtx[diffusers]")
 
 from fxnvtx.integrations import diffusers as fx
-from fxnvtx.integrations.diffusers.offload import nbytes
+from fxnvtx.integrations.diffusers.wrappers import nbytes
 from fxnvtx.recording import Node, Recording
 
 from .asking import build, every, parents, recorded, same

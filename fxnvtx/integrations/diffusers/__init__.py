@@ -23,9 +23,9 @@ from ...modules import uninstrument as uninstrument_model
 from ...modules.registry import controls_of, sync
 from ...modules.selection import DEFAULT_EXCLUDE, Pattern, walk_paths
 from . import registry, wrappers
-from .offload import hold_residency, release_residency
 from .registry import Bound, Held, Options, Pipe, Wrap, bind, definer, instance_override, lock, methods, pipes, unbind
 from .thread_state import find, state
+from .wrappers import hold_residency, release_residency
 
 __all__ = ["instrument", "set_enabled", "uninstrument", "unwatch", "watch"]
 
