@@ -52,6 +52,8 @@ class _Mode(TorchDispatchMode):
         self.count = count
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if types:  # nested tensors, DTensors and others compute in their own way: what they are made of is counted
+            return NotImplemented
         kwargs = kwargs or {}
         if _is_made_of_others(func):
             with self:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -215,6 +217,45 @@ def test_work_survives_a_file(tmp_path) -> None:  # type: ignore[no-untyped-def]
         model(torch.rand(2, 4))
     loaded = Recording.load(recording.save(tmp_path / "r.json"))
     assert [row.flops for row in report_of(loaded).rows()] == [row.flops for row in report_of(recording).rows()]
+
+
+@contextlib.contextmanager
+def odd(kind: str, model: nn.Module, rows: torch.Tensor) -> Iterator[tuple[nn.Module, Any, tuple[str, ...]]]:
+    """A model, its input, and how to ask its output for the plain tensors that it is made of."""
+    if kind == "nested":
+        yield model, torch.nested.nested_tensor_from_jagged(rows, torch.tensor([0, 2, 5])), ("values",)
+    elif kind == "two":
+        from torch.testing._internal.two_tensor import TwoTensor
+
+        yield model, TwoTensor(rows, rows.clone()), ("a", "b")
+    else:
+        from torch.distributed.device_mesh import DeviceMesh
+        from torch.distributed.tensor import distribute_module, distribute_tensor
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
+        torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+        try:
+            mesh = DeviceMesh("cpu", [0])
+            yield distribute_module(model, mesh), distribute_tensor(rows, mesh), ("to_local",)
+        finally:
+            torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("kind", ["nested", "two", "distributed"])
+def test_tensors_that_compute_in_their_own_way(kind: str, grad: bool) -> None:
+    """What they are made of is counted, and the call is what it was."""
+    with torch.set_grad_enabled(grad), odd(kind, Net(), torch.rand(5, 4)) as (model, x, parts):
+        fxnvtx.instrument(model, "net")
+        want = model(x)
+        with fxnvtx.record(work=True) as recording:
+            found = model(x)
+        assert type(found) is type(want)
+        for name in parts:
+            ours, theirs = (getattr(tensor, name) for tensor in (found, want))
+            assert torch.equal(ours() if callable(ours) else ours, theirs() if callable(theirs) else theirs)
+    one = {"net": 640, "net.a": 320, "net.b": 320}
+    assert shown_flops(recording) == {label: len(parts) * flops for label, flops in one.items()}
 
 
 def test_custom_operators_are_not_guessed() -> None:
