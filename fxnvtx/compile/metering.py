@@ -52,8 +52,8 @@ class _Mode(TorchDispatchMode):
         self.count = count
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if types:  # nested tensors, DTensors and others compute in their own way: what they are made of is counted
-            return NotImplemented
+        if any(kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ for kind in types):
+            return NotImplemented  # nested tensors, DTensors: what they are made of is shown next
         kwargs = kwargs or {}
         if _is_made_of_others(func):
             with self:

@@ -219,10 +219,20 @@ def test_work_survives_a_file(tmp_path) -> None:  # type: ignore[no-untyped-def]
     assert [row.flops for row in report_of(loaded).rows()] == [row.flops for row in report_of(recording).rows()]
 
 
+class Named(torch.Tensor):
+    """A subclass that computes as any tensor does."""
+
+
 @contextlib.contextmanager
 def odd(kind: str, model: nn.Module, rows: torch.Tensor) -> Iterator[tuple[nn.Module, Any, tuple[str, ...]]]:
     """A model, its input, and how to ask its output for the plain tensors that it is made of."""
-    if kind == "nested":
+    if kind == "plain":
+        yield model, rows, ()
+    elif kind == "parameter":
+        yield model, nn.Parameter(rows), ()
+    elif kind == "subclass":
+        yield model, rows.as_subclass(Named), ()
+    elif kind == "nested":
         yield model, torch.nested.nested_tensor_from_jagged(rows, torch.tensor([0, 2, 5])), ("values",)
     elif kind == "two":
         from torch.testing._internal.two_tensor import TwoTensor
@@ -242,7 +252,7 @@ def odd(kind: str, model: nn.Module, rows: torch.Tensor) -> Iterator[tuple[nn.Mo
 
 
 @pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("kind", ["nested", "two", "distributed"])
+@pytest.mark.parametrize("kind", ["plain", "parameter", "subclass", "nested", "two", "distributed"])
 def test_tensors_that_compute_in_their_own_way(kind: str, grad: bool) -> None:
     """What they are made of is counted, and the call is what it was."""
     with torch.set_grad_enabled(grad), odd(kind, Net(), torch.rand(5, 4)) as (model, x, parts):
@@ -251,11 +261,13 @@ def test_tensors_that_compute_in_their_own_way(kind: str, grad: bool) -> None:
         with fxnvtx.record(work=True) as recording:
             found = model(x)
         assert type(found) is type(want)
+        if not parts:
+            assert torch.equal(found, want)
         for name in parts:
             ours, theirs = (getattr(tensor, name) for tensor in (found, want))
             assert torch.equal(ours() if callable(ours) else ours, theirs() if callable(theirs) else theirs)
     one = {"net": 640, "net.a": 320, "net.b": 320}
-    assert shown_flops(recording) == {label: len(parts) * flops for label, flops in one.items()}
+    assert shown_flops(recording) == {label: (len(parts) or 1) * flops for label, flops in one.items()}
 
 
 def test_custom_operators_are_not_guessed() -> None:
