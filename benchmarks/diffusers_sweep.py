@@ -128,18 +128,18 @@ def main() -> int:
         starter = "import sys; sys.path[:] = sys.argv[1:2] + [p for p in sys.path if p]; import fxnvtx; "
         starter += "sys.path[:] = [p for p in sys.path if p != sys.argv[1]]; del sys.argv[1]; "
         starter += f"sys.path.insert(0, {str(ROOT)!r}); import runpy; runpy.run_path({__file__!r}, run_name='__main__')"
-        done = subprocess.run(
-            [sys.executable, "-c", starter, options.product, *flags, name],
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, "PYTHONPATH": path},
-        )
-        line = done.stdout.strip().splitlines()[-1:] if done.returncode == 0 else []
-        found = json.loads(line[0]) if line else {"model": name, "problems": [done.stderr.strip()[-600:]]}
-        failed += bool(found["problems"])
-        print(json.dumps(found), flush=True)
+        command = [sys.executable, "-c", starter, options.product, *flags, name]
+        failed += not answered(name, command, {**os.environ, "PYTHONPATH": path})
     return int(failed > 0)
+
+
+def answered(name: str, command: list[str], environment: dict[str, str] | None = None) -> bool:
+    """Print the line of JSON that a model's process ends with; returns whether it tells of no problem."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    line = done.stdout.strip().splitlines()[-1:] if done.returncode == 0 else []
+    found = json.loads(line[0]) if line else {"model": name, "problems": [done.stderr.strip()[-600:]]}
+    print(json.dumps(found), flush=True)
+    return not found["problems"]
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import traceback
 from pathlib import Path
@@ -50,16 +49,13 @@ def main() -> int:
     if options.one:
         print("\n" + json.dumps(one(options.names[0], options.cpu)))
         return 0
+    from benchmarks.diffusers_sweep import answered
     from tests.support import diffusers_zoo
 
     failed = 0
     for name in options.names or list(diffusers_zoo.MODELS):
         command = [sys.executable, __file__, "--one", *["--cpu"] * options.cpu, name]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        line = done.stdout.strip().splitlines()[-1:] if done.returncode == 0 else []
-        found = json.loads(line[0]) if line else {"model": name, "problems": [done.stderr.strip()[-600:]]}
-        failed += bool(found["problems"])
-        print(json.dumps(found), flush=True)
+        failed += not answered(name, command)
     return int(failed > 0)
 
 

@@ -120,7 +120,7 @@ class Binding:
 
 
 def at(module: nn.Module, path: str) -> nn.Module | None:
-    """The module at a path as `names.walk_paths` writes it: what torch.compile has wrapped as if it had not."""
+    """The module at a path as `selection.walk_paths` writes it: what torch.compile has wrapped as if it had not."""
     here: Any = module
     for name in path.split(".") if path else ():
         here = getattr(here, "_modules", {}).get(name)

@@ -156,7 +156,7 @@ class Walk:
     """Rows sorted by start, and end downwards, of which the first `held` were open before and are on the stack already.
 
     parent, covered (how far children cover a range): of all rows, and given for the first ones. low: see
-    `nesting.placed`. modules: how deep the stack's outermost module range lies, 0 for none. crossed: whether the rows
+    `placed`. modules: how deep the stack's outermost module range lies, 0 for none. crossed: whether the rows
     that were open before cross. Afterwards: `stack`, the rows that are still open, `cover`, how much of its parent each
     new row covers first, and `crossing`, how many do not lie inside the row that they start in.
     """
